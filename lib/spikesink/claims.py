@@ -1,0 +1,265 @@
+"""The claims ledger: what the paper says, what we measured, a control measured the same way, and a verdict.
+
+A rule is a pure function of what was measured, the same for every model, and set from what the claim means before
+the ledger was filled; `verdict` recomputes it from a claim as it stands in `figures/<model>/claims.json`.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+SCHEMA = 1
+PAPER = "arXiv:2603.05498"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a measure says to a claim: the measured values, and those of a control measured the same way."""
+
+    measured: Mapping[str, Any]
+    control: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NotApplicable:
+    """Why a claim cannot be put to this model."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A claim's statement, where the paper makes it, and when it holds, in words and as a function of `measured`."""
+
+    statement: str
+    source: str
+    words: str
+    holds: Callable[[Mapping[str, Any]], bool]
+    headline: str  # which measured value stands for the claim in a table
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the ledger."""
+
+    statement: str
+    source: str
+    verdict: str
+    rule: str
+    measured: Mapping[str, Any]
+    control: Mapping[str, Any]
+    notebook: str
+
+
+RULES: dict[str, Rule] = {
+    "LC1": Rule(
+        "One to three early FFN blocks write the spike.",
+        f"{PAPER}, step-up; table 1",
+        "at most 3 FFN blocks of the first half write >= 80% of the plateau value, no attention block >= 10%",
+        lambda m: m["share_written"] >= 0.8 and m["largest_attention_share"] < 0.1,
+        "step_up_blocks",
+    ),
+    "LC2": Rule(
+        "Between step-up and step-down, what blocks write is orders of magnitude smaller.",
+        f"{PAPER}, plateau",
+        "median of abs(write) / plateau value between step-up and step-down <= 0.01",
+        lambda m: m["plateau_write_ratio"] <= 0.01,
+        "plateau_write_ratio",
+    ),
+    "LC3": Rule(
+        "Late FFN blocks cancel the spike.",
+        f"{PAPER}, step-down; table 1",
+        "FFN blocks of the second half, each taking back >= 10%, cancel >= 50% together",
+        lambda m: m["share_cancelled"] >= 0.5,
+        "step_down_blocks",
+    ),
+    "LC4": Rule(
+        "The spike lives in a few channels.",
+        f"{PAPER}, figure 1; arXiv:2402.17762",
+        "channels above 100 medians: at least 1, at most max(10, 1% of d_model)",
+        lambda m: 1 <= m["n_spike_channels"] <= max(10, 0.01 * m["d_model"]),
+        "n_spike_channels",
+    ),
+    "LC5": Rule(
+        "The same channels spike on all spike tokens.",
+        f"{PAPER}, figure 1",
+        "mean Jaccard index of the top-3 channels over pairs of spike tokens >= 0.9",
+        lambda m: m["jaccard"] >= 0.9,
+        "jaccard",
+    ),
+    "LC6": Rule(
+        "The spike channels keep fixed ratios.",
+        f"{PAPER}, figure 1",
+        "coefficient of variation of the ratio of the two largest channels over spike tokens <= 0.1",
+        lambda m: m["ratio_cv"] <= 0.1,
+        "ratio_cv",
+    ),
+    "LC7": Rule(
+        "Few tokens spike, and the first one nearly always does.",
+        f"{PAPER}, spike tokens; table 2",
+        "at most 5% of tokens spike; position 0 does in >= 90% of windows",
+        lambda m: m["spike_token_share"] <= 0.05 and m["position0_share"] >= 0.9,
+        "spike_token_share",
+    ),
+}
+
+
+def judge(claim_id: str, evidence: Evidence | NotApplicable, notebook: str) -> Claim:
+    """Put evidence to a claim's rule.
+
+    Raises:
+        KeyError: no rule has this id.
+        ValueError: a measured or control value is not a finite number, a string, or a list or mapping of those.
+    """
+    rule = RULES[claim_id]
+    if isinstance(evidence, NotApplicable):
+        return Claim(rule.statement, rule.source, "n/a", rule.words, {"reason": evidence.reason}, {}, notebook)
+    measured, control = _plain(evidence.measured, claim_id), _plain(evidence.control, claim_id)
+    if not control:
+        raise ValueError(f"{claim_id} has no control; measure one the same way.")
+    return Claim(rule.statement, rule.source, verdict(claim_id, measured), rule.words, measured, control, notebook)
+
+
+def verdict(claim_id: str, measured: Mapping[str, Any]) -> str:
+    """The verdict that a claim's rule gives on measured values: "holds", "differs", or "n/a" where a reason stands."""
+    if "reason" in measured:
+        return "n/a"
+    return "holds" if RULES[claim_id].holds(measured) else "differs"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a ledger was measured with. Claims measured with another model, text, precision or seed are not mixed."""
+
+    model: str
+    spec: str
+    sha256: str
+    text: str
+    text_sha256: str
+    windows: tuple[int, int]
+    dtype: str
+    seed: int
+
+
+def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
+    """Merge claims into `folder/claims.json`, atomically, and return its path.
+
+    Claims already there stay if they were measured with the same header; otherwise they go, so that a file never
+    mixes two measurements.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "claims.json"
+    head = json.loads(json.dumps(asdict(header)))
+    with FileLock(folder / ".claims.lock"):
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        same = all(old.get(key) == value for key, value in head.items())
+        merged = (old.get("claims", {}) if same else {}) | {key: asdict(claim) for key, claim in claims.items()}
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer-lens")}
+        versions = {name.replace("-", "_"): version for name, version in versions.items()}
+        data = {"schema": SCHEMA, **head, "versions": versions, "claims": dict(sorted(merged.items()))}
+        write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def ledgers(figures: Path) -> dict[str, dict[str, Any]]:
+    """Every `figures/*/claims.json`, by the model's name; the default model first, the others by name."""
+    from spikesink.models import DEFAULT_MODEL
+
+    found = [json.loads(path.read_text()) for path in figures.glob("*/claims.json")]
+    return {data["model"]: data for data in sorted(found, key=lambda d: (d["model"] != DEFAULT_MODEL, d["model"]))}
+
+
+def headline(claim_id: str, claim: Mapping[str, Any]) -> str:
+    """A claim's verdict and the measured value that stands for it, as text."""
+    if claim["verdict"] == "n/a":
+        return "n/a"
+    return f"{claim['verdict']} ({brief(claim['measured'][RULES[claim_id].headline])})"
+
+
+def brief(value: Any) -> str:
+    """A measured value in few characters: three significant digits, lists joined by commas."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(brief, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def render(figures: Path) -> Path:
+    """Write `figures/README.md` from all ledgers below it: claims x models, then every claim with its control."""
+    found = ledgers(figures)
+    ids = sorted({key for data in found.values() for key in data["claims"]}, key=_order)
+    lines = [
+        "# Claims, by model",
+        "",
+        "Each claim of the paper, what we measured on each model, and the verdict of a rule that is the same for all.",
+        "`differs` is a finding, not an error. Made from `claims.json` in each folder; do not edit by hand.",
+        "",
+        "| claim | " + " | ".join(found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+    for key in ids:
+        cells = [headline(key, data["claims"][key]) if key in data["claims"] else "" for data in found.values()]
+        lines.append(f"| **{key}** {RULES[key].statement} | " + " | ".join(cells) + " |")
+    for name, data in found.items():
+        n, length = data["windows"]
+        lines += ["", f"## {name}", "", f"`{data['spec']}`, {n} windows of {length} tokens of `{data['text']}`, "]
+        lines[-1] += f"{data['dtype']}, seed {data['seed']}."
+        lines += ["", "| claim | verdict | measured | control | rule |", "|---|---|---|---|---|"]
+        for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+            cells = [_cell(claim["measured"]), _cell(claim["control"]), claim["rule"]]
+            lines.append(f"| {key} | {claim['verdict']} | " + " | ".join(cells) + " |")
+    path = figures / "README.md"
+    write_atomically(path, "\n".join(lines) + "\n")
+    return path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that whoever looks sees the old one or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as scratch:
+        try:
+            scratch.write(data)
+            scratch.close()
+            os.chmod(scratch.name, 0o644)
+            os.replace(scratch.name, path)
+        except BaseException:
+            Path(scratch.name).unlink(missing_ok=True)
+            raise
+
+
+def _order(claim_id: str) -> tuple[bool, int, str]:
+    ids = list(RULES)
+    return (claim_id not in RULES, ids.index(claim_id) if claim_id in RULES else 0, claim_id)
+
+
+def _cell(values: Mapping[str, Any]) -> str:
+    text = "; ".join(f"{key} {brief(value)}" for key, value in values.items())
+    return text.replace("|", "\\|").replace("\n", "\\n")
+
+
+def _plain(values: Mapping[str, Any], claim_id: str) -> dict[str, Any]:
+    """The same values as plain JSON, floats at six significant digits; refuses what JSON cannot say."""
+
+    def plain(value: Any, name: str) -> Any:
+        if isinstance(value, bool | str):
+            return value
+        if isinstance(value, Mapping):
+            return {str(k): plain(v, f"{name}.{k}") for k, v in value.items()}
+        if isinstance(value, Iterable):
+            return [plain(v, f"{name}[{i}]") for i, v in enumerate(value)]
+        if isinstance(value, int):
+            return value
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"{claim_id}: {name} is {value}, which is no number that a ledger can hold.")
+        return float(f"{float(value):.6g}")
+
+    return {key: plain(value, key) for key, value in values.items()}

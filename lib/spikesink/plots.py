@@ -1,0 +1,560 @@
+"""The house style, and one function per figure; each takes measured values and returns a matplotlib Figure.
+
+The same colour means the same thing in all of them: spike (vermilion), sink (blue), ordinary (grey). Titles are the
+finding, computed from the numbers that are drawn.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from spikesink.claims import brief, write_atomically
+from spikesink.lifecycle import Cycle, Lifecycle, ordinary_rows, spike_rows
+from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile
+
+SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
+SPIKE_MAP, SINK_MAP = "rocket_r", "Blues"
+MARKERS = ("o", "s", "^")
+STYLE = {
+    "figure.dpi": 90,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "spikesink",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def _style():
+    with sns.axes_style("ticks"), plt.rc_context(STYLE):
+        yield
+
+
+def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9.5, 4.2), **options):
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+    plt.close(fig)  # so that a notebook shows it once, when a cell returns it
+    return fig, axes
+
+
+def styled(draw):
+    """Make a figure function draw in the house style."""
+
+    def drawn(*args, **options) -> Figure:
+        with _style():
+            return draw(*args, **options)
+
+    drawn.__name__, drawn.__doc__, drawn.__wrapped__ = draw.__name__, draw.__doc__, draw
+    return drawn
+
+
+def save(fig: Figure, folder: Path, name: str) -> None:
+    """Write `folder/name.png` and `.svg`, each atomically and without a date, so that equal figures are equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")  # laid out once; each further drawing would do it again
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, metadata=metadata)
+            write_atomically(folder / f"{name}.{kind}", buffer.getvalue())
+
+
+@styled
+def absent(reason: str) -> Figure:
+    """What stands where a figure would be, when a model has nothing to draw."""
+    fig, ax = _figure(size=(9.5, 1.6))
+    ax.axis("off")
+    ax.text(0.5, 0.5, f"Nothing to draw: {reason}.", ha="center", va="center", color=ORDINARY, wrap=True)
+    return fig
+
+
+def _drawn_if_spiking(draw):
+    """For figures of a spike: the reason in its place where there is none."""
+
+    def drawn(life: Lifecycle, *args, **options) -> Figure:
+        return absent(life.reason) if life.main is None else styled(draw)(life, *args, **options)
+
+    drawn.__name__, drawn.__doc__, drawn.__wrapped__ = draw.__name__, draw.__doc__, draw
+    return drawn
+
+
+def _thousands(ax, which: str = "y") -> None:
+    getattr(ax, f"{which}axis").set_major_formatter(
+        FuncFormatter(lambda v, _: f"{v:,.0f}" if abs(v) >= 1 else f"{v:g}")
+    )
+
+
+def _token(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣").replace("$", r"\$") or "∅"
+
+
+def _blocks(blocks: Sequence[int], word: str = "block") -> str:
+    return f"{word}{'s' if len(blocks) != 1 else ''} {', '.join(map(str, blocks))}" if blocks else f"no {word}"
+
+
+def _span(ax, cycle: Cycle, label: bool = True) -> None:
+    """Mark step-up and step-down blocks on an axis of depth in blocks."""
+    for blocks, text in ((cycle.step_up, "step-up"), (cycle.step_down, "step-down")):
+        for block in blocks:
+            ax.axvspan(block - 0.5, block + 0.5, color=SPIKE, alpha=0.13, lw=0)
+        if blocks and label:
+            side = {"ha": "left", "x": blocks[-1] + 0.8} if text == "step-up" else {"ha": "right", "x": blocks[0] - 0.8}
+            ax.text(side["x"], 0.02, text, ha=side["ha"], va="bottom", color=SPIKE, fontsize=9, transform=_x_data(ax))
+
+
+def _x_data(ax):
+    return ax.get_xaxis_transform()
+
+
+@styled
+def skyline(profile: Profile) -> Figure:
+    """00: how large every token gets at every depth, and how much attention it draws, side by side."""
+    n_tokens = len(profile.tokens)
+    fig, (left, right) = _figure(1, 2, size=(11, 5.6))
+    over = profile.magnitude / profile.median[:, None]
+    image = left.imshow(
+        over, aspect="auto", origin="lower", cmap=SPIKE_MAP, norm=LogNorm(1, max(10.0, float(over.max())))
+    )
+    fig.colorbar(image, ax=left, label="largest |h| of the token ÷ median |h|", pad=0.02)
+    left.set(ylabel="depth: after block … (two a layer)", xlabel="token")
+    peak = int(profile.magnitude.max(0).values.argmax())
+    left.set_title(
+        f"Spike: {_token(profile.tokens[peak])!r} grows {brief(float(over.max()))} × the median", fontsize=11
+    )
+    received = profile.attention * 100
+    image = right.imshow(received, aspect="auto", origin="lower", cmap=SINK_MAP, vmin=0, vmax=100)
+    fig.colorbar(image, ax=right, label="attention the token gets, %, mean over heads", pad=0.02)
+    # The last token is seen by one query only, itself: no judgement of sinks can rest on it.
+    most = int(received[:, : max(1, n_tokens - 3)].mean(0).argmax())
+    right.set(ylabel="layer", xlabel="token")
+    right.set_title(f"Sink: {_token(profile.tokens[most])!r} draws {float(received[:, most].mean()):.0f}%", fontsize=11)
+    for ax in (left, right):
+        ax.set_xticks(range(n_tokens), [_token(t) for t in profile.tokens], rotation=90, fontsize=8)
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.spines[:].set_visible(False)
+    same = "the same token" if peak == most else "not the same token"
+    fig.suptitle(f"One token becomes a spike, one a sink: {same}", fontsize=13, fontweight="bold", x=0.01, ha="left")
+    return fig
+
+
+@styled
+def chain() -> Figure:
+    """00: the map of the chain, and which notebook takes which link apart."""
+    links = [
+        ("step-up", "one to three FFN\nblocks write it", "01", SPIKE),
+        ("plateau", "the residual stream\ncarries it unchanged", "02", SPIKE),
+        ("step-down", "late FFN blocks\ncancel it", "03", SPIKE),
+        ("amplifier", "SwiGLU is quadratic\nalong one direction", "04", SPIKE),
+        ("first token", "attention to itself alone\nis a fixed map", "05", SPIKE),
+        ("RMSNorm", "turns the spike\ninto a constant", "06", ORDINARY),
+        ("sink", "its key is what\nqueries favour", "07", SINK),
+    ]
+    fig, ax = _figure(size=(11, 3.1))
+    ax.set(xlim=(-0.3, 15.6), ylim=(-0.2, 4.6))
+    ax.axis("off")
+    places = {3: (0, 2.9), 4: (4.4, 2.9), 0: (2.2, 0.6), 1: (6, 0.6), 2: (12.6, 0.6), 5: (8.6, 2.9), 6: (12.6, 2.9)}
+    for i, (name, what, notebook, colour) in enumerate(links):
+        x, y = places[i]
+        ax.add_patch(plt.Rectangle((x, y - 0.6), 2.9, 1.5, facecolor=colour, alpha=0.12, edgecolor=colour, lw=1.2))
+        ax.text(x + 0.12, y + 0.68, f"{notebook}  {name}", va="top", fontsize=9.5, fontweight="bold")
+        ax.text(x + 0.12, y + 0.22, what, va="top", fontsize=8)
+    arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1.2, "shrinkA": 2, "shrinkB": 2}
+    for start, end in (
+        ((1.6, 2.3), (2.6, 1.5)),
+        ((5.4, 2.3), (4.6, 1.5)),
+        ((5.1, 0.75), (6, 0.75)),
+        ((8.9, 0.75), (12.6, 0.75)),
+        ((8.4, 1.5), (9.4, 2.3)),
+        ((11.5, 3.05), (12.6, 3.05)),
+    ):
+        ax.annotate("", end, start, arrowprops=arrow)
+    ax.text(1.5, 4.15, "why it can happen, and to whom", fontsize=9, style="italic")
+    ax.text(10, 4.15, "what it does to attention", fontsize=9, style="italic")
+    ax.text(3.8, -0.15, "the life of a spike", fontsize=9, style="italic", va="center")
+    ax.set_title("The chain from spike to sink, by notebook", pad=2)
+    return fig
+
+
+@styled
+def magnitudes(life: Lifecycle) -> Figure:
+    """01 (the paper's figure 1): the three largest channels over depth, in the stream and in what blocks write."""
+    trace, cycle = life.trace, life.main
+    fig, (above, below) = _figure(2, 1, size=(9.5, 6), sharex=True)
+    points, blocks = np.arange(len(trace.medians)), np.arange(1, trace.anatomy.n_blocks + 1)
+    for rank in range(TOP):
+        shade = {"color": SPIKE, "alpha": 1 - 0.3 * rank, "lw": 1.6}
+        above.plot(points, trace.top_stream[:, rank], **shade)
+        below.plot(blocks, trace.top_writes[:, rank], marker=MARKERS[rank], ms=3.5, **{**shade, "lw": 0.8})
+    above.plot(points, trace.medians, color=ORDINARY, lw=1.6)
+    at = cycle.middle if cycle else len(points) // 2
+    label = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    for rank, name in enumerate(("largest", "2nd", "3rd")):
+        above.annotate(name, (at, trace.top_stream[at, rank]), color=SPIKE, **label)
+    above.annotate("median", (at, trace.medians[at]), color=ORDINARY, **label)
+    above.set(yscale="log", ylabel="|h| in the stream")
+    below.set(yscale="log", ylabel="|F| a block writes", xlabel="block (odd: attention, even: FFN)")
+    for rank, name in enumerate(("largest channel", "2nd", "3rd")):
+        below.plot([], [], marker=MARKERS[rank], color=SPIKE, alpha=1 - 0.3 * rank, lw=0.8, ms=3.5, label=name)
+    below.legend(ncols=TOP, fontsize=8, loc="lower right")
+    for ax in (above, below):
+        _thousands(ax)
+        if cycle is not None:
+            _span(ax, cycle, label=ax is above)
+    if cycle is None:
+        above.set_title("No spike: the largest channels stay near the median")
+    elif cycle.shape == "step":
+        above.set_title(f"{_blocks(cycle.step_up).capitalize()} wrote the spike, {_blocks(cycle.step_down)} cancel it")
+    else:
+        above.set_title(
+            f"A ramp, not a step: it takes {cycle.blocks_needed or 'more than all early'} blocks to write the spike"
+        )
+    return fig
+
+
+@_drawn_if_spiking
+def waterfall(life: Lifecycle, least: float = 0.02) -> Figure:
+    """01: what each block adds to the first channel of the spike tokens, stacked until it makes the stream."""
+    cycle = life.main
+    writes = cycle.writes.numpy()
+    fig, ax = _figure(size=(9.5, 4.4))
+    level = start = float(cycle.stream[0])
+    bars, rest = [("embed.", 0.0, start, ORDINARY)], 0.0
+    for block, write in enumerate(writes, 1):
+        if abs(write) < least * abs(cycle.value):
+            rest += write
+            continue
+        if rest:
+            bars.append(("…", level, rest, ORDINARY))
+            level, rest = level + rest, 0.0
+        up = block in cycle.step_up
+        colour = SPIKE if up else SINK if block in cycle.step_down else ORDINARY
+        bars.append((f"{block}\n{'attn' if block % 2 else 'FFN'}", level, write, colour))
+        level += write
+    if rest:
+        bars.append(("…", level, rest, ORDINARY))
+        level += rest
+    bars.append(("stream\nat the end", 0.0, float(cycle.stream[-1]), "black"))
+    for x, (_, bottom, height, colour) in enumerate(bars):
+        hatch = "//" if colour == SINK else ""
+        ax.bar(x, height, bottom=bottom, color=colour, width=0.72, hatch=hatch, edgecolor="white", lw=0)
+        if colour != ORDINARY or abs(height) >= 0.05 * abs(cycle.value) or len(bars) < 12:
+            top = bottom + height if cycle.value * height > 0 else bottom
+            text = f"{height:+,.0f}" if abs(height) >= 1 else f"{height:+.2g}"
+            offset = {"xytext": (0, 3 if cycle.value > 0 else -3), "textcoords": "offset points"}
+            ax.annotate(text, (x, top), ha="center", va="bottom" if cycle.value > 0 else "top", fontsize=8, **offset)
+    for x, (_, bottom, height, _) in enumerate(bars[:-1]):
+        ax.plot([x + 0.36, x + 0.64], [bottom + height] * 2, color="black", lw=0.7)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_xticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
+    ax.set(
+        ylabel=f"channel {cycle.channel}",
+        xlabel=f"block (…: those between, each below {least:.0%} of the plateau, summed)",
+    )
+    _thousands(ax)
+    low, high = ax.dataLim.intervaly
+    ax.set_ylim(low - 0.1 * (high - low) * (low < 0), high + 0.1 * (high - low))
+    up = sum(float(cycle.writes[b - 1]) for b in cycle.step_up) / cycle.value
+    down = -sum(float(cycle.writes[b - 1]) for b in cycle.step_down) / cycle.value
+    ax.set_title(
+        f"{_blocks(cycle.step_up).capitalize()} {'write' if len(cycle.step_up) != 1 else 'writes'} {up:.0%} of it, "
+        f"{_blocks(cycle.step_down)} {'take' if len(cycle.step_down) != 1 else 'takes'} {down:.0%} back"
+    )
+    return fig
+
+
+@_drawn_if_spiking
+def positions(life: Lifecycle) -> Figure:
+    """01: where in the windows the spike tokens are, for each cycle."""
+    trace = life.trace
+    fig, ax = _figure(size=(9.5, 3.6))
+    for cycle, colour, marker, size, name in reversed(
+        list(
+            zip(
+                life.cycles,
+                (SPIKE, SMALL, SINK, ORDINARY),
+                "osv^",
+                (34, 14, 14, 14),
+                ("main", "2nd", "3rd", "4th"),
+                strict=False,
+            )
+        )
+    ):
+        rows = trace.rows[cycle.is_spike]
+        label = f"{name} cycle, channel {cycle.channel}, {_blocks(cycle.step_up)} up: {len(rows)} tokens"
+        ax.scatter(
+            rows.position, rows.window, s=size, marker=marker, color=colour, label=label, clip_on=False, zorder=3
+        )
+    ax.set_xscale("symlog", linthresh=4, linscale=1.2)
+    ticks = [p for p in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if p < trace.length]
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.set(
+        xlabel="position in the window", ylabel="window", xlim=(-0.4, trace.length), ylim=(-0.8, trace.n_windows - 0.2)
+    )
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, ncols=1)
+    rows = spike_rows(life)
+    first = int((rows.position == 0).sum())
+    elsewhere = len(rows) - first
+    title = f"The spike sits on position 0 in {first} of {trace.n_windows} windows, and on {elsewhere or 'no'} "
+    title += "other token" if elsewhere == 1 else "other tokens"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return fig
+
+
+@_drawn_if_spiking
+def channels(life: Lifecycle) -> Figure:
+    """01: channels by size half-way through the plateau, on spike tokens and on ordinary ones."""
+    cycle, trace = life.main, life.trace
+    fig, ax = _figure(size=(9.5, 3.8))
+    spikes, ordinary = spike_rows(life), ordinary_rows(life)
+    n = min(trace.n_followed, 24)
+    for rows, colour, marker, name in (
+        (spikes, SPIKE, "o", "spike tokens"),
+        (ordinary, ORDINARY, "s", "ordinary tokens"),
+    ):
+        at = rows.stream[:, cycle.middle, : trace.n_followed].abs() / trace.medians[cycle.middle]
+        typical = at.quantile(0.5, dim=0)
+        order = typical.argsort(descending=True)[:n]
+        ax.plot(range(1, n + 1), typical[order], color=colour, marker=marker, ms=5, lw=1)
+        ax.text(n + 0.4, typical[order[-1]], name, color=colour, va="center")
+        if colour == SPIKE:
+            for rank, index in enumerate(order[: len(cycle.channels)][:6], 1):
+                ax.annotate(
+                    int(trace.channels[index]), (rank, typical[index]), (4, 4), textcoords="offset points", fontsize=8
+                )
+    ax.plot([0.4, n], [SPIKE_OVER_MEDIAN] * 2, color="black", lw=0.8, ls="--")
+    ax.text(n + 0.4, SPIKE_OVER_MEDIAN, f"{SPIKE_OVER_MEDIAN:g} medians", va="center", fontsize=9)
+    ax.set(
+        yscale="log",
+        xlabel=f"channels, the largest first (of {trace.anatomy.d_model}; labels: channel numbers)",
+        ylabel="|h| ÷ median |h|",
+        xlim=(0.4, n + 5.5),
+    )
+    ax.set_xticks([1, *range(4, n + 1, 4)])
+    _thousands(ax)
+    n_channels = len(cycle.channels)
+    verb = "holds" if n_channels == 1 else "hold"
+    ax.set_title(f"{n_channels} of {trace.anatomy.d_model} channels {verb} the spike, half-way through the plateau")
+    return fig
+
+
+@_drawn_if_spiking
+def plateau(life: Lifecycle) -> Figure:
+    """02: the size of every block's write into the first channel, over the plateau value, with ordinary channels."""
+    cycle, trace = life.main, life.trace
+    spikes = spike_rows(life)
+    blocks = np.arange(1, trace.anatomy.n_blocks + 1)
+    fig, ax = _figure(size=(9.5, 4.2))
+    share = (cycle.writes / cycle.value).abs().clamp(min=1e-8)
+    held = spikes.stream[:, cycle.middle, trace.ordinary].abs()[:, None]
+    ordinary = (
+        (spikes.writes[..., trace.ordinary].abs() / held).flatten(2).transpose(0, 1).flatten(1).quantile(0.5, dim=1)
+    )
+    ax.plot(blocks, ordinary, color=ORDINARY, marker="s", ms=3.5, lw=0.8)
+    ax.plot(blocks, share, color=SPIKE, marker="o", ms=3.5, lw=0.8)
+    ax.axhline(0.01, color="black", lw=0.8, ls="--")
+    ax.annotate("1%", (blocks[0], 0.01), (0, 2), textcoords="offset points", fontsize=9)
+    ax.text(blocks[-1] + 1, float(share[-1]), f"channel {cycle.channel}", color=SPIKE, va="center", fontsize=9)
+    ax.text(blocks[-1] + 1, float(ordinary[-1]), "ordinary\nchannels", color=ORDINARY, va="center", fontsize=9)
+    _span(ax, cycle)
+    ax.set(
+        yscale="log",
+        xlabel="block (odd: attention, even: FFN)",
+        ylabel="|write| ÷ what the channel\nholds half-way",
+        xlim=(0, blocks[-1] * 1.02 + 1),
+    )
+    inside = share[cycle.plateau[0] : cycle.plateau[1]]
+    typical = float(inside.median()) if len(inside) else float("nan")
+    ax.set_title(
+        f"Between step-up and step-down a block's typical write is {typical:.2%} of the spike"
+        if len(inside)
+        else "No block lies between step-up and step-down"
+    )
+    return fig
+
+
+@_drawn_if_spiking
+def lives(life: Lifecycle) -> Figure:
+    """02: the first channel of every spike token over depth, and of ordinary tokens."""
+    cycle, trace = life.main, life.trace
+    index = int((trace.channels == cycle.channel).nonzero()[0])
+    fig, ax = _figure(size=(9.5, 4))
+    points = np.arange(len(trace.medians))
+    for rows, colour, alpha in ((ordinary_rows(life), ORDINARY, 0.25), (spike_rows(life), SPIKE, 0.6)):
+        ax.plot(points, rows.stream[..., index].T, color=colour, alpha=alpha, lw=0.9)
+    linear = 10 ** np.floor(np.log10(max(1e-3, float(trace.medians[cycle.middle]))))
+    ax.set_yscale("symlog", linthresh=linear)
+    ax.axhline(0, color="black", lw=0.6)
+    _thousands(ax)
+    _span(ax, cycle)
+    at = cycle.middle
+    label = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+    ax.annotate(f"{len(spike_rows(life))} spike tokens", (at, cycle.value), (0, -14), color=SPIKE, **label)
+    low = float(ordinary_rows(life).stream[:, at, index].quantile(0.5))
+    ax.annotate("ordinary tokens", (at, low), (0, -24), color="#404040", **label)
+    ax.set(xlabel="depth: after block …", ylabel=f"channel {cycle.channel} (signed)", xlim=(0, points[-1] + 0.5))
+    first, last = (float(cycle.stream[p]) for p in cycle.plateau)
+    ax.set_title(
+        f"From block {cycle.plateau[0]} to block {cycle.plateau[1]} the spike goes from {first:,.0f} to {last:,.0f}"
+    )
+    return fig
+
+
+@_drawn_if_spiking
+def ratios(life: Lifecycle) -> Figure:
+    """02: each spike channel over the first one, token by token, over its own median; flat lines are fixed ratios."""
+    cycle, trace = life.main, life.trace
+    shown = cycle.channels[:4] if len(cycle.channels) > 1 else trace.channels[:2].tolist()
+    index = [int((trace.channels == c).nonzero()[0]) for c in shown]
+    fig, axes = _figure(1, 2, size=(9.5, 4), sharey=True)
+    groups = ((spike_rows(life), SPIKE, "spike tokens"), (ordinary_rows(life), ORDINARY, "ordinary tokens"))
+    for ax, (rows, colour, name) in zip(axes, groups, strict=True):
+        at = rows.stream[:, cycle.middle]
+        order = at[:, index[0]].abs().argsort(descending=True)[:40]
+        for rank, i in enumerate(index[1:]):
+            ratio = at[order, i] / at[order, index[0]]
+            shade = {
+                "color": colour,
+                "alpha": 1 - 0.25 * rank,
+                "ms": 4,
+                "lw": 0.8,
+                "label": f"channel {shown[rank + 1]}",
+            }
+            ax.plot(range(1, len(order) + 1), (ratio / ratio.median()).clamp(-1, 3), marker=MARKERS[rank], **shade)
+        ax.axhline(1, color="black", lw=0.6, zorder=0)
+        ax.set(xlabel=f"{name}, the largest first", ylim=(-1.1, 3.1))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend(fontsize=8, loc="upper center", ncols=3)
+        spread = at[:, index[1]] / at[:, index[0]]
+        varies = float(spread.std(correction=0) / spread.mean().abs())
+        ax.set_title(f"{name.capitalize()}: {shown[1]} ÷ {shown[0]} varies by {brief(100 * varies)}%", fontsize=11)
+    axes[0].set_ylabel(f"channel ÷ channel {shown[0]},\nover its own median (edge: beyond)")
+    return fig
+
+
+@_drawn_if_spiking
+def cancellation(life: Lifecycle) -> Figure:
+    """03: what step-down blocks take back from each token, against what the token holds on the plateau."""
+    cycle, trace = life.main, life.trace
+    index = int((trace.channels == cycle.channel).nonzero()[0])
+    which = torch.tensor(cycle.step_down, dtype=torch.long) - 1
+    fig, ax = _figure(size=(9.5, 4.2))
+    spikes, ordinary = spike_rows(life), ordinary_rows(life)
+    for rows, colour, marker, name in ((ordinary, ORDINARY, "s", "ordinary"), (spikes, SPIKE, "o", "spike tokens")):
+        ax.scatter(
+            rows.stream[:, cycle.middle, index],
+            -rows.writes[:, which, index].sum(1),
+            s=26,
+            color=colour,
+            marker=marker,
+            label=name,
+        )
+    held = spikes.stream[:, cycle.middle, index]
+    ends = torch.tensor([0.0, float(held[held.abs().argmax()])])
+    ax.plot(ends, ends, color="black", lw=0.8, ls="--")
+    ax.text(float(ends[1]), float(ends[1]), "all of it ", ha="right", va="bottom", fontsize=9)
+    ax.legend(fontsize=9, loc="upper left")
+    ax.set(
+        xlabel=f"channel {cycle.channel} half-way through the plateau",
+        ylabel=f"taken back by\n{_blocks(cycle.step_down)}",
+    )
+    _thousands(ax, "x")
+    _thousands(ax, "y")
+    taken, elsewhere = (-rows.writes[:, which, index].sum(1).median() / cycle.value for rows in (spikes, ordinary))
+    verb = "take" if len(cycle.step_down) != 1 else "takes"
+    ax.set_title(
+        f"{_blocks(cycle.step_down).capitalize()} {verb} back {taken:.0%} of the plateau value on spike tokens, "
+        f"{elsewhere:.0%} elsewhere",
+        fontsize=11,
+    )
+    return fig
+
+
+@_drawn_if_spiking
+def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
+    """03: every cycle's first channel over depth, on its own tokens, with the words it falls on."""
+    trace = life.trace
+    fig, ax = _figure(size=(9.5, 4.2))
+    points = np.arange(len(trace.medians))
+    for cycle, colour, marker in zip(life.cycles, (SPIKE, SMALL, SINK, "#009E73"), "os^v", strict=False):
+        rows = trace.rows[cycle.is_spike]
+        ax.plot(points, cycle.stream.abs(), color=colour, lw=1.6, marker=marker, ms=3)
+        tokens, counts = rows.token.unique(return_counts=True)
+        common = [_token(decode([int(t)])) for t in tokens[counts.argsort(descending=True, stable=True)][:4]]
+        side = "right" if cycle.middle > 0.75 * points[-1] else "center"
+        label = {"xytext": (0, 7), "textcoords": "offset points", "ha": side, "fontsize": 9}
+        ax.annotate(
+            f"{len(rows)} tokens: {'  '.join(common)} …", (cycle.middle, abs(cycle.value)), color=colour, **label
+        )
+    ax.plot(points, SPIKE_OVER_MEDIAN * trace.medians, color="black", ls="--", lw=0.8)
+    ax.text(
+        points[-1] + 0.5,
+        SPIKE_OVER_MEDIAN * float(trace.medians[-1]),
+        f"{SPIKE_OVER_MEDIAN:g}\nmedians",
+        fontsize=8,
+        va="center",
+    )
+    ax.plot(points, trace.medians, color=ORDINARY, lw=1.4)
+    ax.text(points[-1] + 0.5, float(trace.medians[-1]), "median", color=ORDINARY, fontsize=9, va="center")
+    ax.set(
+        yscale="log",
+        xlabel="depth: after block …",
+        ylabel="|h| of the first channel,\nmedian over the cycle's tokens",
+        xlim=(0, points[-1] * 1.06 + 1),
+    )
+    ax.margins(y=0.12)
+    _thousands(ax)
+    words = {1: "One cycle", 2: "Two cycles", 3: "Three cycles", 4: "Four cycles"}[len(life.cycles)]
+    ax.set_title(f"{words}: {' · '.join(f'{_blocks(c.step_up)} up' for c in life.cycles)}")
+    return fig
+
+
+@styled
+def across_models(rows: Sequence[tuple[str, int, Sequence[int], Sequence[int], bool]]) -> Figure:
+    """03: step-up and step-down blocks of many models over relative depth.
+
+    Args:
+        rows: a name, the number of blocks, step-up blocks, step-down blocks, and whether the paper measured it.
+    """
+    fig, ax = _figure(size=(9.5, 0.9 + 0.36 * len(rows)))
+    for y, (_, n_blocks, up, down, paper) in enumerate(reversed(rows)):
+        colour = ORDINARY if paper else SPIKE
+        ax.plot([0, 100], [y, y], color="#DDDDDD", lw=1, zorder=0)
+        if up and down:
+            ax.plot(
+                [100 * max(up) / n_blocks, 100 * min(down) / n_blocks], [y, y], color=colour, lw=4, alpha=0.35, zorder=1
+            )
+        for blocks, marker in ((up, "^"), (down, "v")):
+            ax.scatter(
+                [100 * b / n_blocks for b in blocks], [y] * len(blocks), marker=marker, color=colour, s=46, zorder=2
+            )
+    ax.set_yticks(range(len(rows)), [f"{name}{' (paper)' if paper else ''}" for name, *_, paper in reversed(rows)])
+    for tick, (*_, paper) in zip(ax.get_yticklabels(), reversed(rows), strict=True):
+        tick.set_fontweight("normal" if paper else "bold")
+    ax.set(
+        xlabel="depth of the block, % of all blocks (▲ step-up, ▼ step-down, bar: plateau)",
+        xlim=(-1, 101),
+        ylim=(-0.6, len(rows) - 0.4),
+    )
+    ax.set_title("Written early, cancelled late: the plateau spans most of the depth")
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return fig

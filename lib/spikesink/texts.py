@@ -1,0 +1,116 @@
+"""Text to measure on: the project's own prose by default, or pydoc's, a file's or a data set's."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.models import anatomy
+
+CHARACTERS_FROM_A_DATASET = 2_000_000
+
+
+class TextError(ValueError):
+    """A text that cannot be read or does not suffice; the message is one sentence that says what would do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to cut windows from: the `name` it was asked for by, and its `content`."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content in UTF-8, so that a ledger says which text it was measured on."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def read(source: str = "house") -> Text:
+    """Read a text.
+
+    Args:
+        source: "house" (the project's own prose, the same everywhere), "pydoc" (`pydoc_data.topics`, differs between
+            Python versions), the path of a UTF-8 file, or "datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]" for a data set of
+            the hub or a local folder (the split is "train" and the column "text" unless given; its first two million
+            characters are used).
+
+    Raises:
+        TextError: no such source, not UTF-8, or nothing in it.
+    """
+    if source == "house":
+        content = files("spikesink").joinpath("house.txt").read_text(encoding="utf-8")
+    elif source == "pydoc":
+        from pydoc_data.topics import topics
+
+        content = "\n\n".join(topics[name] for name in sorted(topics))
+    elif source.startswith("datasets:"):
+        content = _from_dataset(source)
+    elif Path(source).expanduser().is_file():
+        try:
+            content = Path(source).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise TextError(f"the file {source} is not UTF-8 text; convert it, or give another.") from None
+    else:
+        raise TextError(f"there is no text {source!r}; give house, pydoc, a file's path, or datasets:NAME.")
+    if not content.strip():
+        raise TextError(f"the text {source!r} is empty; give one with some words in it.")
+    return Text(source, content)
+
+
+def windows(
+    model: TransformerBridge, source: str | Text = "house", n: int = 16, length: int = 256, seed: int = 0
+) -> Int[Tensor, "n length"]:
+    """Cut `n` windows of `length` tokens out of a text, none overlapping another, at places drawn by `seed`.
+
+    A window begins with BOS where the tokenizer adds one of its own accord (`anatomy(model).prepends_bos`).
+
+    Raises:
+        TextError: the text is too short for the request, or a window is longer than the model's context.
+    """
+    text = source if isinstance(source, Text) else read(source)
+    about = anatomy(model)
+    bos = [about.bos_token] if about.prepends_bos else []
+    if n < 1 or length < 2 + len(bos):
+        raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(bos)}.")
+    if length > about.context:
+        raise TextError(f"a window of {length} tokens is longer than the model's context of {about.context}.")
+    ids = model.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    body = length - len(bos)
+    there = len(ids) // body
+    if there < n:
+        raise TextError(
+            f"the text {text.name!r} has {len(ids)} tokens, enough for {there} windows of {length}, not {n}; "
+            "ask for fewer or shorter ones, or give a longer text."
+        )
+    chosen = np.random.default_rng(seed).permutation(there)[:n]
+    return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
+
+
+def _from_dataset(source: str) -> str:
+    from datasets import load_dataset
+
+    name, config, split, column = (source.split(":")[1:] + [""] * 4)[:4]
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        content, size = [], 0
+        for row in rows:
+            content.append(row[column or "text"])
+            size += len(content[-1])
+            if size >= CHARACTERS_FROM_A_DATASET:
+                break
+    except KeyError:
+        raise TextError(
+            f"the data set {source!r} has no column {column or 'text'!r}; name one after the split."
+        ) from None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TextError(f"{source!r} cannot be read ({reason}); check the name, or go online.") from None
+    return "\n\n".join(content)

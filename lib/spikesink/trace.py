@@ -1,0 +1,298 @@
+"""One pass over the windows that keeps what the life cycle needs, reduced at each hook as it streams by.
+
+A *point* p = 0 … 2L is a place in the residual stream: point 0 is the embedding, point b the stream after block b.
+Held for the length of one window: a few numbers a token. Kept in the end: sums over windows, and one row for each
+token that spikes somewhere, so memory does not grow with the number of windows except by what was found in them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.models import Anatomy, anatomy
+from spikesink.progress import progress
+
+SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (DESIGN: claim LC4)
+TOP = 3  # the paper draws the three largest channels
+ORDINARY_TOKENS = 4  # drawn from every window, as controls
+ORDINARY_CHANNELS = 16  # drawn once, as controls
+MAX_CHANNELS = 48  # followed, the strongest first
+MAX_ROWS = 4096  # kept, the strongest first
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row for each token that was followed: those that spike at some point, and some drawn at random."""
+
+    window: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    token: Int[Tensor, " row"]
+    drawn: Bool[Tensor, " row"]  # drawn at random, whether or not it spikes
+    candidate: Bool[Tensor, " row"]  # some entry above SPIKE_OVER_MEDIAN medians at some point
+    largest: Float[Tensor, " row"]  # max |h| over points and channels
+    stream: Float[Tensor, "row point channel"]  # h at the followed channels
+    writes: Float[Tensor, "row block channel"]  # block outputs at the followed channels
+    top_channels: Int[Tensor, "row point top"]  # the TOP largest |h|, over all channels of the model
+    top_values: Float[Tensor, "row point top"]  # their |h|
+
+    def __len__(self) -> int:
+        return len(self.window)
+
+    def __getitem__(self, which: Tensor) -> "Rows":
+        return Rows(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one pass saw; medians and magnitudes are in the stream's own units."""
+
+    anatomy: Anatomy
+    n_windows: int
+    length: int
+    channels: Int[Tensor, " channel"]  # those followed for their size, the strongest first, then the ordinary ones
+    n_followed: int  # how many of `channels` are followed for their size
+    n_candidates: int  # tokens that spike somewhere, also those that are not among the rows
+    rows: Rows
+    medians: Float[Tensor, " point"]  # median of |h| over tokens and channels, mean over windows
+    window_medians: Float[Tensor, "window point"]
+    top_stream: Float[Tensor, "point top"]  # the largest channels' max |h| over tokens, mean over windows
+    top_writes: Float[Tensor, "block top"]  # the same of the block outputs
+    attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, mean over queries and windows
+    closure: float  # largest |sum of writes - stream| at the followed channels, over the largest |h|
+
+    @property
+    def ordinary(self) -> slice:
+        """The part of `channels` that was drawn at random as a control."""
+        return slice(self.n_followed, len(self.channels))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One prompt, token by token: what `profile` returns."""
+
+    tokens: tuple[str, ...]
+    magnitude: Float[Tensor, "point token"]  # max |h| over channels
+    channel: Int[Tensor, "point token"]  # which channel that is
+    median: Float[Tensor, " point"]  # median of |h| over tokens and channels
+    attention: Float[Tensor, "layer token"]  # what each token gets, mean over heads and over the queries that see it
+
+
+def trace(model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0) -> Trace:
+    """Follow the residual stream, every block's write and the attention on position 0 through all windows.
+
+    Which channels to follow is measured first, on the first window; a channel that spikes only later is then
+    followed too, in a second pass over all windows.
+
+    Args:
+        model: as `load` returns it.
+        tokens: windows, as `windows` returns them.
+        seed: of the ordinary channels and tokens that serve as controls.
+
+    Raises:
+        ValueError: `tokens` is not two-dimensional, is empty, or is longer than the model's context.
+    """
+    about = anatomy(model)
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
+    if tokens.shape[1] > about.context:
+        raise ValueError(f"windows of {tokens.shape[1]} tokens are longer than the model's context of {about.context}.")
+    first = _Pass(model, about, (), seed).over(tokens[:1], "finding channels")
+    followed = first.above(SPIKE_OVER_MEDIAN / 2)
+    while True:
+        done = _Pass(model, about, followed, seed).over(tokens, "tracing windows")
+        if set(done.above(SPIKE_OVER_MEDIAN)) <= set(followed) or len(followed) == MAX_CHANNELS:
+            return done.result()
+        followed = done.above(SPIKE_OVER_MEDIAN / 2)
+
+
+def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile:
+    """Look at one prompt token by token: how large each gets at every point, and how much attention it draws.
+
+    Args:
+        model: as `load` returns it.
+        tokens: the token ids of one prompt, without a batch dimension (`model.to_tokens(prompt)[0]`).
+
+    Raises:
+        ValueError: no tokens, or more than the model's context.
+    """
+    about = anatomy(model)
+    if tokens.ndim != 1 or not 0 < len(tokens) <= about.context:
+        raise ValueError(
+            f"a prompt of shape {list(tokens.shape)} cannot be looked at; give 1 to {about.context} tokens."
+        )
+    n_points, length = about.n_blocks + 1, len(tokens)
+    magnitude = torch.zeros(n_points, length)
+    channel = torch.zeros(n_points, length, dtype=torch.long)
+    median = torch.zeros(n_points)
+    attention = torch.zeros(about.n_layers, length)
+
+    def on_stream(point: int, h: Float[Tensor, "token d_model"]) -> None:
+        magnitude[point], channel[point] = (x.cpu() for x in h.abs().max(-1))
+        median[point] = h.abs().median()
+
+    def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+        attention[layer] = _received(pattern).mean(0).cpu()
+
+    _run(model, about, tokens, on_stream, lambda block, write: None, on_pattern)
+    return Profile(tuple(model.tokenizer.decode([i]) for i in tokens.tolist()), magnitude, channel, median, attention)
+
+
+def _received(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head key"]:
+    """Attention that each key gets, mean over the queries at or after it (Gu et al.'s alpha)."""
+    length = pattern.shape[-1]
+    return pattern.float().sum(1) / torch.arange(length, 0, -1, device=pattern.device)
+
+
+def _run(
+    model: TransformerBridge, about: Anatomy, tokens: Int[Tensor, " length"], on_stream, on_write, on_pattern
+) -> None:
+    """Run one window and hand on what passes, in float32: each point of the stream, each write, each pattern.
+
+    The stream between a layer's attention and its MLP is the stream that entered the layer plus the attention's
+    write; some families have no such place in their code, because both read the same stream.
+    """
+    entered: dict[int, Tensor] = {}
+    fired: set[str] = set()
+
+    def layer_hook(value, hook):
+        fired.add(hook.name)
+        layer = about.layer_hooks.index(hook.name)
+        entered.clear()
+        entered[layer] = value[0].float()
+        on_stream(2 * layer, entered[layer])
+
+    def write_hook(value, hook):
+        fired.add(hook.name)
+        block = about.write_hooks.index(hook.name) + 1
+        write = value[0].float()
+        on_write(block, write)
+        if block % 2:
+            on_stream(block, entered[block // 2] + write)
+
+    def pattern_hook(value, hook):
+        fired.add(hook.name)
+        on_pattern(about.pattern_hooks.index(hook.name), value[0])
+
+    hooks = [(name, layer_hook) for name in about.layer_hooks]
+    hooks += [(name, write_hook) for name in about.write_hooks]
+    hooks += [(name, pattern_hook) for name in about.pattern_hooks]
+    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
+        # The transformers model under its head: nothing here needs logits, which can cost as much as all layers.
+        model.original_model.base_model(tokens[None].to(model.cfg.device), use_cache=False)
+    if silent := [name for name, _ in hooks if name not in fired]:
+        raise RuntimeError(f"{len(silent)} hooks of this {about.family} model never fired, the first is {silent[0]}.")
+
+
+class _Pass:
+    """The sums of one pass, while it runs."""
+
+    def __init__(self, model: TransformerBridge, about: Anatomy, followed: Sequence[int], seed: int):
+        self.model, self.about = model, about
+        self.generator = torch.Generator().manual_seed(seed)
+        others = [c for c in torch.randperm(about.d_model, generator=self.generator).tolist() if c not in followed]
+        self.n_followed = len(followed)
+        self.channels = torch.tensor([*followed, *others[:ORDINARY_CHANNELS]])
+        n_points = about.n_blocks + 1
+        self.n_windows = self.length = self.n_candidates = 0
+        self.medians: list[Tensor] = []
+        self.top_stream = torch.zeros(n_points, TOP)
+        self.top_writes = torch.zeros(about.n_blocks, TOP)
+        self.attention = torch.zeros(about.n_layers, about.n_heads)
+        self.ratio = torch.zeros(about.d_model)  # the largest |h| over its window's median, by channel
+        self.error = self.largest = 0.0
+        self.rows: Rows | None = None
+
+    def over(self, tokens: Int[Tensor, "n length"], label: str) -> "_Pass":
+        for window in progress(tokens, label, "window"):
+            self._one(window)
+        return self
+
+    def above(self, medians: float) -> list[int]:
+        """Channels with an entry above so many medians, the strongest first."""
+        order = self.ratio.argsort(descending=True, stable=True).tolist()
+        return [c for c in order if self.ratio[c] > medians][:MAX_CHANNELS]
+
+    def _one(self, window: Int[Tensor, " length"]) -> None:
+        about, length = self.about, len(window)
+        n_points = about.n_blocks + 1
+        stream = torch.zeros(length, n_points, len(self.channels))
+        writes = torch.zeros(length, about.n_blocks, len(self.channels))
+        top_channels = torch.zeros(length, n_points, TOP, dtype=torch.long)
+        top_values = torch.zeros(length, n_points, TOP)
+        medians = torch.zeros(n_points)
+        candidate = torch.zeros(length, dtype=torch.bool)
+
+        def on_stream(point: int, h: Float[Tensor, "token d_model"]) -> None:
+            size = h.abs()
+            median = size.median()
+            by_channel = size.amax(0)
+            values, indices = size.topk(TOP, dim=-1)
+            medians[point] = median
+            stream[:, point] = h[:, self.channels.to(h.device)].cpu()
+            top_values[:, point], top_channels[:, point] = values.cpu(), indices.cpu()
+            candidate.logical_or_((values[:, 0] > SPIKE_OVER_MEDIAN * median).cpu())
+            torch.maximum(self.ratio, (by_channel / median).cpu(), out=self.ratio)
+            self.top_stream[point] += by_channel.topk(TOP).values.cpu()
+
+        def on_write(block: int, write: Float[Tensor, "token d_model"]) -> None:
+            writes[:, block - 1] = write[:, self.channels.to(write.device)].cpu()
+            self.top_writes[block - 1] += write.abs().amax(0).topk(TOP).values.cpu()
+
+        def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+            self.attention[layer] += pattern[..., 0].float().mean(-1).cpu()
+
+        _run(self.model, about, window, on_stream, on_write, on_pattern)
+
+        drawn = torch.zeros(length, dtype=torch.bool)
+        drawn[torch.randperm(length, generator=self.generator)[:ORDINARY_TOKENS]] = True
+        largest = top_values[..., 0].amax(1)
+        self.error = max(self.error, (stream[:, 0] + writes.sum(1) - stream[:, -1]).abs().max().item())
+        self.largest = max(self.largest, largest.max().item())
+        found = Rows(
+            window=torch.full((length,), self.n_windows),
+            position=torch.arange(length),
+            token=window.cpu(),
+            drawn=drawn,
+            candidate=candidate,
+            largest=largest,
+            stream=stream,
+            writes=writes,
+            top_channels=top_channels,
+            top_values=top_values,
+        )[candidate | drawn]
+        self.rows = found if self.rows is None else _joined(self.rows, found)
+        self.medians.append(medians)
+        self.n_candidates += int(candidate.sum())
+        self.n_windows += 1
+        self.length = length
+
+    def result(self) -> Trace:
+        medians = torch.stack(self.medians)
+        return Trace(
+            anatomy=self.about,
+            n_windows=self.n_windows,
+            length=self.length,
+            channels=self.channels,
+            n_followed=self.n_followed,
+            n_candidates=self.n_candidates,
+            rows=self.rows,
+            medians=medians.mean(0),
+            window_medians=medians,
+            top_stream=self.top_stream / self.n_windows,
+            top_writes=self.top_writes / self.n_windows,
+            attention_to_first=self.attention / self.n_windows,
+            closure=self.error / self.largest,
+        )
+
+
+def _joined(first: Rows, second: Rows) -> Rows:
+    """Both, or the MAX_ROWS strongest of both; rows drawn at random stay."""
+    both = Rows(**{f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(Rows)})
+    if len(both) <= MAX_ROWS:
+        return both
+    strength = both.largest.masked_fill(both.drawn, float("inf"))
+    return both[strength.topk(MAX_ROWS).indices.sort().values]
