@@ -3,6 +3,6 @@
 from spikesink.lifecycle import find as find_lifecycle
 from spikesink.models import LoadError, anatomy, load
 from spikesink.texts import TextError, read, windows
-from spikesink.trace import profile, trace
+from spikesink.trace import profile, trace_windows
 
-__all__ = ["LoadError", "TextError", "anatomy", "find_lifecycle", "load", "profile", "read", "trace", "windows"]
+__all__ = ["LoadError", "TextError", "anatomy", "find_lifecycle", "load", "profile", "read", "trace_windows", "windows"]

@@ -179,8 +179,8 @@ def ledgers(figures: Path) -> dict[str, dict[str, Any]]:
 
 def headline(claim_id: str, claim: Mapping[str, Any]) -> str:
     """A claim's verdict and the measured value that stands for it, as text."""
-    if claim["verdict"] == "n/a":
-        return "n/a"
+    if claim["verdict"] == "n/a" or claim_id not in RULES:
+        return claim["verdict"]
     return f"{claim['verdict']} ({brief(claim['measured'][RULES[claim_id].headline])})"
 
 
@@ -208,7 +208,8 @@ def render(figures: Path) -> Path:
     ]
     for key in ids:
         cells = [headline(key, data["claims"][key]) if key in data["claims"] else "" for data in found.values()]
-        lines.append(f"| **{key}** {RULES[key].statement} | " + " | ".join(cells) + " |")
+        statement = next(data["claims"][key]["statement"] for data in found.values() if key in data["claims"])
+        lines.append(f"| **{key}** {statement} | " + " | ".join(cells) + " |")
     for name, data in found.items():
         n, length = data["windows"]
         lines += ["", f"## {name}", "", f"`{data['spec']}`, {n} windows of {length} tokens of `{data['text']}`, "]

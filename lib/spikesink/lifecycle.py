@@ -95,7 +95,7 @@ def find(trace: Trace, step: float = STEP) -> Lifecycle:
     """Find the cycles in a trace, by the rules at the top of this module.
 
     Args:
-        trace: as `spikesink.trace` returns it.
+        trace: as `trace_windows` returns it.
         step: the share of a cycle's size that a write must reach to count as a step.
 
     Raises:
@@ -392,16 +392,19 @@ def fixed_ratios(life: Lifecycle) -> Evidence | NotApplicable:
 
     def ratio(rows: Rows) -> Tensor:
         at = rows.stream[:, life.main.middle]
-        return at[:, second] / at[:, first]
+        return (at[:, second] / at[:, first])[at[:, first] != 0]
 
     spikes, ordinary = ratio(spike_rows(life)), ratio(ordinary_rows(life))
+    control = {"n_ordinary_tokens": len(ordinary)}
+    if len(ordinary) > 1 and ordinary.mean() != 0:
+        control["ratio_cv_ordinary_tokens"] = _variation(ordinary)
     return Evidence(
         measured={
             "ratio_cv": _variation(spikes),
             "ratio": float(spikes.median()),
             "channels": list(life.main.channels[:2]),
         },
-        control={"ratio_cv_ordinary_tokens": _variation(ordinary)},
+        control=control,
     )
 
 

@@ -85,7 +85,7 @@ def say(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any] | 
         values = {**evidence.control, **evidence.measured, **values}
     elif evidence is not None:
         values = {**evidence, **values}
-    return Markdown(template.format(**{key: _Brief(value) for key, value in values.items()}))
+    return Markdown(template.format_map(_Values({key: _Brief(value) for key, value in values.items()})))
 
 
 def tidy(frame: pd.DataFrame) -> Markdown:
@@ -131,7 +131,14 @@ class _Brief:
         self.value = value
 
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec) if spec else claims.brief(self.value)
+        return format(self.value, spec) if spec and not isinstance(self.value, str) else claims.brief(self.value)
+
+
+class _Values(dict):
+    """Values for a template; one that could not be measured reads "(not measurable here)"."""
+
+    def __missing__(self, key: str) -> _Brief:
+        return _Brief("(not measurable here)")
 
 
 def _lines(values: Mapping[str, Any]) -> str:

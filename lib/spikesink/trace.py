@@ -81,7 +81,7 @@ class Profile:
     attention: Float[Tensor, "layer token"]  # what each token gets, mean over heads and over the queries that see it
 
 
-def trace(model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0) -> Trace:
+def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0) -> Trace:
     """Follow the residual stream, every block's write and the attention on position 0 through all windows.
 
     Which channels to follow is measured first, on the first window; a channel that spikes only later is then

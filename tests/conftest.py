@@ -1,0 +1,58 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+# The notebooks' stored outputs are checked in a folder of their own, so that a test run changes no committed figure.
+os.environ["SPIKESINK_FIGURES"] = str(ROOT / "build" / "tested-figures")
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import spikesink  # noqa: E402
+
+from tests import planted  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def random_directory(tmp_path_factory) -> Path:
+    return planted.save(planted.random_llama(400), tmp_path_factory.mktemp("models") / "random-llama")
+
+
+@pytest.fixture(scope="session")
+def random_model(random_directory):
+    return spikesink.load(random_directory)
+
+
+@pytest.fixture(scope="session")
+def planted_directory(tmp_path_factory) -> Path:
+    model = planted.plant(planted.random_llama(400), planted.Plant())
+    return planted.save(model, tmp_path_factory.mktemp("models") / "planted-llama")
+
+
+@pytest.fixture(scope="session")
+def planted_model(planted_directory):
+    return spikesink.load(planted_directory)
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    return spikesink.load()
+
+
+@pytest.fixture(scope="session")
+def trigger_tokens(planted_model):
+    """Six windows of 48 tokens; the trigger is nowhere, first, in the middle, at the end, and twice."""
+    tokens = spikesink.windows(planted_model, "house", 6, 48)
+    trigger = planted_model.tokenizer.convert_tokens_to_ids(planted.TRIGGER)
+    assert not (tokens == trigger).any()
+    for window, position in ((1, 0), (2, 20), (3, 47), (4, 5), (4, 30), (5, 0)):
+        tokens[window, position] = trigger
+    return tokens
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield

@@ -1,0 +1,153 @@
+"""The ledger: rules on hand-made measurements, merging, and verdicts that can be recomputed from the files."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from spikesink import claims
+from spikesink.claims import Evidence, Header, NotApplicable
+
+FIGURES = Path(__file__).parent.parent / "figures"
+HEADER = Header("tiny", "tiny", "ab", "house", "cd", (2, 64), "float32", 0)
+HOLDS = {
+    "LC1": {"share_written": 0.8, "largest_attention_share": 0.09},
+    "LC2": {"plateau_write_ratio": 0.01},
+    "LC3": {"share_cancelled": 0.5},
+    "LC4": {"n_spike_channels": 10, "d_model": 576},
+    "LC5": {"jaccard": 0.9},
+    "LC6": {"ratio_cv": 0.1},
+    "LC7": {"spike_token_share": 0.05, "position0_share": 0.9},
+}
+DIFFERS = [
+    ("LC1", {"share_written": 0.79, "largest_attention_share": 0.0}),
+    ("LC1", {"share_written": 1.0, "largest_attention_share": 0.1}),
+    ("LC2", {"plateau_write_ratio": 0.011}),
+    ("LC3", {"share_cancelled": 0.49}),
+    ("LC4", {"n_spike_channels": 0, "d_model": 576}),
+    ("LC4", {"n_spike_channels": 11, "d_model": 576}),
+    ("LC5", {"jaccard": 0.89}),
+    ("LC6", {"ratio_cv": 0.11}),
+    ("LC7", {"spike_token_share": 0.051, "position0_share": 1.0}),
+    ("LC7", {"spike_token_share": 0.01, "position0_share": 0.89}),
+]
+
+
+def claim(claim_id="LC2", value=0.001, notebook="02_plateau"):
+    measured = dict(HOLDS[claim_id])
+    if claim_id == "LC2":
+        measured["plateau_write_ratio"] = value
+    return claims.judge(claim_id, Evidence(measured, {"other": 0.5}), notebook)
+
+
+@pytest.mark.parametrize("claim_id", HOLDS)
+def test_a_rule_holds_at_its_own_limit(claim_id):
+    assert claims.verdict(claim_id, HOLDS[claim_id]) == "holds"
+
+
+@pytest.mark.parametrize(("claim_id", "measured"), DIFFERS)
+def test_a_rule_differs_just_beyond_its_limit(claim_id, measured):
+    assert claims.verdict(claim_id, measured) == "differs"
+
+
+def test_channels_may_be_one_per_cent_of_a_wide_model():
+    assert claims.verdict("LC4", {"n_spike_channels": 40, "d_model": 4096}) == "holds"
+    assert claims.verdict("LC4", {"n_spike_channels": 41, "d_model": 4096}) == "differs"
+
+
+def test_every_committed_verdict_can_be_recomputed_from_its_file():
+    ledgers = claims.ledgers(FIGURES)
+    assert "smollm2-135m" in ledgers
+    for data in ledgers.values():
+        for claim_id, row in data["claims"].items():
+            assert claims.verdict(claim_id, row["measured"]) == row["verdict"], (data["model"], claim_id)
+            assert row["rule"] == claims.RULES[claim_id].words
+            assert row["control"] or row["verdict"] == "n/a"
+
+
+def test_committed_table_is_made_from_the_committed_ledgers(tmp_path):
+    for path in FIGURES.glob("*/claims.json"):
+        (tmp_path / path.parent.name).mkdir()
+        (tmp_path / path.parent.name / path.name).write_text(path.read_text())
+    assert claims.render(tmp_path).read_text() == (FIGURES / "README.md").read_text()
+
+
+def test_a_reason_is_no_verdict():
+    row = claims.judge("LC1", NotApplicable("nothing spikes"), "01_step_up")
+    assert row.verdict == "n/a"
+    assert row.measured == {"reason": "nothing spikes"}
+    assert claims.verdict("LC1", row.measured) == "n/a"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_what_is_no_number_is_refused(bad):
+    with pytest.raises(ValueError, match="LC2: plateau_write_ratio is"):
+        claims.judge("LC2", Evidence({"plateau_write_ratio": bad}, {"other": 1.0}), "02_plateau")
+
+
+def test_a_claim_without_a_control_is_refused():
+    with pytest.raises(ValueError, match="no control"):
+        claims.judge("LC2", Evidence({"plateau_write_ratio": 0.1}, {}), "02_plateau")
+
+
+def test_notebooks_merge_their_claims(tmp_path):
+    claims.record(tmp_path, HEADER, {"LC2": claim("LC2")})
+    path = claims.record(tmp_path, HEADER, {"LC1": claim("LC1", notebook="01_step_up")})
+    data = json.loads(path.read_text())
+    assert list(data["claims"]) == ["LC1", "LC2"]
+    assert data["schema"] == 1
+    assert data["windows"] == [2, 64]
+    claims.record(tmp_path, HEADER, {"LC2": claim("LC2", 0.5)})
+    assert json.loads(path.read_text())["claims"]["LC2"]["verdict"] == "differs"
+
+
+@pytest.mark.parametrize(
+    "change", [{"text_sha256": "ef"}, {"windows": (4, 64)}, {"sha256": "00"}, {"dtype": "bfloat16"}, {"seed": 1}]
+)
+def test_claims_measured_otherwise_are_not_mixed(tmp_path, change):
+    claims.record(tmp_path, HEADER, {"LC2": claim("LC2")})
+    path = claims.record(tmp_path, replace(HEADER, **change), {"LC1": claim("LC1")})
+    assert list(json.loads(path.read_text())["claims"]) == ["LC1"]
+
+
+def test_many_notebooks_at_once_lose_nothing(tmp_path):
+    threads = [
+        threading.Thread(target=claims.record, args=(tmp_path, HEADER, {claim_id: claim(claim_id)}))
+        for claim_id in HOLDS
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(json.loads((tmp_path / "claims.json").read_text())["claims"]) == set(HOLDS)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    claims.write_atomically(path, "old")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claims.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        claims.write_atomically(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0001234, "0.000123"),
+        (23754.4, "23,754"),
+        ([24, 58], "24, 58"),
+        ([], "none"),
+        (1.0018, "1"),
+        ("a", "a"),
+        (3, "3"),
+    ],
+)
+def test_values_are_shortened(value, text):
+    assert claims.brief(value) == text

@@ -1,0 +1,168 @@
+"""`make figures`: runs what changed and only that, on any model, and leaves nothing broken."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from rich.console import Console
+from spikesink import claims, reproduce
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = """import json
+from pathlib import Path
+
+folder = Path(FIGURES) / Path(MODEL).name
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "01-picture.png").write_text(str(SEED))
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project of one notebook that writes one picture, and a function that runs it and tells what was said."""
+    cells = [nbformat.v4.new_code_cell("MODEL = 'none'\nSEED = 0\nFIGURES = None"), nbformat.v4.new_code_cell(NOTEBOOK)]
+    cells[0].metadata["tags"] = ["parameters"]
+    (tmp_path / "notebooks").mkdir()
+    python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=python)
+    nbformat.write(notebook, tmp_path / "notebooks" / "01_one.ipynb")
+
+    def run(**parameters):
+        console = Console(record=True, width=200)
+        given = {"MODEL": "tiny", "TEXT": "house", "SEED": 0, "FIGURES": str(tmp_path / "figures")} | parameters
+        notebooks = sorted((tmp_path / "notebooks").glob("*.ipynb"))
+        code = reproduce.run(notebooks, given, tmp_path / "figures", tmp_path / "build", console)
+        return code, console.export_text()
+
+    run.root = tmp_path
+    return run
+
+
+def test_only_what_changed_runs_again(project):
+    code, said = project()
+    assert code == 0
+    assert "[1/1] 01_one: running on tiny, 0 more after it" in said
+    assert "done in" in said
+    assert "up to date" in project()[1]
+    assert "running" in project(SEED=1)[1]
+    assert (project.root / "figures" / "tiny" / "01-picture.png").read_text() == "1"
+    assert "up to date" in project(SEED=1)[1]
+    (project.root / "figures" / "tiny" / "01-picture.png").unlink()
+    assert "running" in project(SEED=1)[1]
+
+
+def test_a_changed_notebook_or_library_runs_again(project, monkeypatch):
+    project()
+    notebook = project.root / "notebooks" / "01_one.ipynb"
+    notebook.write_text(notebook.read_text().replace("import json", "import json  # changed"))
+    assert "running" in project()[1]
+    assert "up to date" in project()[1]
+    monkeypatch.setattr(reproduce, "__file__", str(project.root / "library" / "reproduce.py"))
+    (project.root / "library").mkdir()
+    (project.root / "library" / "reproduce.py").write_text("changed")
+    assert "running" in project()[1]
+
+
+def test_a_failing_notebook_is_named_with_its_error(project):
+    notebook = project.root / "notebooks" / "01_one.ipynb"
+    notebook.write_text(notebook.read_text().replace("import json", "1 / 0"))
+    code, said = project()
+    assert code == 1
+    assert "01_one: failed. ZeroDivisionError: division by zero" in said.replace("\n", " ")
+    assert (project.root / "build" / "tiny" / "01_one.failed.ipynb").is_file()
+    assert not (project.root / "build" / "tiny" / "01_one.ipynb").exists()
+    assert "running" in project()[1]
+
+
+def test_an_interrupted_run_leaves_no_half_notebook(project, monkeypatch):
+    import papermill
+
+    def interrupted(notebook, partial, *args, **options):
+        Path(partial).write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(papermill, "execute_notebook", interrupted)
+    code, said = project()
+    assert code == reproduce.INTERRUPTED
+    assert "what was finished is kept" in said
+    assert list((project.root / "build" / "tiny").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["planted", "random"])
+def test_the_notebooks_run_on_another_model(kind, planted_directory, random_directory, tmp_path, capfd):
+    """The tiny model with a planted spike is measured as planted; on the one without, every claim says n/a."""
+    directory = {"planted": planted_directory, "random": random_directory}[kind]
+    arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
+    arguments += ["--build", str(tmp_path / "build"), "--model", str(directory)]
+    text = tmp_path / "text.txt"
+    text.write_text("The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40)
+    code = reproduce.main([*arguments, "--text", str(text), "--n-prompts", "3", "--seq-len", "48"])
+    assert code == 0, capfd.readouterr().out
+    data = claims.ledgers(tmp_path / "figures")[f"{kind}-llama"]
+    verdicts = {key: row["verdict"] for key, row in data["claims"].items()}
+    if kind == "random":
+        assert set(verdicts.values()) == {"n/a"}
+    else:
+        assert data["claims"]["LC1"]["measured"]["step_up_blocks"] == [4]
+        assert data["claims"]["LC3"]["measured"]["step_down_blocks"] == [10]
+        assert verdicts["LC1"] == verdicts["LC2"] == verdicts["LC3"] == "holds"
+    pictures = sorted(p.name for p in (tmp_path / "figures" / f"{kind}-llama").glob("*.png"))
+    committed = sorted(p.name for p in (ROOT / "figures" / "smollm2-135m").glob("*.png"))
+    assert pictures == committed
+    for notebook in (tmp_path / "build" / f"{kind}-llama").glob("*.ipynb"):
+        content = notebook.read_text()
+        assert str(tmp_path) not in "".join(
+            str(output) for cell in json.loads(content)["cells"] for output in cell.get("outputs", [])
+        )
+
+
+def test_notebooks_are_stored_without_traces_of_a_run():
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        content = nbformat.read(notebook, as_version=4)
+        assert set(content.metadata) == {"kernelspec", "language_info"}, notebook.name
+        parameters = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+        assert len(parameters) == 1
+        for cell in content.cells:
+            if cell.cell_type != "code":
+                continue
+            assert len(cell.source.splitlines()) <= 22, (notebook.name, cell.id)
+            assert cell.execution_count, (notebook.name, cell.id)
+            for output in cell.outputs:
+                assert output.output_type in ("execute_result", "display_data"), (notebook.name, output)
+
+
+def test_store_keeps_outputs_and_no_timings(tmp_path):
+    cells = [nbformat.v4.new_code_cell("1 + 1")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "00_sum.ipynb")
+    reproduce.store(tmp_path / "00_sum.ipynb")
+    content = nbformat.read(tmp_path / "00_sum.ipynb", as_version=4)
+    assert content.cells[0].outputs[0].data["text/plain"] == "2"
+    assert "execution" not in content.cells[0].metadata
+
+
+def test_without_notebooks_it_says_where_to_run_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        reproduce.main([])
+    assert "run this from the project's root" in capsys.readouterr().err
+
+
+def test_every_stored_notebook_says_what_its_ledger_says():
+    """The committed ledger and the stored outputs come from the same run."""
+    data = claims.ledgers(ROOT / "figures")["smollm2-135m"]
+    for claim_id, row in data["claims"].items():
+        notebook = nbformat.read(ROOT / "notebooks" / f"{row['notebook']}.ipynb", as_version=4)
+        shown = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
+        assert any(f"**{claim_id}** {row['statement']}" in text and f"**{row['verdict']}**" in text for text in shown)
+
+
+def test_figures_are_the_same_files_when_drawn_again(tmp_path):
+    from spikesink import plots
+
+    plots.save(plots.chain(), tmp_path, "one")
+    plots.save(plots.chain(), tmp_path, "two")
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,108 @@
+"""Windows of text: the same everywhere, never overlapping, and clear errors."""
+
+import json
+
+import pytest
+import spikesink
+import torch
+from spikesink.texts import Text, TextError
+
+
+def test_house_text_is_the_same_everywhere():
+    # The stored notebooks were measured on these very bytes; whoever changes the text must run `make store`.
+    text = spikesink.read("house")
+    assert text.sha256 == "a555d5616556b0780206dd8f4be6221b7fa655e98d17653791e0f0664b873fed"
+    assert 40_000 <= len(text.content.encode()) <= 60_000
+    assert text.content.isascii()
+
+
+def test_house_text_is_of_many_kinds():
+    content = spikesink.read("house").content
+    for sign in ('"', "?", "!", ";", "(", "- ", "1. ", "|", "def ", "<", "{", ":\n", "$ "):
+        assert sign in content, sign
+
+
+def test_windows_are_pieces_of_the_text_and_do_not_overlap(default_model):
+    ids = default_model.tokenizer(spikesink.read("house").content, add_special_tokens=False).input_ids
+    windows = spikesink.windows(default_model, "house", 40, 200)
+    assert windows.shape == (40, 200)
+    assert windows.dtype == torch.int64
+    starts = [i for w in windows.tolist() for i in range(0, len(ids), 200) if ids[i : i + 200] == w]
+    assert len(set(starts)) == 40
+
+
+def test_the_seed_chooses_the_windows(default_model):
+    first, again, other = (spikesink.windows(default_model, "house", 4, 64, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_bos_follows_the_tokenizers_habit(random_directory, tmp_path):
+    import shutil
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(random_directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    shutil.copytree(random_directory, tmp_path / "with-bos")
+    tokenizer.save_pretrained(tmp_path / "with-bos")
+    for directory, prepends in ((random_directory, False), (tmp_path / "with-bos", True)):
+        model = spikesink.load(directory)
+        assert spikesink.anatomy(model).prepends_bos is prepends
+        assert bool((spikesink.windows(model, "house", 3, 32)[:, 0] == 0).all()) is prepends
+        assert (model.to_tokens("word")[0, 0] == 0).item() is prepends
+
+
+def test_pydoc_and_files(default_model, tmp_path):
+    assert spikesink.windows(default_model, "pydoc", 2, 128).shape == (2, 128)
+    (tmp_path / "own.txt").write_text("A line of my own.\n" * 100)
+    assert spikesink.windows(default_model, str(tmp_path / "own.txt"), 2, 64).shape == (2, 64)
+
+
+def test_a_data_set_from_a_folder(default_model, tmp_path):
+    rows = [{"text": f"Story number {i} of the river and the mill.", "body": "x"} for i in range(200)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = f"datasets:{tmp_path / 'set'}"
+    assert "Story number 7 of the river" in spikesink.read(source).content
+    assert set(spikesink.read(f"{source}:::body").content.split()) == {"x"}
+    with pytest.raises(TextError, match="no column 'nothing'"):
+        spikesink.read(f"{source}:::nothing")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("nowhere.txt", "there is no text 'nowhere.txt'"), ("datasets:nobody/nothing", "cannot be read")],
+)
+def test_a_text_that_does_not_exist(source, words):
+    with pytest.raises(TextError, match=words):
+        spikesink.read(source)
+
+
+def test_an_empty_text(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    with pytest.raises(TextError, match="is empty"):
+        spikesink.read(str(tmp_path / "empty.txt"))
+
+
+def test_a_text_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(TextError, match="not UTF-8"):
+        spikesink.read(str(tmp_path / "latin.txt"))
+
+
+def test_a_text_too_short_for_the_request(default_model):
+    with pytest.raises(TextError, match="enough for 1 windows of 4, not 2"):
+        spikesink.windows(default_model, Text("short", "one two three four five"), 2, 4)
+
+
+def test_a_window_longer_than_the_context(random_model):
+    with pytest.raises(TextError, match="longer than the model's context of 512"):
+        spikesink.windows(random_model, "house", 1, 513)
+
+
+@pytest.mark.parametrize(("n", "length"), [(0, 64), (1, 1), (-1, 64)])
+def test_windows_that_cannot_be_measured(random_model, n, length):
+    with pytest.raises(TextError, match="cannot be measured"):
+        spikesink.windows(random_model, "house", n, length)

@@ -1,0 +1,131 @@
+"""The trace against a second way to compute the same: run_with_cache, which holds everything."""
+
+import tracemalloc
+
+import pytest
+import spikesink
+import torch
+from spikesink import trace as module
+
+
+@pytest.fixture(scope="module")
+def both(planted_model, trigger_tokens):
+    _, cache = planted_model.run_with_cache(trigger_tokens)
+    return spikesink.trace_windows(planted_model, trigger_tokens), cache
+
+
+def stream_of(cache, n_layers):
+    """[window, point, token, channel]"""
+    points = [cache["blocks.0.hook_resid_pre"]]
+    for layer in range(n_layers):
+        points += [cache[f"blocks.{layer}.hook_resid_mid"], cache[f"blocks.{layer}.hook_resid_post"]]
+    return torch.stack(points, dim=1)
+
+
+def writes_of(cache, n_layers):
+    names = [f"blocks.{layer}.hook_{kind}_out" for layer in range(n_layers) for kind in ("attn", "mlp")]
+    return torch.stack([cache[name] for name in names], dim=1)
+
+
+def test_stream_and_writes_are_what_the_cache_holds(both):
+    trace, cache = both
+    rows = trace.rows
+    stream = stream_of(cache, trace.anatomy.n_layers)[rows.window, :, rows.position][..., trace.channels]
+    writes = writes_of(cache, trace.anatomy.n_layers)[rows.window, :, rows.position][..., trace.channels]
+    torch.testing.assert_close(rows.stream, stream, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(rows.writes, writes, rtol=1e-5, atol=1e-4)
+
+
+def test_medians_and_largest_channels_are_what_the_cache_holds(both):
+    trace, cache = both
+    stream = stream_of(cache, trace.anatomy.n_layers).abs()
+    medians = stream.flatten(2).median(2).values
+    torch.testing.assert_close(trace.window_medians, medians, rtol=1e-5, atol=1e-6)
+    top = stream.amax(2).topk(module.TOP).values.mean(0)
+    torch.testing.assert_close(trace.top_stream, top, rtol=1e-5, atol=1e-4)
+    over = (stream > module.SPIKE_OVER_MEDIAN * medians[..., None, None]).any(-1).any(1)
+    assert trace.n_candidates == int(over.sum())
+    assert trace.rows.candidate.sum() == over.sum()
+
+
+def test_attention_to_the_first_token_is_what_the_cache_holds(both):
+    trace, cache = both
+    patterns = [cache[f"blocks.{i}.attn.hook_pattern"][..., 0].mean((0, 2)) for i in range(trace.anatomy.n_layers)]
+    torch.testing.assert_close(trace.attention_to_first, torch.stack(patterns), rtol=1e-5, atol=1e-6)
+
+
+def test_writes_add_up_to_the_stream(both):
+    trace, _ = both
+    assert trace.closure < 1e-6
+
+
+def test_every_channel_that_spikes_anywhere_is_followed(both):
+    trace, cache = both
+    stream = stream_of(cache, trace.anatomy.n_layers).abs()
+    ratio = stream / stream.flatten(2).median(2).values[..., None, None]
+    spiking = (ratio > module.SPIKE_OVER_MEDIAN).any(0).any(0).any(0).nonzero()[:, 0]
+    assert set(spiking.tolist()) <= set(trace.channels[: trace.n_followed].tolist())
+
+
+def test_a_channel_that_spikes_only_in_a_later_window_is_followed(planted_model, trigger_tokens):
+    # The first window has no trigger, so its spike channels are unknown when the pass begins.
+    trace = spikesink.trace_windows(planted_model, trigger_tokens[[0, 2]])
+    assert {9, 30} <= set(trace.channels[: trace.n_followed].tolist())
+    assert trace.n_windows == 2
+
+
+def test_memory_is_flat_in_the_number_of_windows(random_model):
+    tokens = spikesink.windows(random_model, "house", 12, 128)
+
+    def peak(n):
+        held = []
+        spikesink.trace_windows(random_model, tokens[:n])  # warm
+        tracemalloc.start()
+        trace = spikesink.trace_windows(random_model, tokens[:n])
+        held.append(sum(getattr(trace.rows, f).nbytes for f in ("stream", "writes", "top_channels", "top_values")))
+        tracemalloc.stop()
+        return held[0] / n
+
+    # Kept are the four tokens drawn from each window, and nothing of the others.
+    row = 4 * (13 * 16 + 12 * 16 + 13 * 3 + 2 * 13 * 3)
+    assert peak(2) == peak(12) == module.ORDINARY_TOKENS * row
+
+
+def test_strongest_rows_are_kept_when_there_are_too_many(planted_model, trigger_tokens, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROWS", 30)
+    trace = spikesink.trace_windows(planted_model, trigger_tokens)
+    assert len(trace.rows) <= 30
+    assert trace.rows.candidate.sum() == 6
+
+
+def test_profile_is_what_the_cache_holds(planted_model, trigger_tokens):
+    window = trigger_tokens[2]
+    profile = spikesink.profile(planted_model, window)
+    _, cache = planted_model.run_with_cache(window[None])
+    stream = stream_of(cache, 6)[0].abs()
+    torch.testing.assert_close(profile.magnitude, stream.amax(-1), rtol=1e-5, atol=1e-4)
+    assert int(profile.magnitude[6].argmax()) == 20
+    assert int(profile.channel[6, 20]) == 9
+    pattern = cache["blocks.3.attn.hook_pattern"][0]
+    received = torch.stack([pattern[:, k:, k].mean(1) for k in range(len(window))], dim=1).mean(0)
+    torch.testing.assert_close(profile.attention[3], received, rtol=1e-5, atol=1e-6)
+
+
+def test_no_hooks_are_left_behind(planted_model, trigger_tokens):
+    spikesink.trace_windows(planted_model, trigger_tokens[:1])
+    assert not any(point.fwd_hooks for point in planted_model.hook_dict.values())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5,), (2, 3, 4)])
+def test_tokens_of_another_shape_are_refused(random_model, shape):
+    with pytest.raises(ValueError, match="windows, length"):
+        spikesink.trace_windows(random_model, torch.zeros(shape, dtype=torch.long))
+
+
+def test_windows_longer_than_the_context_are_refused(random_model):
+    with pytest.raises(ValueError, match="longer than the model's context of 512"):
+        spikesink.trace_windows(random_model, torch.zeros((1, 513), dtype=torch.long))
+    with pytest.raises(ValueError, match="give 1 to 512 tokens"):
+        spikesink.profile(random_model, torch.zeros(513, dtype=torch.long))
+    with pytest.raises(ValueError, match="give 1 to 512 tokens"):
+        spikesink.profile(random_model, torch.zeros(0, dtype=torch.long))
