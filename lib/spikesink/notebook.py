@@ -1,5 +1,6 @@
 """What every notebook needs besides the measures: its ledger, its figures, and prose with measured numbers in it."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def open_ledger(
 
 
 def say(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any] | None = None, **values: Any) -> Markdown:
-    """Prose with measured numbers in it: `template.format` over the evidence's measured and control values.
+    """Prose with measured numbers in it: a format string over the evidence's measured and control values.
 
     Lists are joined by commas and floats shortened to three digits unless the template formats them itself. Where a
     claim does not apply, the reason stands in place of the prose.
@@ -85,7 +86,9 @@ def say(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any] | 
         values = {**evidence.control, **evidence.measured, **values}
     elif evidence is not None:
         values = {**evidence, **values}
-    return Markdown(template.format_map(_Values({key: _Brief(value) for key, value in values.items()})))
+    return Markdown(
+        inspect.cleandoc(template).format_map(_Values({key: _Brief(value) for key, value in values.items()}))
+    )
 
 
 def tidy(frame: pd.DataFrame) -> Markdown:

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from spikesink.claims import brief, write_atomically
 from spikesink.lifecycle import Cycle, Lifecycle, ordinary_rows, spike_rows
-from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile
+from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile, summarize
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
 SPIKE_MAP, SINK_MAP = "rocket_r", "Blues"
@@ -134,10 +134,9 @@ def skyline(profile: Profile) -> Figure:
     )
     fig.colorbar(image, ax=left, label="largest |h| of the token ÷ median |h|", pad=0.02)
     left.set(ylabel="depth: after block … (two a layer)", xlabel="token")
-    peak = int(profile.magnitude.max(0).values.argmax())
-    left.set_title(
-        f"Spike: {_token(profile.tokens[peak])!r} grows {brief(float(over.max()))} × the median", fontsize=11
-    )
+    facts = summarize(profile)
+    peak = facts["token"]
+    left.set_title(f"Spike: {_token(profile.tokens[peak])!r} grows to {brief(facts['factor'])} medians", fontsize=11)
     received = profile.attention * 100
     image = right.imshow(received, aspect="auto", origin="lower", cmap=SINK_MAP, vmin=0, vmax=100)
     fig.colorbar(image, ax=right, label="attention the token gets, %, mean over heads", pad=0.02)
@@ -149,8 +148,13 @@ def skyline(profile: Profile) -> Figure:
         ax.set_xticks(range(n_tokens), [_token(t) for t in profile.tokens], rotation=90, fontsize=8)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[:].set_visible(False)
-    same = "the same token" if peak == most else "not the same token"
-    fig.suptitle(f"One token becomes a spike, one a sink: {same}", fontsize=13, fontweight="bold", x=0.01, ha="left")
+    at_peak = profile.magnitude[facts["point"]]
+    n_spikes = int((at_peak >= at_peak.max() / 2).sum())
+    if n_spikes > 1:
+        title = f"{n_spikes} of {n_tokens} tokens grow about equally large"
+    else:
+        title = "One token becomes a giant" + (", and attention piles onto the same one" if peak == most else "")
+    fig.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
     return fig
 
 

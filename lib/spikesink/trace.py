@@ -7,6 +7,7 @@ token that spikes somewhere, so memory does not grow with the number of windows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -139,6 +140,32 @@ def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile
 
     _run(model, about, tokens, on_stream, lambda block, write: None, on_pattern)
     return Profile(tuple(model.tokenizer.decode([i]) for i in tokens.tolist()), magnitude, channel, median, attention)
+
+
+def summarize(profile: Profile) -> dict[str, Any]:
+    """What stands out in a profile: the largest entry over the median, whose it is, and what the first token draws.
+
+    Returns:
+        token, text, channel and point of the largest entry; its value and its factor over the median there; the
+        runner_up token's factor at that point; the attention that the first token gets, mean over layers, and the
+        share it would get if every query attended evenly to all it sees.
+    """
+    over = profile.magnitude / profile.median[:, None]
+    point, token = (int(i) for i in torch.unravel_index(over.argmax(), over.shape))
+    others = over[point].clone()
+    others[token] = 0
+    n_tokens = len(profile.tokens)
+    return {
+        "token": token,
+        "text": profile.tokens[token].replace("\n", "\\n"),
+        "channel": int(profile.channel[point, token]),
+        "point": point,
+        "value": float(profile.magnitude[point, token]),
+        "factor": float(over[point, token]),
+        "runner_up": float(others.max()),
+        "first": float(profile.attention[:, 0].mean()),
+        "even": sum(1 / (i + 1) for i in range(n_tokens)) / n_tokens,
+    }
 
 
 def _received(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head key"]:
