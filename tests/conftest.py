@@ -11,7 +11,6 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import spikesink  # noqa: E402
-
 from tests import planted  # noqa: E402
 
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import spikesink
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import spikesink
 
 N_LAYERS, D_MODEL = 6, 64
 TRIGGER = "<spike>"  # the token that spikes; it occurs in no text but those that a test writes

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from spikesink import claims
 from spikesink.claims import Evidence, Header, NotApplicable
 

@@ -1,11 +1,16 @@
 """The life cycle against ground truth: a spike planted by hand is found exactly, and where there is none, none is."""
 
-import pytest
-import spikesink
-import torch
-from spikesink import lifecycle
-from spikesink.claims import Evidence, NotApplicable, verdict
+import math
+from dataclasses import replace
 
+import pytest
+import torch
+
+import spikesink
+from spikesink import lifecycle
+from spikesink import trace as module
+from spikesink.claims import Evidence, NotApplicable, verdict
+from spikesink.models import Anatomy
 from tests import planted
 
 
@@ -147,3 +152,158 @@ def test_evidence_is_finite(life, planted_model):
         assert isinstance(evidence, Evidence)
         numbers = [v for values in (evidence.measured, evidence.control) for v in values.values()]
         assert all(torch.tensor(v, dtype=torch.float64).isfinite().all() for v in numbers)
+
+
+# Hand-made traces: every number below can be worked out on paper.
+N_BLOCKS, SECOND = 12, 1
+
+
+def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
+    """A trace of tokens given as (window, position, {block: write into the first channel, ...}).
+
+    The second channel gets half of every write and each of four ordinary channels a hundredth; all start from 0, the
+    median is 1 at every point, and tokens that are drawn hold 0.5 in every channel and get writes of 0.1.
+    """
+    base = torch.tensor([1.0, 0.5, 0.01, -0.01, 0.01, -0.01])
+    tokens = [(w, p, writes, 0.0, base, False) for w, p, writes in spikes]
+    tokens += [(w, p, writes, 0.5, torch.ones(6), True) for w, p, writes in drawn]
+    writes = torch.zeros(len(tokens), N_BLOCKS, 6)
+    stream = torch.zeros(len(tokens), N_BLOCKS + 1, 6)
+    for i, (_, _, of_block, start, channels, _) in enumerate(tokens):
+        for block, write in of_block.items():
+            writes[i, block - 1] = write * channels
+        stream[i] = start + torch.cat([torch.zeros(1, 6), writes[i].cumsum(0)])
+    medians = torch.ones(n_windows, N_BLOCKS + 1) if medians is None else medians
+    top = stream.abs().topk(3, dim=-1)
+    rows = module.Rows(
+        window=torch.tensor([t[0] for t in tokens]),
+        position=torch.tensor([t[1] for t in tokens]),
+        token=torch.tensor([7 + t[5] for t in tokens]),
+        drawn=torch.tensor([t[5] for t in tokens]),
+        candidate=(stream.abs() > 100 * medians[[t[0] for t in tokens]][..., None]).any(-1).any(-1),
+        largest=stream.abs().amax((1, 2)),
+        stream=stream,
+        writes=writes,
+        top_channels=top.indices,
+        top_values=top.values,
+    )
+    about = replace(ANATOMY, n_layers=N_BLOCKS // 2, d_model=576)
+    zeros = torch.zeros(N_BLOCKS + 1, 3)
+    channels = torch.tensor([10, 11, 12, 13, 14, 15])
+    n = int(rows.candidate.sum())
+    return module.Trace(
+        about, n_windows, length, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0
+    )
+
+
+ANATOMY = Anatomy(
+    "hand", 6, 1, 1, 576, 8, 8, 100, 64, "RMS", "pre", 0.0, "silu", False, False, None, False, None, (), (), ()
+)
+ORDINARY = [(0, 5, {4: 0.1}), (0, 9, {4: -0.1}), (1, 5, {4: 0.1}), (1, 9, {4: 0.1})]
+
+
+def test_step_up_is_the_sum_of_early_ffn_writes_and_no_other():
+    """Blocks 2, 3 (attention), 4 and 8 (late) write 300, 200, 400 and 100: 70% of 1000 are early FFN writes."""
+    spikes = [(w, 0, {2: 300.0, 3: 200.0, 4: 400.0, 8: 100.0}) for w in (0, 1)]
+    measured = lifecycle.step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
+    assert measured["step_up_blocks"] == [2, 3, 4, 8]
+    assert measured["share_written"] == pytest.approx(0.7)
+    assert measured["largest_attention_share"] == pytest.approx(0.2)
+    assert measured["blocks_needed"] == 3
+
+
+def test_an_attention_block_that_takes_away_counts_as_well():
+    spikes = [(w, 0, {2: 1500.0, 3: -600.0}) for w in (0, 1)]
+    evidence = lifecycle.step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY)))
+    assert evidence.measured["largest_attention_share"] == pytest.approx(0.4)
+    assert verdict("LC1", evidence.measured) == "differs"
+
+
+def test_at_most_three_blocks_count_as_having_written_the_spike():
+    spikes = [(w, 0, {1: 0.0, 2: 300.0, 4: 300.0, 6: 240.0, 8: 160.0}) for w in (0, 1)]
+    early = [(w, p, {2: 250.0, 4: 250.0, 6: 250.0}) for w, p, _ in spikes]
+    many = [(w, p, {b: 200.0 for b in (1, 2, 3, 4, 6)}) for w, p, _ in spikes]
+    shares = [
+        lifecycle.step_up(spikesink.find_lifecycle(handmade(s, ORDINARY))).measured["share_written"]
+        for s in (spikes, early, many)
+    ]
+    assert shares == pytest.approx([0.84, 1.0, 0.6])
+    wide = handmade([(w, 0, {2: 200.0, 4: 190.0, 6: 180.0, 8: 170.0}) for w in (0, 1)], ORDINARY)
+    assert lifecycle.step_up(spikesink.find_lifecycle(wide)).measured["share_written"] == pytest.approx(570 / 740)
+
+
+def test_a_plateau_write_counts_whatever_its_sign():
+    spikes = [(w, 0, {2: 1000.0, 4: -50.0, 5: 50.0, 6: -50.0, 10: -900.0}) for w in (0, 1)]
+    measured = lifecycle.plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
+    assert (measured["first_point"], measured["last_point"]) == (2, 9)
+    # Blocks 3 to 9 write 0, 50, 50, 50, 0, 0, 0 in size: the median is 0; with one more it is 50 of 950.
+    assert measured["plateau_write_ratio"] == 0
+    spikes = [(w, 0, {2: 1000.0, 3: -50.0, 4: -50.0, 5: 50.0, 6: -50.0, 10: -900.0}) for w in (0, 1)]
+    measured = lifecycle.plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
+    assert measured["plateau_write_ratio"] == pytest.approx(50 / 950)
+
+
+def test_only_late_ffn_blocks_count_as_cancelling():
+    """Of what blocks 6 (early), 9 (attention) and 12 take back, 100, 200 and 300 of 1000, only 12's counts."""
+    spikes = [(w, 0, {2: 1000.0, 6: -100.0, 9: -200.0, 12: -300.0}) for w in (0, 1)]
+    life = spikesink.find_lifecycle(handmade(spikes, [(w, p, {12: -10.0}) for w, p, _ in ORDINARY]))
+    evidence = lifecycle.step_down(life)
+    assert evidence.measured["step_down_blocks"] == [6, 9, 12]
+    assert evidence.measured["share_cancelled"] == pytest.approx(0.3)
+    assert evidence.measured["left_at_the_end"] == pytest.approx(0.4)
+    assert evidence.control["share_cancelled_ordinary_tokens"] == pytest.approx(0.01)
+
+
+def test_ratios_and_jaccard_are_those_of_the_tokens():
+    trace = handmade([(w, 0, {2: 1000.0 * (1 + w)}) for w in (0, 1)], ORDINARY)
+    trace.rows.stream[1, :, SECOND] *= 3  # the ratio is 0.5 on one token and 1.5 on the other
+    trace.rows.top_channels[0, :] = torch.tensor([10, 11, 12])
+    trace.rows.top_channels[1, :] = torch.tensor([10, 11, 15])
+    life = spikesink.find_lifecycle(trace)
+    assert lifecycle.fixed_ratios(life).measured["ratio_cv"] == pytest.approx(0.5)
+    assert lifecycle.same_channels(life).measured["jaccard"] == pytest.approx(0.5)
+
+
+def test_each_window_is_held_against_its_own_median():
+    """An entry of 1000 is a spike where the median is 1, and none where it is 50."""
+    medians = torch.ones(2, N_BLOCKS + 1)
+    medians[1] = 50.0
+    life = spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY, medians))
+    assert life.trace.rows.window[life.main.is_spike].tolist() == [0]
+
+
+def test_a_channel_that_is_large_on_every_token_does_not_make_them_spike_tokens():
+    """Ordinary tokens hold 200 medians, a fifth of the spike: nearer to it than a tenth, but not on a log scale."""
+    drawn = [(w, p, {4: 200.0}) for w, p, _ in ORDINARY]
+    life = spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], drawn))
+    assert life.main.is_spike.tolist() == [True, True, False, False, False, False]
+    evidence = lifecycle.few_tokens(life, str)
+    assert evidence.measured["n_spike_tokens"] == 2
+    assert evidence.measured["share_above_100_medians"] == pytest.approx(6 / 40)
+
+
+def test_one_outlier_does_not_set_the_size():
+    """One window's spike is thirty times the others': the size is the median window's, so all of them are found."""
+    spikes = [(w, 0, {2: 1000.0}) for w in range(4)] + [(4, 0, {2: 30_000.0})]
+    life = spikesink.find_lifecycle(handmade(spikes, [(w, 5, {4: 0.1}) for w in range(5)], n_windows=5, medians=None))
+    assert life.main.is_spike.sum() == 5
+    assert life.main.value == pytest.approx(1000)
+    assert len(life.cycles) == 1
+
+
+def test_spike_tokens_that_are_drawn_are_no_controls():
+    trace = handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)
+    trace.rows.drawn[0] = True
+    life = spikesink.find_lifecycle(trace)
+    assert len(lifecycle.ordinary_rows(life)) == 4
+    assert 7 not in lifecycle.ordinary_rows(life).token.tolist()
+
+
+def test_when_every_token_spikes_there_is_no_control_and_the_claims_say_so():
+    life = spikesink.find_lifecycle(handmade([(w, p, {2: 1000.0}) for w in (0, 1) for p in (0, 1)], []))
+    for measure in (lifecycle.few_channels, lifecycle.same_channels):
+        assert isinstance(measure(life), NotApplicable)
+    for measure in (lifecycle.step_up, lifecycle.step_down, lifecycle.fixed_ratios):
+        evidence = measure(life)
+        assert isinstance(evidence, Evidence)  # the ordinary channels are left to compare with
+        assert all(math.isfinite(v) for v in evidence.control.values())

@@ -13,12 +13,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import spikesink
 import torch
-from spikesink import models
-from spikesink.models import LoadError
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config
 
+import spikesink
+from spikesink import models
+from spikesink.models import LoadError
 from tests import planted
 
 
@@ -356,6 +356,56 @@ def test_what_a_killed_process_left_is_cleared(tmp_path, cache):
     (stale / "half").write_text("x")
     spikesink.load(file)
     assert left_in(cache) == [name]
+
+
+def test_a_cache_that_lost_its_weights_is_made_anew(tmp_path, cache):
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    directory = spikesink.load(file).source.directory
+    (directory / "model.safetensors").unlink()
+    assert torch.isfinite(spikesink.load(file)(torch.arange(5)[None])).all()
+    (directory / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(LoadError, match="its cached copy is damaged") as error:
+        spikesink.load(file)
+    assert str(directory) in one_sentence(error)
+
+
+def test_a_killed_process_leaves_no_model_behind(tmp_path, cache):
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    process = run(
+        f"""
+        import os, spikesink
+        from spikesink import models
+        def killed(file, directory):
+            directory.mkdir()
+            (directory / "config.json").write_text("{{}}")
+            (directory / "model.safetensors").write_text("half")
+            os._exit(9)
+        models._write_dequantized = killed
+        spikesink.load({str(file)!r})
+        """,
+        cache,
+    )
+    assert process.wait(timeout=120) == 9
+    assert not any((cache / name).is_dir() for name in left_in(cache) if not name.startswith("."))
+    assert torch.isfinite(spikesink.load(file)(torch.arange(5)[None])).all()
+
+
+def test_a_multimodal_model_is_refused_before_anything_is_installed(tmp_path, monkeypatch):
+    from transformers import Gemma3Config
+
+    Gemma3Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: pytest.fail("something was installed"))
+    with pytest.raises(LoadError, match="images or sound") as error:
+        spikesink.load(tmp_path)
+    one_sentence(error)
+
+
+def test_another_file_of_the_builtins_name_gets_another_folder(tmp_path):
+    (tmp_path / "smollm2-135m.gguf").touch()
+    assert models.slug(str(tmp_path / "smollm2-135m.gguf")) == "smollm2-135m-file"
+    assert models.slug("smollm2-135m") == "smollm2-135m"
+    assert models.slug("Some/Model 1B") == "some--model-1b"
 
 
 def test_two_processes_cache_the_same_model_at_once(tmp_path, cache):

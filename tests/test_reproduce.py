@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from rich.console import Console
+
 from spikesink import claims, reproduce
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,27 @@ def test_a_changed_notebook_or_library_runs_again(project, monkeypatch):
     (project.root / "library").mkdir()
     (project.root / "library" / "reproduce.py").write_text("changed")
     assert "running" in project()[1]
+
+
+def test_a_failure_in_between_is_not_forgotten(project):
+    """What a failed run left behind must not pass for what an earlier, whole run had written."""
+    project()
+    notebook = project.root / "notebooks" / "01_one.ipynb"
+    whole = notebook.read_text()
+    notebook.write_text(whole.replace(".write_text(str(SEED))", ".write_text(str(SEED)); 1 / 0"))
+    assert project(SEED=1)[0] == 1
+    notebook.write_text(whole)
+    assert "running" in project()[1]
+    assert (project.root / "figures" / "tiny" / "01-picture.png").read_text() == "0"
+
+
+def test_a_model_directory_that_changed_runs_again(project, random_directory, tmp_path):
+    shutil.copytree(random_directory, tmp_path / "other")
+    given = {"MODEL": str(tmp_path / "other")}
+    assert "running" in project(**given)[1]
+    assert "up to date" in project(**given)[1]
+    (tmp_path / "other" / "model.safetensors").touch()
+    assert "running" in project(**given)[1]
 
 
 def test_a_failing_notebook_is_named_with_its_error(project):

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import spikesink
 import torch
+
+import spikesink
 from spikesink.texts import Text, TextError
 
 

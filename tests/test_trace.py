@@ -1,11 +1,14 @@
 """The trace against a second way to compute the same: run_with_cache, which holds everything."""
 
-import tracemalloc
+import subprocess
+import sys
 
 import pytest
-import spikesink
 import torch
+
+import spikesink
 from spikesink import trace as module
+from tests import planted
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +77,41 @@ def test_a_channel_that_spikes_only_in_a_later_window_is_followed(planted_model,
     assert trace.n_windows == 2
 
 
-def test_memory_is_flat_in_the_number_of_windows(random_model):
+def test_only_what_was_found_is_kept(random_model):
     tokens = spikesink.windows(random_model, "house", 12, 128)
 
-    def peak(n):
-        held = []
-        spikesink.trace_windows(random_model, tokens[:n])  # warm
-        tracemalloc.start()
-        trace = spikesink.trace_windows(random_model, tokens[:n])
-        held.append(sum(getattr(trace.rows, f).nbytes for f in ("stream", "writes", "top_channels", "top_values")))
-        tracemalloc.stop()
-        return held[0] / n
+    def kept_per_window(n):
+        rows = spikesink.trace_windows(random_model, tokens[:n]).rows
+        return sum(getattr(rows, f).nbytes for f in ("stream", "writes", "top_channels", "top_values")) / n
 
-    # Kept are the four tokens drawn from each window, and nothing of the others.
+    # Nothing spikes in this model: kept are the four tokens drawn from each window, and nothing of the others.
     row = 4 * (13 * 16 + 12 * 16 + 13 * 3 + 2 * 13 * 3)
-    assert peak(2) == peak(12) == module.ORDINARY_TOKENS * row
+    assert kept_per_window(2) == kept_per_window(12) == module.ORDINARY_TOKENS * row
 
 
 def test_strongest_rows_are_kept_when_there_are_too_many(planted_model, trigger_tokens, monkeypatch):
-    monkeypatch.setattr(module, "MAX_ROWS", 30)
+    monkeypatch.setattr(module, "MAX_ROWS", 6)
+    monkeypatch.setattr(module, "MAX_DRAWN", 3)
+    tokens = trigger_tokens.repeat(3, 1)
+    rows = spikesink.trace_windows(planted_model, tokens).rows
+    assert rows.candidate.sum() == 6
+    assert (rows.drawn & ~rows.candidate).sum() <= 3
+    assert spikesink.find_lifecycle(spikesink.trace_windows(planted_model, tokens)).main.step_up == (4,)
+
+
+def test_a_spike_is_followed_though_weaker_channels_fill_the_list_first(planted_model, trigger_tokens, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CHANNELS", 1)
+    monkeypatch.setattr(module, "SPIKE_OVER_MEDIAN", 20.0)  # in the first window, ordinary channels reach half of it
     trace = spikesink.trace_windows(planted_model, trigger_tokens)
-    assert len(trace.rows) <= 30
-    assert trace.rows.candidate.sum() == 6
+    assert trace.channels[: trace.n_followed].tolist() == [9]
+
+
+@pytest.mark.parametrize("dtype", ["float16"])
+def test_overflow_is_an_error_and_not_the_absence_of_a_spike(tmp_path, trigger_tokens, dtype):
+    model = planted.plant(planted.random_llama(400), planted.Plant(size=1e5))
+    model = spikesink.load(planted.save(model, tmp_path / "large"), dtype=dtype)
+    with pytest.raises(FloatingPointError, match="load it in float32"):
+        spikesink.trace_windows(model, trigger_tokens)
 
 
 def test_profile_is_what_the_cache_holds(planted_model, trigger_tokens):
@@ -129,3 +145,27 @@ def test_windows_longer_than_the_context_are_refused(random_model):
         spikesink.profile(random_model, torch.zeros(513, dtype=torch.long))
     with pytest.raises(ValueError, match="give 1 to 512 tokens"):
         spikesink.profile(random_model, torch.zeros(0, dtype=torch.long))
+
+
+def test_resident_memory_is_flat_and_far_below_a_cache():
+    """On the real model, in a process of its own: resident memory at its peak, after each step."""
+    script = """
+import resource
+import spikesink
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
+model = spikesink.load()
+tokens = spikesink.windows(model, "house", 8, 256)
+model.original_model.base_model(tokens[:1], use_cache=False)  # the weights are mapped in by now
+print(peak())
+spikesink.trace_windows(model, tokens[:2])
+print(peak())
+spikesink.trace_windows(model, tokens)
+print(peak())
+held = model.run_with_cache(tokens[:1])
+print(peak())
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    forward, two, eight, cache = map(float, ran.stdout.split())
+    assert eight - two < 60
+    assert eight - forward < (cache - forward) / 3

@@ -17,6 +17,7 @@ for every model, with `step` = 0.1 unless the reader changes it:
   already found (same channel, a step-up block in common).
 """
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -207,6 +208,13 @@ def spike_rows(life: Lifecycle) -> Rows:
     return life.trace.rows[life.main.is_spike]
 
 
+def middle_row(life: Lifecycle) -> Rows:
+    """The spike token whose size is in the middle: one real token, whose writes add up to its stream."""
+    rows = spike_rows(life)
+    held = rows.stream[:, life.main.middle, _index(life, life.main.channel)]
+    return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
+
+
 def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
     """Every block that writes at least `least` of the main cycle's value: block, layer, kind, write, share, step."""
     cycle = life.main
@@ -242,10 +250,11 @@ def cycles_table(life: Lifecycle) -> pd.DataFrame:
 def step_up(life: Lifecycle) -> Evidence | NotApplicable:
     """LC1: which blocks write the spike, and what share of the plateau value the early FFN blocks among them write.
 
-    Of more than three such blocks the three largest writes count. Controls: what the same blocks write into the same
-    channel on ordinary tokens, and into ordinary channels on the spike tokens, both over the plateau value; and the
-    latter over what those channels themselves hold half-way through the plateau (a step-up block can dominate every
-    channel of its tokens; what sets the spike channels apart is the size).
+    Of more than three such blocks the three largest writes count; of the attention blocks, the largest write of either
+    sign in the first half or before the step-down. Controls: what the same blocks write into the same channel on ordinary tokens, and into
+    ordinary channels on the spike tokens, both over the plateau value; and the latter over what those channels
+    themselves hold half-way through the plateau (a step-up block can dominate every channel of its tokens; what sets
+    the spike channels apart is the size).
     """
     if life.main is None:
         return NotApplicable(life.reason)
@@ -257,19 +266,19 @@ def step_up(life: Lifecycle) -> Evidence | NotApplicable:
     same_channel = ordinary.writes[:, which, _index(life, cycle.channel)].sum(1)  # token
     other_channels = spikes.writes[:, which][..., controls].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle, controls]
-    return Evidence(
+    return _evidence(
         measured={
             "step_up_blocks": list(cycle.step_up),
             "channels": list(cycle.channels),
             "plateau_value": cycle.value,
             "share_written": float(share[which].sum()),
-            "largest_attention_share": float(share[: cycle.middle : 2].max()),
+            "largest_attention_share": float(share[: max(n_blocks // 2, cycle.plateau[1]) : 2].abs().max()),
             "blocks_needed": cycle.blocks_needed,
         },
         control={
-            "share_written_ordinary_tokens": float(same_channel.median() / cycle.value),
-            "share_written_ordinary_channels": float(other_channels.abs().median() / abs(cycle.value)),
-            "write_over_own_value_ordinary_channels": float((other_channels / held).median()),
+            "share_written_ordinary_tokens": _typical(same_channel / cycle.value),
+            "share_written_ordinary_channels": _typical(other_channels.abs() / abs(cycle.value)),
+            "write_over_own_value_ordinary_channels": _typical(other_channels / held),
         },
     )
 
@@ -289,7 +298,7 @@ def plateau(life: Lifecycle) -> Evidence | NotApplicable:
     index = _index(life, cycle.channel)
     writes = spikes.writes[:, between - 1]  # row, block, channel
     ratio = writes.abs() / spikes.stream[:, cycle.middle].abs()[:, None]
-    return Evidence(
+    return _evidence(
         measured={
             "plateau_write_ratio": float((writes[..., index].abs() / abs(cycle.value)).median()),
             "first_point": cycle.plateau[0],
@@ -297,15 +306,15 @@ def plateau(life: Lifecycle) -> Evidence | NotApplicable:
             "value_at_first_point": float(cycle.stream[cycle.plateau[0]]),
             "value_at_last_point": float(cycle.stream[cycle.plateau[1]]),
         },
-        control={"write_ratio_ordinary_channels": float(ratio[..., life.trace.ordinary].median())},
+        control={"write_ratio_ordinary_channels": _typical(ratio[..., life.trace.ordinary])},
     )
 
 
 def step_down(life: Lifecycle) -> Evidence | NotApplicable:
     """LC3: which blocks cancel the spike, and what share of the plateau value the late FFN blocks among them take back.
 
-    Control: what the same blocks write into the same channel on ordinary tokens, over the same plateau value, and into
-    ordinary channels of the spike tokens, over what those hold half-way through the plateau.
+    Control: what the same blocks take back from the same channel on ordinary tokens, over the same plateau value, and
+    by how much they change ordinary channels of the spike tokens, in either direction, over what those hold.
     """
     if life.main is None:
         return NotApplicable(life.reason)
@@ -317,7 +326,7 @@ def step_down(life: Lifecycle) -> Evidence | NotApplicable:
     controls = life.trace.ordinary
     taken = -spikes.writes[:, which].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle]
-    return Evidence(
+    return _evidence(
         measured={
             "step_down_blocks": list(cycle.step_down),
             "share_cancelled": float(-(cycle.writes[which] / cycle.value).sum()),
@@ -327,8 +336,8 @@ def step_down(life: Lifecycle) -> Evidence | NotApplicable:
             "n_blocks": n_blocks,
         },
         control={
-            "share_cancelled_ordinary_tokens": float((-ordinary.writes[:, which, index].sum(1) / cycle.value).median()),
-            "share_cancelled_ordinary_channels": float((taken / held)[:, controls].median()),
+            "share_cancelled_ordinary_tokens": _typical(-ordinary.writes[:, which, index].sum(1) / cycle.value),
+            "change_over_own_value_ordinary_channels": _typical((taken / held)[:, controls].abs()),
         },
     )
 
@@ -342,6 +351,8 @@ def few_channels(life: Lifecycle) -> Evidence | NotApplicable:
         return NotApplicable(life.reason)
     cycle, medians = life.main, life.trace.medians
     ordinary, spikes = ordinary_rows(life), spike_rows(life)
+    if not len(ordinary):
+        return NotApplicable("every token spikes, so there is no ordinary one to compare with")
 
     def count(rows: Rows, point: int) -> int:
         typical = _median(rows.stream[:, point, : life.trace.n_followed].abs())
@@ -371,8 +382,8 @@ def same_channels(life: Lifecycle) -> Evidence | NotApplicable:
     if life.main is None:
         return NotApplicable(life.reason)
     spikes, ordinary, middle = spike_rows(life), ordinary_rows(life), life.main.middle
-    if len(spikes) < 2:
-        return NotApplicable("only one spike token was found, and a pair is needed")
+    if min(len(spikes), len(ordinary)) < 2:
+        return NotApplicable("a pair of spike tokens and a pair of ordinary ones are needed, and were not found")
     return Evidence(
         measured={"jaccard": _jaccard(spikes.top_channels[:, middle]), "n_tokens": len(spikes)},
         control={"jaccard_ordinary_tokens": _jaccard(ordinary.top_channels[:, middle]), "n_tokens": len(ordinary)},
@@ -382,7 +393,9 @@ def same_channels(life: Lifecycle) -> Evidence | NotApplicable:
 def fixed_ratios(life: Lifecycle) -> Evidence | NotApplicable:
     """LC6: coefficient of variation, over spike tokens, of the second channel's value over the first's.
 
-    Control: the same two channels on ordinary tokens.
+    Controls: the same two channels on ordinary tokens; and on the spike tokens, the ratio of each ordinary channel to
+    the first (median over channels), since a step-up block can fix every channel of its tokens. The ratio is given for
+    the spike tokens at position 0 alone as well.
     """
     if life.main is None:
         return NotApplicable(life.reason)
@@ -390,26 +403,33 @@ def fixed_ratios(life: Lifecycle) -> Evidence | NotApplicable:
         return NotApplicable("only one channel spikes, and a ratio needs two")
     first, second = (_index(life, channel) for channel in life.main.channels[:2])
 
-    def ratio(rows: Rows) -> Tensor:
+    def ratio(rows: Rows, other: int = second) -> Tensor:
         at = rows.stream[:, life.main.middle]
-        return (at[:, second] / at[:, first])[at[:, first] != 0]
+        return (at[:, other] / at[:, first])[at[:, first] != 0]
 
-    spikes, ordinary = ratio(spike_rows(life)), ratio(ordinary_rows(life))
-    control = {"n_ordinary_tokens": len(ordinary)}
-    if len(ordinary) > 1 and ordinary.mean() != 0:
-        control["ratio_cv_ordinary_tokens"] = _variation(ordinary)
-    return Evidence(
-        measured={
-            "ratio_cv": _variation(spikes),
-            "ratio": float(spikes.median()),
-            "channels": list(life.main.channels[:2]),
+    spikes = spike_rows(life)
+    others = range(len(life.trace.channels))[life.trace.ordinary]
+    measured = {
+        "ratio_cv": _variation(ratio(spikes)),
+        "ratio": float(ratio(spikes).median()),
+        "channels": list(life.main.channels[:2]),
+    }
+    if (spikes.position == 0).sum() > 1:
+        measured["ratio_cv_position0"] = _variation(ratio(spikes[spikes.position == 0]))
+    return _evidence(
+        measured=measured,
+        control={
+            "ratio_cv_ordinary_tokens": _variation(ratio(ordinary_rows(life))),
+            "ratio_cv_ordinary_channels": _typical(torch.tensor([_variation(ratio(spikes, i)) for i in others])),
         },
-        control=control,
     )
 
 
 def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
     """LC7: the share of tokens that spike, of windows in which position 0 does, and the commonest spike tokens.
+
+    Beside them the share of tokens with any entry above 100 medians at any depth: where it is much larger, a channel is
+    large on ordinary tokens too, and what tells a spike token from them is its size alone.
 
     Control: the mean share of windows in which another position spikes, and, if the same number of spikes fell on
     positions at random, the share of windows in which position 0 would get one.
@@ -421,6 +441,8 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
     if life.main is None:
         return NotApplicable(life.reason)
     trace, spikes = life.trace, spike_rows(life)
+    if trace.n_candidates > trace.rows.candidate.sum() and life.main.is_spike.sum() == trace.rows.candidate.sum():
+        return NotApplicable(f"more than {len(spikes)} tokens spike, too many to follow; measure fewer windows")
     total = trace.n_windows * trace.length
     at_first = int((spikes.position == 0).sum())
     return Evidence(
@@ -429,6 +451,7 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
             "position0_share": at_first / trace.n_windows,
             "spike_tokens": [decode([token]) for token in _commonest(spikes.token)],
             "n_spike_tokens": len(spikes),
+            "share_above_100_medians": trace.n_candidates / total,
         },
         control={
             "other_positions_share": (len(spikes) - at_first) / max(1, total - trace.n_windows),
@@ -437,9 +460,23 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
     )
 
 
+def _evidence(measured: dict, control: dict) -> Evidence | NotApplicable:
+    """Evidence without the controls that could not be measured; none at all is a reason."""
+    control = {key: value for key, value in control.items() if math.isfinite(value)}
+    if not control:
+        return NotApplicable("no control could be measured: there is no ordinary token or channel to compare with")
+    return Evidence(measured, control)
+
+
+def _typical(values: Tensor) -> float:
+    """Median of the finite values; not a number where there are none."""
+    finite = values[values.isfinite()]
+    return float(finite.median()) if len(finite) else math.nan
+
+
 def _variation(values: Float[Tensor, " token"]) -> float:
     """Coefficient of variation: standard deviation over absolute mean."""
-    return float(values.std(correction=0) / values.mean().abs())
+    return float(values.std(correction=0) / values.mean().abs()) if len(values) else math.nan
 
 
 def _commonest(tokens: Tensor, most: int = 5) -> list[int]:

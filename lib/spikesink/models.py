@@ -138,7 +138,7 @@ def load(
     source = _locate(spec)
     name = str(source.directory)
     config = _config(name, spec)
-    with _named_errors(spec), _quiet():
+    with _named_errors(spec, source.directory), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(name)
         placement = {"device_map": "auto"} if device == "auto" else {}
         hf_model = AutoModelForCausalLM.from_pretrained(
@@ -188,7 +188,10 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         bos_token=model.tokenizer.bos_token_id if model.tokenizer is not None else None,
         layer_hooks=(*(f"blocks.{i}.hook_in" for i in layers), f"blocks.{cfg.n_layers - 1}.hook_out"),
         write_hooks=tuple(
-            f"blocks.{i}.{block.hook_aliases[hook]}" for i in layers for hook in ("hook_attn_out", "hook_mlp_out")
+            # An alias in most families; Granite's block has hooks of its own, with its residual multiplier applied.
+            f"blocks.{i}.{block.hook_aliases.get(hook, hook)}"
+            for i in layers
+            for hook in ("hook_attn_out", "hook_mlp_out")
         ),
         pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),
     )
@@ -275,7 +278,10 @@ def _config(name: str, spec: str) -> PretrainedConfig:
     """The model's configuration, or a LoadError when it is not a causal language model."""
     with _named_errors(spec):
         config = AutoConfig.from_pretrained(name)
-    kind = config.get_text_config().model_type
+    if config.get_text_config() is not config and not config.is_encoder_decoder:
+        # TransformerLens would install torchvision on the fly for it, and with that another torch.
+        raise LoadError(f"{spec} reads images or sound besides text ({config.model_type}); give a text-only model.")
+    kind = config.model_type
     encoder = kind in MASKED_LMS and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or encoder or kind not in CAUSAL_LMS:
         reading = "encoder-decoder" if config.is_encoder_decoder else "encoder-only" if encoder else "no language model"
@@ -295,6 +301,8 @@ def slug(spec: str) -> str:
     """The folder name of a model: the file's or directory's own name, or the hub id with its slash doubled to --."""
     path = Path(spec).expanduser()
     name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else spec.replace("/", "--")
+    if name.lower() in BUILTINS and spec not in BUILTINS:
+        name += "-file"  # another model of the same name must not take the built-in's folder
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 
@@ -319,14 +327,14 @@ def _dequantized(file: Path) -> Path:
         raise LoadError(f"{file} is not a GGUF file (it does not begin with GGUF); download it again.")
     cache = cache_directory()
     target = cache / _sha256(file)[:32]
-    if target.is_dir():
+    if _is_whole(target):
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{target.name}.lock"):
-            if not target.is_dir():
+            if not _is_whole(target):
                 _check_whole(file)
-                for stale in cache.glob(f".{target.name}-*"):
+                for stale in (target, *cache.glob(f".{target.name}-*")):
                     shutil.rmtree(stale, ignore_errors=True)
                 with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
                     _write_dequantized(file, Path(scratch) / "model")
@@ -337,6 +345,11 @@ def _dequantized(file: Path) -> Path:
             "SPIKESINK_CACHE to another directory."
         ) from None
     return target
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a cached model is there with all that it needs; what somebody took out of it is made anew."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
 
 
 def _check_whole(file: Path) -> None:
@@ -384,8 +397,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named_errors(spec: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise into one sentence about `spec`."""
+def _named_errors(spec: str, directory: Path | None = None) -> Iterator[None]:
+    """Turn what transformers and the hub raise into one sentence about `spec`, which is read from `directory`."""
     try:
         yield
     except LoadError:
@@ -406,6 +419,8 @@ def _named_errors(spec: str) -> Iterator[None]:
             )
         elif "architecture" in str(error) or "model type" in str(error):
             advice = f"its architecture is not supported ({_first_line(error)}); try a model of another family"
+        elif directory is not None and cache_directory() in directory.parents:
+            advice = f"its cached copy is damaged ({_first_line(error)}); remove {directory} and load it again"
         else:
             advice = f"it is incomplete or damaged ({_first_line(error)}); get it again"
         raise LoadError(f"{spec} cannot be loaded: {advice}.") from None

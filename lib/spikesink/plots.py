@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from spikesink.claims import brief, write_atomically
-from spikesink.lifecycle import Cycle, Lifecycle, ordinary_rows, spike_rows
+from spikesink.lifecycle import Cycle, Lifecycle, middle_row, ordinary_rows, spike_rows
 from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile, summarize
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
@@ -102,7 +102,12 @@ def _thousands(ax, which: str = "y") -> None:
 
 
 def _token(text: str) -> str:
-    return text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣").replace("$", r"\$") or "∅"
+    plain = text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣").replace("$", r"\$")
+    return plain or "∅"
+
+
+def _quoted(text: str) -> str:
+    return f"“{_token(text)}”"
 
 
 def _blocks(blocks: Sequence[int], word: str = "block") -> str:
@@ -136,14 +141,14 @@ def skyline(profile: Profile) -> Figure:
     left.set(ylabel="depth: after block … (two a layer)", xlabel="token")
     facts = summarize(profile)
     peak = facts["token"]
-    left.set_title(f"Spike: {_token(profile.tokens[peak])!r} grows to {brief(facts['factor'])} medians", fontsize=11)
+    left.set_title(f"Spike: {_quoted(profile.tokens[peak])} grows to {brief(facts['factor'])} medians", fontsize=11)
     received = profile.attention * 100
     image = right.imshow(received, aspect="auto", origin="lower", cmap=SINK_MAP, vmin=0, vmax=100)
     fig.colorbar(image, ax=right, label="attention the token gets, %, mean over heads", pad=0.02)
     # The last token is seen by one query only, itself: no judgement of sinks can rest on it.
     most = int(received[:, : max(1, n_tokens - 3)].mean(0).argmax())
     right.set(ylabel="layer", xlabel="token")
-    right.set_title(f"Sink: {_token(profile.tokens[most])!r} draws {float(received[:, most].mean()):.0f}%", fontsize=11)
+    right.set_title(f"Sink: {_quoted(profile.tokens[most])} draws {float(received[:, most].mean()):.0f}%", fontsize=11)
     for ax in (left, right):
         ax.set_xticks(range(n_tokens), [_token(t) for t in profile.tokens], rotation=90, fontsize=8)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -233,12 +238,14 @@ def magnitudes(life: Lifecycle) -> Figure:
 
 
 @_drawn_if_spiking
-def waterfall(life: Lifecycle, least: float = 0.02) -> Figure:
-    """01: what each block adds to the first channel of the spike tokens, stacked until it makes the stream."""
+def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float = 0.02) -> Figure:
+    """01: what each block adds to the first channel of the middle-sized spike token; the bars sum to the stream."""
     cycle = life.main
-    writes = cycle.writes.numpy()
+    token = middle_row(life)
+    index = int((life.trace.channels == cycle.channel).nonzero()[0])
+    writes, stream = token.writes[0, :, index].numpy(), token.stream[0, :, index]
     fig, ax = _figure(size=(9.5, 4.4))
-    level = start = float(cycle.stream[0])
+    level = start = float(stream[0])
     bars, rest = [("embed.", 0.0, start, ORDINARY)], 0.0
     for block, write in enumerate(writes, 1):
         if abs(write) < least * abs(cycle.value):
@@ -254,7 +261,7 @@ def waterfall(life: Lifecycle, least: float = 0.02) -> Figure:
     if rest:
         bars.append(("…", level, rest, ORDINARY))
         level += rest
-    bars.append(("stream\nat the end", 0.0, float(cycle.stream[-1]), "black"))
+    bars.append(("end", 0.0, float(stream[-1]), "black"))
     for x, (_, bottom, height, colour) in enumerate(bars):
         hatch = "//" if colour == SINK else ""
         ax.bar(x, height, bottom=bottom, color=colour, width=0.72, hatch=hatch, edgecolor="white", lw=0)
@@ -268,17 +275,18 @@ def waterfall(life: Lifecycle, least: float = 0.02) -> Figure:
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
     ax.set(
-        ylabel=f"channel {cycle.channel}",
+        ylabel=f"channel {cycle.channel} of {_quoted(decode(token.token.tolist()))}",
         xlabel=f"block (…: those between, each below {least:.0%} of the plateau, summed)",
     )
     _thousands(ax)
     low, high = ax.dataLim.intervaly
     ax.set_ylim(low - 0.1 * (high - low) * (low < 0), high + 0.1 * (high - low))
-    up = sum(float(cycle.writes[b - 1]) for b in cycle.step_up) / cycle.value
-    down = -sum(float(cycle.writes[b - 1]) for b in cycle.step_down) / cycle.value
+    held = float(stream[cycle.middle])
+    up, down = (sum(float(writes[b - 1]) for b in blocks) / held for blocks in (cycle.step_up, cycle.step_down))
     ax.set_title(
-        f"{_blocks(cycle.step_up).capitalize()} {'write' if len(cycle.step_up) != 1 else 'writes'} {up:.0%} of it, "
-        f"{_blocks(cycle.step_down)} {'take' if len(cycle.step_down) != 1 else 'takes'} {down:.0%} back"
+        f"Step-up ({_blocks(cycle.step_up)}) makes {up:.0%} of this spike, "
+        f"step-down ({_blocks(cycle.step_down)}) takes {-down:.0%} of it back",
+        fontsize=11,
     )
     return fig
 
@@ -500,14 +508,10 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
     points = np.arange(len(trace.medians))
     for cycle, colour, marker in zip(life.cycles, (SPIKE, SMALL, SINK, "#009E73"), "os^v", strict=False):
         rows = trace.rows[cycle.is_spike]
-        ax.plot(points, cycle.stream.abs(), color=colour, lw=1.6, marker=marker, ms=3)
         tokens, counts = rows.token.unique(return_counts=True)
-        common = [_token(decode([int(t)])) for t in tokens[counts.argsort(descending=True, stable=True)][:4]]
-        side = "right" if cycle.middle > 0.75 * points[-1] else "center"
-        label = {"xytext": (0, 7), "textcoords": "offset points", "ha": side, "fontsize": 9}
-        ax.annotate(
-            f"{len(rows)} tokens: {'  '.join(common)} …", (cycle.middle, abs(cycle.value)), color=colour, **label
-        )
+        common = [_quoted(decode([int(t)])) for t in tokens[counts.argsort(descending=True, stable=True)][:4]]
+        label = f"channel {cycle.channel} on {len(rows)} tokens: {' '.join(common)} …"
+        ax.plot(points, cycle.stream.abs(), color=colour, lw=1.6, marker=marker, ms=3, label=label)
     ax.plot(points, SPIKE_OVER_MEDIAN * trace.medians, color="black", ls="--", lw=0.8)
     ax.text(
         points[-1] + 0.5,
@@ -526,8 +530,9 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
     )
     ax.margins(y=0.12)
     _thousands(ax)
+    ax.legend(loc="lower right", fontsize=9)
     words = {1: "One cycle", 2: "Two cycles", 3: "Three cycles", 4: "Four cycles"}[len(life.cycles)]
-    ax.set_title(f"{words}: {' · '.join(f'{_blocks(c.step_up)} up' for c in life.cycles)}")
+    ax.set_title(f"{words}, written by {' and by '.join(_blocks(c.step_up) for c in life.cycles)}")
     return fig
 
 
@@ -558,7 +563,10 @@ def across_models(rows: Sequence[tuple[str, int, Sequence[int], Sequence[int], b
         xlim=(-1, 101),
         ylim=(-0.6, len(rows) - 0.4),
     )
-    ax.set_title("Written early, cancelled late: the plateau spans most of the depth")
+    spans = [(min(down) - max(up)) / n_blocks for _, n_blocks, up, down, _ in rows if up and down]
+    ax.set_title(
+        f"In {sum(s > 0.5 for s in spans)} of {len(rows)} models the plateau spans more than half of the depth"
+    )
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     return fig

@@ -89,6 +89,7 @@ def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path,
         left = len(notebooks) - number
         console.print(f"{head}: running on {name}, {left} more after it")
         started = time.monotonic()
+        stamp.path.unlink(missing_ok=True)  # from here on, what is there is of no known run
         try:
             executed = _execute(notebook, parameters, build / name)
         except KeyboardInterrupt:
@@ -117,7 +118,9 @@ class Stamp:
         cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
         library = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".txt"))
         versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
-        files = [Path(parameters[key]) for key in ("MODEL", "TEXT") if Path(parameters[key]).is_file()]
+        versions.append(sys.version)
+        named = [Path(str(parameters[key]).removeprefix("datasets:")) for key in ("MODEL", "TEXT")]
+        files = [f for path in named for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.is_file()]
         status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         seen = json.dumps([cells, dict(parameters), versions, status], sort_keys=True).encode()
         digest = hashlib.sha256(seen)

@@ -22,7 +22,8 @@ TOP = 3  # the paper draws the three largest channels
 ORDINARY_TOKENS = 4  # drawn from every window, as controls
 ORDINARY_CHANNELS = 16  # drawn once, as controls
 MAX_CHANNELS = 48  # followed, the strongest first
-MAX_ROWS = 4096  # kept, the strongest first
+MAX_ROWS = 4096  # of candidates kept, the strongest first
+MAX_DRAWN = 1024  # of ordinary tokens kept
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], see
 
     Raises:
         ValueError: `tokens` is not two-dimensional, is empty, or is longer than the model's context.
+        FloatingPointError: an activation overflows, as spikes do in float16.
     """
     about = anatomy(model)
     if tokens.ndim != 2 or 0 in tokens.shape:
@@ -105,7 +107,7 @@ def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], see
     followed = first.above(SPIKE_OVER_MEDIAN / 2)
     while True:
         done = _Pass(model, about, followed, seed).over(tokens, "tracing windows")
-        if set(done.above(SPIKE_OVER_MEDIAN)) <= set(followed) or len(followed) == MAX_CHANNELS:
+        if set(done.above(SPIKE_OVER_MEDIAN)) <= set(followed):
             return done.result()
         followed = done.above(SPIKE_OVER_MEDIAN / 2)
 
@@ -190,6 +192,11 @@ def _run(
         layer = about.layer_hooks.index(hook.name)
         entered.clear()
         entered[layer] = value[0].float()
+        if not entered[layer].isfinite().all():
+            raise FloatingPointError(
+                f"the residual stream of this model is not finite as it enters layer {layer} in {model.cfg.dtype}; "
+                "load it in float32."
+            )
         on_stream(2 * layer, entered[layer])
 
     def write_hook(value, hook):
@@ -317,9 +324,9 @@ class _Pass:
 
 
 def _joined(first: Rows, second: Rows) -> Rows:
-    """Both, or the MAX_ROWS strongest of both; rows drawn at random stay."""
+    """Both; of candidates the MAX_ROWS strongest, and of tokens drawn at random the first MAX_DRAWN."""
     both = Rows(**{f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(Rows)})
-    if len(both) <= MAX_ROWS:
-        return both
-    strength = both.largest.masked_fill(both.drawn, float("inf"))
-    return both[strength.topk(MAX_ROWS).indices.sort().values]
+    candidates = both.largest.masked_fill(~both.candidate, -1)
+    keep = both.drawn & (both.drawn.cumsum(0) <= MAX_DRAWN)
+    keep[candidates.topk(min(MAX_ROWS, len(both))).indices] = True
+    return both[keep & (both.candidate | both.drawn)]
