@@ -251,10 +251,10 @@ def step_up(life: Lifecycle) -> Evidence | NotApplicable:
     """LC1: which blocks write the spike, and what share of the plateau value the early FFN blocks among them write.
 
     Of more than three such blocks the three largest writes count; of the attention blocks, the largest write of either
-    sign in the first half or before the step-down. Controls: what the same blocks write into the same channel on ordinary tokens, and into
-    ordinary channels on the spike tokens, both over the plateau value; and the latter over what those channels
-    themselves hold half-way through the plateau (a step-up block can dominate every channel of its tokens; what sets
-    the spike channels apart is the size).
+    sign in the first half or before the step-down. Controls: what the same blocks write into the same channel on
+    ordinary tokens, and into ordinary channels on the spike tokens, both over the plateau value; and the latter over
+    what those channels themselves hold half-way through the plateau (a step-up block can dominate every channel of its
+    tokens; what sets the spike channels apart is the size).
     """
     if life.main is None:
         return NotApplicable(life.reason)
