@@ -211,7 +211,7 @@ def spike_rows(life: Lifecycle) -> Rows:
 def middle_row(life: Lifecycle) -> Rows:
     """The spike token whose size is in the middle: one real token, whose writes add up to its stream."""
     rows = spike_rows(life)
-    held = rows.stream[:, life.main.middle, _index(life, life.main.channel)]
+    held = rows.stream[:, life.main.middle, index_of(life, life.main.channel)]
     return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
 
 
@@ -263,7 +263,7 @@ def step_up(life: Lifecycle) -> Evidence | NotApplicable:
     early = [b for b in cycle.step_up if b % 2 == 0 and b <= n_blocks // 2]
     which = torch.tensor(sorted(early, key=lambda b: -share[b - 1])[:STEP_BLOCKS], dtype=torch.long) - 1
     ordinary, spikes, controls = ordinary_rows(life), spike_rows(life), life.trace.ordinary
-    same_channel = ordinary.writes[:, which, _index(life, cycle.channel)].sum(1)  # token
+    same_channel = ordinary.writes[:, which, index_of(life, cycle.channel)].sum(1)  # token
     other_channels = spikes.writes[:, which][..., controls].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle, controls]
     return _evidence(
@@ -295,7 +295,7 @@ def plateau(life: Lifecycle) -> Evidence | NotApplicable:
     if not len(between):
         return NotApplicable("no block lies between the last step-up and the first step-down block")
     spikes = spike_rows(life)
-    index = _index(life, cycle.channel)
+    index = index_of(life, cycle.channel)
     writes = spikes.writes[:, between - 1]  # row, block, channel
     ratio = writes.abs() / spikes.stream[:, cycle.middle].abs()[:, None]
     return _evidence(
@@ -322,7 +322,7 @@ def step_down(life: Lifecycle) -> Evidence | NotApplicable:
     late = [b for b in cycle.step_down if b % 2 == 0 and b > n_blocks // 2]
     which = torch.tensor(late, dtype=torch.long) - 1
     ordinary, spikes = ordinary_rows(life), spike_rows(life)
-    index = _index(life, cycle.channel)
+    index = index_of(life, cycle.channel)
     controls = life.trace.ordinary
     taken = -spikes.writes[:, which].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle]
@@ -401,7 +401,7 @@ def fixed_ratios(life: Lifecycle) -> Evidence | NotApplicable:
         return NotApplicable(life.reason)
     if len(life.main.channels) < 2:
         return NotApplicable("only one channel spikes, and a ratio needs two")
-    first, second = (_index(life, channel) for channel in life.main.channels[:2])
+    first, second = (index_of(life, channel) for channel in life.main.channels[:2])
 
     def ratio(rows: Rows, other: int = second) -> Tensor:
         at = rows.stream[:, life.main.middle]
@@ -484,7 +484,8 @@ def _commonest(tokens: Tensor, most: int = 5) -> list[int]:
     return values[counts.argsort(descending=True, stable=True)][:most].tolist()
 
 
-def _index(life: Lifecycle, channel: int) -> int:
+def index_of(life: Lifecycle, channel: int) -> int:
+    """Where among the trace's followed channels a channel of the model is."""
     return int((life.trace.channels == channel).nonzero()[0])
 
 

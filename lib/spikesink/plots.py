@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from spikesink.claims import brief, write_atomically
-from spikesink.lifecycle import Cycle, Lifecycle, middle_row, ordinary_rows, spike_rows
+from spikesink.lifecycle import Cycle, Lifecycle, index_of, middle_row, ordinary_rows, spike_rows
 from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile, summarize
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
@@ -242,7 +242,7 @@ def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float 
     """01: what each block adds to the first channel of the middle-sized spike token; the bars sum to the stream."""
     cycle = life.main
     token = middle_row(life)
-    index = int((life.trace.channels == cycle.channel).nonzero()[0])
+    index = index_of(life, cycle.channel)
     writes, stream = token.writes[0, :, index].numpy(), token.stream[0, :, index]
     fig, ax = _figure(size=(9.5, 4.4))
     level = start = float(stream[0])
@@ -407,7 +407,7 @@ def plateau(life: Lifecycle) -> Figure:
 def lives(life: Lifecycle) -> Figure:
     """02: the first channel of every spike token over depth, and of ordinary tokens."""
     cycle, trace = life.main, life.trace
-    index = int((trace.channels == cycle.channel).nonzero()[0])
+    index = index_of(life, cycle.channel)
     fig, ax = _figure(size=(9.5, 4))
     points = np.arange(len(trace.medians))
     for rows, colour, alpha in ((ordinary_rows(life), ORDINARY, 0.25), (spike_rows(life), SPIKE, 0.6)):
@@ -435,7 +435,7 @@ def ratios(life: Lifecycle) -> Figure:
     """02: each spike channel over the first one, token by token, over its own median; flat lines are fixed ratios."""
     cycle, trace = life.main, life.trace
     shown = cycle.channels[:4] if len(cycle.channels) > 1 else trace.channels[:2].tolist()
-    index = [int((trace.channels == c).nonzero()[0]) for c in shown]
+    index = [index_of(life, c) for c in shown]
     fig, axes = _figure(1, 2, size=(9.5, 4), sharey=True)
     groups = ((spike_rows(life), SPIKE, "spike tokens"), (ordinary_rows(life), ORDINARY, "ordinary tokens"))
     for ax, (rows, colour, name) in zip(axes, groups, strict=True):
@@ -465,8 +465,8 @@ def ratios(life: Lifecycle) -> Figure:
 @_drawn_if_spiking
 def cancellation(life: Lifecycle) -> Figure:
     """03: what step-down blocks take back from each token, against what the token holds on the plateau."""
-    cycle, trace = life.main, life.trace
-    index = int((trace.channels == cycle.channel).nonzero()[0])
+    cycle = life.main
+    index = index_of(life, cycle.channel)
     which = torch.tensor(cycle.step_down, dtype=torch.long) - 1
     fig, ax = _figure(size=(9.5, 4.2))
     spikes, ordinary = spike_rows(life), ordinary_rows(life)
