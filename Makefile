@@ -6,6 +6,7 @@ TEXT ?= house
 N_PROMPTS ?= 16
 SEQ_LEN ?= 256
 SEED ?= 0
+FIGURES ?= figures
 PYTHON ?= python3
 
 VENV := .venv
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pypr
 
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
 	@$(BIN)/python -m spikesink.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
-	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)"
+	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)"
 
 test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
 	@$(BIN)/ruff check .
@@ -41,7 +42,8 @@ help:  ## this list
 	@echo "  MODEL=$(MODEL)  built-in name, .gguf file, directory or hub id"
 	@echo "  DEVICE=$(DEVICE)  cpu, cuda, cuda:N or auto    DTYPE=$(DTYPE)  float32, bfloat16 or float16"
 	@echo "  TEXT=$(TEXT)  house, pydoc, a file or datasets:NAME"
-	@echo "  N_PROMPTS=$(N_PROMPTS) SEQ_LEN=$(SEQ_LEN) SEED=$(SEED)"
+	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
+	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
 	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
 
 $(READY): requirements.txt requirements-model.txt pyproject.toml

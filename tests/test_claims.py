@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def test_claims_measured_otherwise_are_not_mixed(tmp_path, change):
     assert list(json.loads(path.read_text())["claims"]) == ["LC1"]
 
 
-def test_many_notebooks_at_once_lose_nothing(tmp_path):
+def test_many_notebooks_at_once_lose_nothing(tmp_path, monkeypatch):
+    write = claims.write_atomically
+    monkeypatch.setattr(claims, "write_atomically", lambda *file: (time.sleep(0.05), write(*file)))  # time to collide
     threads = [
         threading.Thread(target=claims.record, args=(tmp_path, HEADER, {claim_id: claim(claim_id)}))
         for claim_id in HOLDS

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config
 
 import spikesink
-from spikesink import models
+from spikesink import models, specs
 from spikesink.models import LoadError
 from tests import planted
 
@@ -161,6 +161,19 @@ def test_gguf_is_cached_once_under_its_hash(tmp_path, cache):
     assert (first.source.slug, second.source.slug) == ("tiny", "other-name")
     tokens = torch.arange(10)[None]
     assert torch.equal(first(tokens), second(tokens))
+
+
+def test_a_twin_is_renamed_into_place_and_not_copied(tmp_path, cache, monkeypatch):
+    """A copy could be seen half done; the file in place is the very one that was written beside it."""
+    write, written = models._write_dequantized, []
+
+    def noted(file, directory):
+        write(file, directory)
+        written.append((directory / "model.safetensors").stat().st_ino)
+
+    monkeypatch.setattr(models, "_write_dequantized", noted)
+    source = spikesink.load(tiny_gguf(tmp_path / "tiny.gguf")).source
+    assert [(source.directory / "model.safetensors").stat().st_ino] == written
 
 
 def test_a_file_that_is_not_gguf(tmp_path, cache):
@@ -400,9 +413,9 @@ def test_a_multimodal_model_is_refused_before_anything_is_installed(tmp_path, mo
 
 def test_another_file_of_the_builtins_name_gets_another_folder(tmp_path):
     (tmp_path / "smollm2-135m.gguf").touch()
-    assert models.slug(str(tmp_path / "smollm2-135m.gguf")) == "smollm2-135m-file"
-    assert models.slug("smollm2-135m") == "smollm2-135m"
-    assert models.slug("Some/Model 1B") == "some--model-1b"
+    assert specs.slug(str(tmp_path / "smollm2-135m.gguf")) == "smollm2-135m-file"
+    assert specs.slug("smollm2-135m") == "smollm2-135m"
+    assert specs.slug("Some/Model 1B") == "some--model-1b"
 
 
 def test_two_processes_cache_the_same_model_at_once(tmp_path, cache):

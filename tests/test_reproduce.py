@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -22,7 +24,7 @@ folder.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A project of one notebook that writes one picture, and a function that runs it and tells what was said."""
     cells = [nbformat.v4.new_code_cell("MODEL = 'none'\nSEED = 0\nFIGURES = None"), nbformat.v4.new_code_cell(NOTEBOOK)]
     cells[0].metadata["tags"] = ["parameters"]
@@ -30,6 +32,8 @@ def project(tmp_path):
     python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=python)
     nbformat.write(notebook, tmp_path / "notebooks" / "01_one.ipynb")
+
+    monkeypatch.setattr(reproduce, "check", lambda parameters: None)  # its model is only a name
 
     def run(**parameters):
         console = Console(record=True, width=200)
@@ -67,6 +71,13 @@ def test_a_changed_notebook_or_library_runs_again(project, monkeypatch):
     assert "running" in project()[1]
 
 
+def test_another_version_of_a_library_runs_again(project, monkeypatch):
+    project()
+    assert "up to date" in project()[1]
+    monkeypatch.setattr(reproduce.importlib.metadata, "version", lambda name: "0")
+    assert "running" in project()[1]
+
+
 def test_a_failure_in_between_is_not_forgotten(project):
     """What a failed run left behind must not pass for what an earlier, whole run had written."""
     project()
@@ -96,7 +107,9 @@ def test_a_failing_notebook_is_named_with_its_error(project):
     assert "01_one: failed. ZeroDivisionError: division by zero" in said.replace("\n", " ")
     assert (project.root / "build" / "tiny" / "01_one.failed.ipynb").is_file()
     assert not (project.root / "build" / "tiny" / "01_one.ipynb").exists()
-    assert "running" in project()[1]
+    notebook.write_text(notebook.read_text().replace("1 / 0", "import json"))
+    assert "done in" in project()[1]
+    assert not (project.root / "build" / "tiny" / "01_one.failed.ipynb").exists()
 
 
 def test_an_interrupted_run_leaves_no_half_notebook(project, monkeypatch):
@@ -111,6 +124,54 @@ def test_an_interrupted_run_leaves_no_half_notebook(project, monkeypatch):
     assert code == reproduce.INTERRUPTED
     assert "what was finished is kept" in said
     assert list((project.root / "build" / "tiny").iterdir()) == []
+
+
+def test_an_interrupted_preparation_changes_nothing(project, monkeypatch):
+    def interrupted(parameters):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "check", interrupted)
+    code, said = project()
+    assert (code, "nothing was changed" in said) == (reproduce.INTERRUPTED, True)
+    assert not (project.root / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--model", "nosuch.gguf"], "there is no file or directory nosuch.gguf"),
+        (["--device", "abacus"], "is not one that torch knows"),
+        (["--dtype", "int8"], "is not one that models run in"),
+        (["--text", "nosuch.txt"], "there is no text 'nosuch.txt'"),
+        (["--n-prompts", "100000"], "ask for fewer or shorter ones"),
+        (["--seq-len", "513"], "longer than the model's context of 512"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_kernel_starts(given, said, random_directory, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(reproduce, "_execute", lambda *_: pytest.fail("a notebook was started"))
+    arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
+    arguments += ["--build", str(tmp_path / "build"), "--model", str(random_directory), *given]
+    assert reproduce.main(arguments) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert said in lines[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("--n-prompts", "abc"), ("--n-prompts", "0"), ("--seq-len", "1.5")])
+def test_a_number_that_is_none_is_one_sentence(option, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main([option, value])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{value!r} is not a whole number of at least" in said
+    assert said.count("\n") == 1
+
+
+def test_the_package_is_there_at_once_and_torch_comes_when_it_is_asked_for():
+    script = "import sys, spikesink; print('torch' in sys.modules, callable(spikesink.load), 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "True", "True"]
 
 
 @pytest.mark.parametrize("kind", ["planted", "random"])
@@ -134,7 +195,7 @@ def test_the_notebooks_run_on_another_model(kind, planted_directory, random_dire
     pictures = sorted(p.name for p in (tmp_path / "figures" / f"{kind}-llama").glob("*.png"))
     committed = sorted(p.name for p in (ROOT / "figures" / "smollm2-135m").glob("*.png"))
     assert pictures == committed
-    for notebook in (tmp_path / "build" / f"{kind}-llama").glob("*.ipynb"):
+    for notebook in (tmp_path / "build" / "figures" / f"{kind}-llama").glob("*.ipynb"):
         content = notebook.read_text()
         assert str(tmp_path) not in "".join(
             str(output) for cell in json.loads(content)["cells"] for output in cell.get("outputs", [])

@@ -1,19 +1,7 @@
 """How massive activations (spikes) become attention sinks, measured on real language models."""
 
-from spikesink.lifecycle import find as find_lifecycle
-from spikesink.models import LoadError, anatomy, load
-from spikesink.texts import TextError, read, windows
-from spikesink.trace import profile, summarize, trace_windows
+import lazy_loader
 
-__all__ = [
-    "LoadError",
-    "TextError",
-    "anatomy",
-    "find_lifecycle",
-    "load",
-    "profile",
-    "read",
-    "summarize",
-    "trace_windows",
-    "windows",
-]
+# What `import spikesink` offers is listed in __init__.pyi and imported when first asked for: torch and what stands
+# on it take seconds, which a command that says "up to date" or what is wrong with its arguments need not wait for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from spikesink.specs import DEFAULT_MODEL
+
 SCHEMA = 1
 PAPER = "arXiv:2603.05498"
 
@@ -171,8 +173,6 @@ def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
 
 def ledgers(figures: Path) -> dict[str, dict[str, Any]]:
     """Every `figures/*/claims.json`, by the model's name; the default model first, the others by name."""
-    from spikesink.models import DEFAULT_MODEL
-
     found = [json.loads(path.read_text()) for path in figures.glob("*/claims.json")]
     return {data["model"]: data for data in sorted(found, key=lambda d: (d["model"] != DEFAULT_MODEL, d["model"]))}
 

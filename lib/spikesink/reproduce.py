@@ -15,25 +15,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from rich.console import Console
 
 from spikesink import claims
+from spikesink.specs import DEFAULT_MODEL, slug
 
 INTERRUPTED = 130
-QUIET_KERNEL = ["--log-level=ERROR"]  # the kernel warns of its own transport at every start
+QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at each start, and tells how it was stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what `arguments` (by default the command line's) ask for; the exit code is 0 when all notebooks ran."""
-    parser = argparse.ArgumentParser(prog="python -m spikesink.reproduce", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="built-in name, .gguf file, directory or hub id")
+    parser = _Parser(prog="python -m spikesink.reproduce", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, .gguf file, directory or hub id")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--text", default="house", help="house, pydoc, a file or datasets:NAME")
-    parser.add_argument("--n-prompts", type=int, default=16, help="windows to measure")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens in a window")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n-prompts", type=_at_least(1), default=16, help="windows to measure")
+    parser.add_argument("--seq-len", type=_at_least(2), default=256, help="tokens in a window")
+    parser.add_argument("--seed", type=_at_least(0), default=0)
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     parser.add_argument("--figures", type=Path, default=Path("figures"))
     parser.add_argument("--build", type=Path, default=Path("build"))
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "SEED": chosen.seed,
         "FIGURES": str(chosen.figures.resolve()),
     }
-    return run(notebooks, parameters, chosen.figures, chosen.build, console)
+    # Folders of figures do not share what was done: the same model can be in two of them, with other settings.
+    return run(notebooks, parameters, chosen.figures, chosen.build / chosen.figures.name, console)
 
 
 def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console) -> int:
@@ -76,13 +77,21 @@ def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path,
     Returns:
         An exit code: 0, 1 when a notebook failed, or 130 when interrupted.
     """
-    from spikesink.models import slug
-
     name = slug(parameters["MODEL"])
     begun = time.monotonic()
-    for number, notebook in enumerate(notebooks, 1):
-        head = f"[{number}/{len(notebooks)}] {notebook.stem}"
-        stamp = Stamp(notebook, parameters, figures / name, build / name)
+    try:
+        stamps = [Stamp(notebook, parameters, figures / name, build / name) for notebook in notebooks]
+        if not all(stamp.is_current() for stamp in stamps):
+            console.print(f"Preparing {name} and {parameters['TEXT']} ...")
+            check(parameters)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was changed")
+        return INTERRUPTED
+    except NotebookError as error:
+        console.print(str(error), style="bold red")
+        return 1
+    for number, stamp in enumerate(stamps, 1):
+        head = f"[{number}/{len(notebooks)}] {stamp.notebook.stem}"
         if stamp.is_current():
             console.print(f"{head}: up to date")
             continue
@@ -91,7 +100,7 @@ def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path,
         started = time.monotonic()
         stamp.path.unlink(missing_ok=True)  # from here on, what is there is of no known run
         try:
-            executed = _execute(notebook, parameters, build / name)
+            executed = _execute(stamp.notebook, parameters, build / name)
         except KeyboardInterrupt:
             console.print(f"{head}: interrupted; what was finished is kept, run the same command to go on")
             return INTERRUPTED
@@ -99,14 +108,48 @@ def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path,
             console.print(f"{head}: failed. {error}", style="bold red")
             return 1
         stamp.write()
+        claims.render(figures)
         console.print(f"{head}: done in {time.monotonic() - started:.0f} s ({executed})")
-    table = claims.render(figures)
-    console.print(f"{len(notebooks)} notebooks in {time.monotonic() - begun:.0f} s: {figures / name}, table in {table}")
+    seconds, table = time.monotonic() - begun, claims.render(figures)
+    console.print(f"{len(notebooks)} notebooks in {seconds:.0f} s: {figures / name}, table in {table}")
     return 0
 
 
+def check(parameters: Mapping[str, Any]) -> None:
+    """Find, fetch or dequantize the model and cut the windows, so that what is wrong is known before a kernel starts.
+
+    Raises:
+        NotebookError: with the message of the LoadError or TextError that every notebook would raise.
+    """
+    from spikesink.models import LoadError, prepare
+    from spikesink.texts import TextError, cut
+
+    n, length, seed = (parameters[key] for key in ("N_PROMPTS", "SEQ_LEN", "SEED"))
+    try:
+        ready = prepare(parameters["MODEL"], parameters["DEVICE"], parameters["DTYPE"])
+        cut(parameters["TEXT"], ready.tokenizer, ready.prepends_bos, ready.context, n, length, seed)
+    except (LoadError, TextError) as error:
+        raise NotebookError(str(error)) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without two paragraphs of usage before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{message} (see --help)\n")
+
+
+def _at_least(least: int):
+    def whole_number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return whole_number
+
+
 class NotebookError(RuntimeError):
-    """A notebook that raised; the message says in which cell, what, and where to look."""
+    """A notebook that raised, or could not be started; the message says what, and in which cell and where to look."""
 
 
 class Stamp:
@@ -115,7 +158,7 @@ class Stamp:
     def __init__(self, notebook: Path, parameters: Mapping[str, Any], figures: Path, build: Path):
         self.notebook, self.figures = notebook, figures
         self.path = build / f"{notebook.stem}.json"
-        cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
+        cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
         library = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".txt"))
         versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
         versions.append(sys.version)
@@ -151,12 +194,12 @@ class Stamp:
 
 def store(notebook: Path) -> None:
     """Run a notebook with its own parameters and write its outputs into the file itself, without traces of the run."""
+    import nbformat
     from nbclient import NotebookClient
 
     content = nbformat.read(notebook, as_version=4)
-    NotebookClient(
-        content, timeout=None, record_timing=False, resources={"metadata": {"path": notebook.parent}}
-    ).execute()
+    place = {"metadata": {"path": notebook.parent}}
+    NotebookClient(content, timeout=None, record_timing=False, resources=place, extra_arguments=QUIET_KERNEL).execute()
     content.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -188,6 +231,7 @@ def _execute(notebook: Path, parameters: Mapping[str, Any], build: Path) -> Path
         partial.unlink(missing_ok=True)
         raise
     os.replace(partial, whole)
+    (build / f"{notebook.stem}.failed.ipynb").unlink(missing_ok=True)
     return whole
 
 

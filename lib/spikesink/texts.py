@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
 
 from spikesink.models import anatomy
 
@@ -75,14 +76,27 @@ def windows(
     Raises:
         TextError: the text is too short for the request, or a window is longer than the model's context.
     """
-    text = source if isinstance(source, Text) else read(source)
     about = anatomy(model)
-    bos = [about.bos_token] if about.prepends_bos else []
+    return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed)
+
+
+def cut(
+    source: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    prepends_bos: bool,
+    context: int | None,
+    n: int,
+    length: int,
+    seed: int,
+) -> Int[Tensor, "n length"]:
+    """What `windows` does, for a model whose weights are not read yet; it raises the same."""
+    text = source if isinstance(source, Text) else read(source)
+    bos = [tokenizer.bos_token_id] if prepends_bos else []
     if n < 1 or length < 2 + len(bos):
         raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(bos)}.")
-    if length > about.context:
-        raise TextError(f"a window of {length} tokens is longer than the model's context of {about.context}.")
-    ids = model.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    if context is not None and length > context:
+        raise TextError(f"a window of {length} tokens is longer than the model's context of {context}.")
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     body = length - len(bos)
     there = len(ids) // body
     if there < n:

@@ -1,0 +1,10 @@
+from .lifecycle import find_lifecycle as find_lifecycle
+from .models import LoadError as LoadError
+from .models import anatomy as anatomy
+from .models import load as load
+from .texts import TextError as TextError
+from .texts import read as read
+from .texts import windows as windows
+from .trace import profile as profile
+from .trace import summarize as summarize
+from .trace import trace_windows as trace_windows
