@@ -191,9 +191,9 @@ def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
     zeros = torch.zeros(N_BLOCKS + 1, 3)
     channels = torch.tensor([10, 11, 12, 13, 14, 15])
     n = int(rows.candidate.sum())
-    return module.Trace(
-        about, n_windows, length, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0
-    )
+    text = torch.full((n_windows, length), 6)
+    text[rows.window, rows.position] = rows.token
+    return module.Trace(about, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
 
 
 ANATOMY = Anatomy(
@@ -273,13 +273,32 @@ def test_each_window_is_held_against_its_own_median():
 
 
 def test_a_channel_that_is_large_on_every_token_does_not_make_them_spike_tokens():
-    """Ordinary tokens hold 200 medians, a fifth of the spike: nearer to it than a tenth, but not on a log scale."""
-    drawn = [(w, p, {4: 200.0}) for w, p, _ in ORDINARY]
+    """Ordinary tokens hold 200 medians, more than a tenth of the spike, but are nearer to each other than to it."""
+    drawn = [(w, p, {1: 200.0}) for w, p, _ in ORDINARY]
     life = spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], drawn))
     assert life.main.is_spike.tolist() == [True, True, False, False, False, False]
     evidence = lifecycle.few_tokens(life, str)
     assert evidence.measured["n_spike_tokens"] == 2
     assert evidence.measured["share_above_100_medians"] == pytest.approx(6 / 40)
+
+
+def test_the_same_tokens_later_in_the_windows_are_the_control_of_place():
+    """The token of both first places occurs five times later and spikes in one of those: a fifth."""
+    trace = handmade([(0, 0, {2: 1000.0}), (1, 0, {2: 1000.0}), (1, 7, {2: 1000.0})], ORDINARY)
+    trace.tokens[0, [2, 3, 19]] = 7
+    trace.tokens[1, 3] = 7
+    evidence = lifecycle.few_tokens(spikesink.find_lifecycle(trace), str)
+    assert evidence.measured["position0_share"] == 1
+    assert evidence.control["n_same_tokens_elsewhere"] == 5
+    assert evidence.control["same_tokens_elsewhere_share"] == pytest.approx(0.2)
+    assert evidence.control["other_positions_share"] == pytest.approx(1 / 38)
+
+
+def test_a_first_token_that_occurs_nowhere_else_has_no_such_control():
+    evidence = lifecycle.few_tokens(
+        spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)), str
+    )
+    assert set(evidence.control) == {"other_positions_share"}
 
 
 def test_one_outlier_does_not_set_the_size():
@@ -289,6 +308,53 @@ def test_one_outlier_does_not_set_the_size():
     assert life.main.is_spike.sum() == 5
     assert life.main.value == pytest.approx(1000)
     assert len(life.cycles) == 1
+
+
+def two_spike_tokens(later):
+    """Two tokens that spike from block 4 to block 8, after `later` has changed their rows' stream and writes."""
+    trace = handmade([(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)], ORDINARY)
+    later(trace.rows.stream[:2], trace.rows.writes[:2])
+    return spikesink.find_lifecycle(trace)
+
+
+def test_what_a_spike_leaves_behind_on_its_tokens_is_no_cycle_of_its_own():
+    def second_channel_stays(stream, writes):
+        writes[:, 7, SECOND] = 0
+        stream[:, 8:, SECOND] = 5_000
+
+    assert len(two_spike_tokens(second_channel_stays).cycles) == 1
+
+
+def test_what_leads_up_to_a_spike_on_its_tokens_is_no_cycle_of_its_own():
+    def second_channel_begins_earlier(stream, writes):
+        writes[:, 0, SECOND] = 300
+        stream[:, 1:4, SECOND] = 300
+
+    assert len(two_spike_tokens(second_channel_begins_earlier).cycles) == 1
+
+
+def test_a_rise_that_does_not_outlive_its_layer_is_no_cycle():
+    def second_channel_comes_and_goes(stream, writes):
+        writes[:, 0, SECOND], writes[:, 2, SECOND] = 300, -290
+        stream[:, 1:3, SECOND], stream[:, 3, SECOND] = 300, 10
+
+    life = two_spike_tokens(second_channel_comes_and_goes)
+    assert (life.main.channel, life.main.step_up, int(life.main.is_spike.sum())) == (10, (4,), 2)
+    assert len(life.cycles) == 1
+
+
+def test_the_weak_tail_of_a_cycle_is_none_of_its_own():
+    """Two tokens get a twentieth of the spike from the same block: too small to be its tokens, and no other cycle."""
+    weak = [(w, 3, {4: 500.0, 8: -490.0}) for w in (0, 1)]
+    life = spikesink.find_lifecycle(handmade([(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)] + weak, ORDINARY))
+    assert life.main.is_spike.sum() == 2
+    assert len(life.cycles) == 1
+
+
+def test_a_weak_cycle_that_another_block_wrote_is_one_of_its_own():
+    weak = [(w, 3, {3: 500.0, 8: -490.0}) for w in (0, 1)]
+    life = spikesink.find_lifecycle(handmade([(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)] + weak, ORDINARY))
+    assert [c.step_up for c in life.cycles] == [(4,), (3,)]
 
 
 def test_spike_tokens_that_are_drawn_are_no_controls():

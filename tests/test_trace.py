@@ -95,6 +95,7 @@ def test_strongest_rows_are_kept_when_there_are_too_many(planted_model, trigger_
     tokens = trigger_tokens.repeat(3, 1)
     rows = spikesink.trace_windows(planted_model, tokens).rows
     assert rows.candidate.sum() == 6
+    assert 3 <= rows.drawn.sum() <= 3 + 6  # the first three, and those among the strongest that were drawn too
     assert (rows.drawn & ~rows.candidate).sum() <= 3
     assert spikesink.find_lifecycle(spikesink.trace_windows(planted_model, tokens)).main.step_up == (4,)
 

@@ -92,7 +92,7 @@ class Lifecycle:
         return f"no token has an entry above {SPIKE_OVER_MEDIAN:g} medians anywhere in the residual stream"
 
 
-def find(trace: Trace, step: float = STEP) -> Lifecycle:
+def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
     """Find the cycles in a trace, by the rules at the top of this module.
 
     Args:
@@ -123,25 +123,15 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) 
     """The cycle around the largest entry of what is left, and the first and last point at which it is alive."""
     rows = trace.rows
     row, peak, index = (int(i) for i in torch.unravel_index(left.argmax(), left.shape))
-    entry = rows.stream[:, peak, index]
-    sign = entry[row].sign()
-    spiking = (left[:, peak, index] > 0) & (entry * sign > 0)
-    per_window = [(entry * sign)[spiking & (rows.window == w)].max() for w in rows.window[spiking].unique()]
-    size = sign * _median(torch.stack(per_window))
-    typical = entry[rows.drawn].abs().median()
-    spikes = spiking & (entry * sign >= torch.maximum(step * size.abs(), (size.abs() * typical).sqrt()))
-    spikes[row] = True
-    stream = _median(rows.stream[spikes, :, index])
-    writes = _median(rows.writes[spikes, :, index])
-    alive = stream * sign >= torch.maximum(step * size.abs(), SPIKE_OVER_MEDIAN * trace.medians)
+    is_spike, size = _spike_tokens(rows, rows.stream[:, peak, index], left[:, peak, index] > 0, row, step)
+    stream, writes = (_median(of[is_spike, :, index]) for of in (rows.stream, rows.writes))
+    alive = stream * size.sign() >= torch.maximum(step * size.abs(), SPIKE_OVER_MEDIAN * trace.medians)
     first, last = _run_around(alive, peak)
     share = writes / size
     step_up = tuple(b for b in range(max(first, 1), peak + 1) if share[b - 1] >= step)
     step_down = tuple(b for b in range(peak + 1, min(last + 1, len(writes)) + 1) if share[b - 1] <= -step)
     plateau = (step_up[-1] if step_up else peak, step_down[0] - 1 if step_down else last)
     middle = sum(plateau) // 2
-    typical_sizes = _median(rows.stream[spikes, middle].abs())[: trace.n_followed]
-    order = typical_sizes.argsort(descending=True, stable=True)
     cycle = Cycle(
         channel=int(trace.channels[index]),
         value=float(stream[middle]),
@@ -151,13 +141,38 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) 
         plateau=plateau,
         stream=stream,
         writes=writes,
-        channels=tuple(
-            int(trace.channels[i]) for i in order if typical_sizes[i] > SPIKE_OVER_MEDIAN * trace.medians[middle]
-        ),
-        is_spike=spikes,
+        channels=_spike_channels(trace, is_spike, middle),
+        is_spike=is_spike,
         blocks_needed=_blocks_needed(writes[:middle], stream[middle]),
     )
     return cycle, first, last
+
+
+def _spike_tokens(
+    rows: Rows, entry: Float[Tensor, " row"], above: Bool[Tensor, " row"], largest: int, step: float
+) -> tuple[Bool[Tensor, " row"], Float[Tensor, ""]]:
+    """Which rows are spike tokens, by their entry at the peak, and the cycle's signed size.
+
+    Args:
+        entry: the first channel at the peak.
+        above: which of them are above 100 medians and not explained by another cycle.
+        largest: the row of the peak itself, which is a spike token whatever the others are.
+    """
+    sign = entry[largest].sign()
+    above = above & (entry * sign > 0)
+    per_window = [(entry * sign)[above & (rows.window == w)].max() for w in rows.window[above].unique()]
+    size = _median(torch.stack(per_window))
+    ordinary = entry[rows.drawn].abs().median()
+    is_spike = above & (entry * sign >= torch.maximum(step * size, (size * ordinary).sqrt()))
+    is_spike[largest] = True
+    return is_spike, sign * size
+
+
+def _spike_channels(trace: Trace, is_spike: Bool[Tensor, " row"], point: int) -> tuple[int, ...]:
+    """The channels that hold more than 100 medians at a point, median over the spike tokens, the largest first."""
+    typical = _median(trace.rows.stream[is_spike, point, : trace.n_followed].abs())
+    order = typical.argsort(descending=True, stable=True)
+    return tuple(int(trace.channels[i]) for i in order if typical[i] > SPIKE_OVER_MEDIAN * trace.medians[point])
 
 
 def _blocks_needed(writes: Float[Tensor, " block"], value: Tensor) -> int:
@@ -213,6 +228,11 @@ def middle_row(life: Lifecycle) -> Rows:
     rows = spike_rows(life)
     held = rows.stream[:, life.main.middle, index_of(life, life.main.channel)]
     return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
+
+
+def late_step_down(life: Lifecycle) -> tuple[int, ...]:
+    """The step-down blocks of the main cycle that are FFN blocks of the model's second half, as LC3 counts them."""
+    return tuple(b for b in life.main.step_down if b % 2 == 0 and b > life.trace.anatomy.n_blocks // 2)
 
 
 def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
@@ -319,7 +339,7 @@ def step_down(life: Lifecycle) -> Evidence | NotApplicable:
     if life.main is None:
         return NotApplicable(life.reason)
     cycle, n_blocks = life.main, life.trace.anatomy.n_blocks
-    late = [b for b in cycle.step_down if b % 2 == 0 and b > n_blocks // 2]
+    late = late_step_down(life)
     which = torch.tensor(late, dtype=torch.long) - 1
     ordinary, spikes = ordinary_rows(life), spike_rows(life)
     index = index_of(life, cycle.channel)
@@ -431,11 +451,12 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
     Beside them the share of tokens with any entry above 100 medians at any depth: where it is much larger, a channel is
     large on ordinary tokens too, and what tells a spike token from them is its size alone.
 
-    Control: the mean share of windows in which another position spikes, and, if the same number of spikes fell on
-    positions at random, the share of windows in which position 0 would get one.
+    Controls: the mean share of windows in which another position spikes; and of the very tokens that spike at position
+    0, the share that do so where they occur later in the windows (a BOS token does not, and then there is no such
+    control).
 
     Args:
-        life: as `find` returns it.
+        life: as `find_lifecycle` returns it.
         decode: from a list of token ids to text, such as `model.tokenizer.decode`.
     """
     if life.main is None:
@@ -444,7 +465,14 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
     if trace.n_candidates > trace.rows.candidate.sum() and life.main.is_spike.sum() == trace.rows.candidate.sum():
         return NotApplicable(f"more than {len(spikes)} tokens spike, too many to follow; measure fewer windows")
     total = trace.n_windows * trace.length
-    at_first = int((spikes.position == 0).sum())
+    first = spikes.position == 0
+    at_first = int(first.sum())
+    same_elsewhere = int(torch.isin(trace.tokens[:, 1:], spikes.token[first]).sum())
+    spiking_elsewhere = int(torch.isin(spikes.token[~first], spikes.token[first]).sum())
+    control = {"other_positions_share": (len(spikes) - at_first) / max(1, total - trace.n_windows)}
+    if same_elsewhere:
+        control["same_tokens_elsewhere_share"] = spiking_elsewhere / same_elsewhere
+        control["n_same_tokens_elsewhere"] = same_elsewhere
     return Evidence(
         measured={
             "spike_token_share": len(spikes) / total,
@@ -453,10 +481,7 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
             "n_spike_tokens": len(spikes),
             "share_above_100_medians": trace.n_candidates / total,
         },
-        control={
-            "other_positions_share": (len(spikes) - at_first) / max(1, total - trace.n_windows),
-            "position0_share_at_random": len(spikes) / total,
-        },
+        control=control,
     )
 
 

@@ -18,7 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from spikesink.claims import brief, write_atomically
-from spikesink.lifecycle import Cycle, Lifecycle, index_of, middle_row, ordinary_rows, spike_rows
+from spikesink.lifecycle import (
+    Cycle,
+    Lifecycle,
+    index_of,
+    late_step_down,
+    middle_row,
+    ordinary_rows,
+    spike_rows,
+    step_down,
+)
 from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile, summarize
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
@@ -112,6 +121,11 @@ def _quoted(text: str) -> str:
 
 def _blocks(blocks: Sequence[int], word: str = "block") -> str:
     return f"{word}{'s' if len(blocks) != 1 else ''} {', '.join(map(str, blocks))}" if blocks else f"no {word}"
+
+
+def _verb(blocks: Sequence[int], many: str) -> str:
+    """A verb that agrees with `_blocks`: "write", or "writes" for one block."""
+    return many if len(blocks) != 1 else f"{many}s"
 
 
 def _span(ax, cycle: Cycle, label: bool = True) -> None:
@@ -214,14 +228,21 @@ def magnitudes(life: Lifecycle) -> Figure:
     above.plot(points, trace.medians, color=ORDINARY, lw=1.6)
     at = cycle.middle if cycle else len(points) // 2
     label = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    names = {}  # lines that run together share a label
     for rank, name in enumerate(("largest", "2nd", "3rd")):
-        above.annotate(name, (at, trace.top_stream[at, rank]), color=SPIKE, **label)
+        value = float(trace.top_stream[at, rank])
+        near = next((v for v in names if v < 1.6 * value), value)
+        names[near] = [*names.get(near, []), name]
+    for value, together in names.items():
+        above.annotate(", ".join(together), (at, value), color=SPIKE, **label)
     above.annotate("median", (at, trace.medians[at]), color=ORDINARY, **label)
-    above.set(yscale="log", ylabel="|h| in the stream")
-    below.set(yscale="log", ylabel="|F| a block writes", xlabel="block (odd: attention, even: FFN)")
+    above.set(yscale="log", ylabel="|h| in the stream,\nlargest of all tokens")
+    below.set(
+        yscale="log", ylabel="|F| a block writes,\nlargest of all tokens", xlabel="block (odd: attention, even: FFN)"
+    )
     for rank, name in enumerate(("largest channel", "2nd", "3rd")):
         below.plot([], [], marker=MARKERS[rank], color=SPIKE, alpha=1 - 0.3 * rank, lw=0.8, ms=3.5, label=name)
-    below.legend(ncols=TOP, fontsize=8, loc="lower right")
+    below.legend(ncols=TOP, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     for ax in (above, below):
         _thousands(ax)
         if cycle is not None:
@@ -229,7 +250,10 @@ def magnitudes(life: Lifecycle) -> Figure:
     if cycle is None:
         above.set_title("No spike: the largest channels stay near the median")
     elif cycle.shape == "step":
-        above.set_title(f"{_blocks(cycle.step_up).capitalize()} wrote the spike, {_blocks(cycle.step_down)} cancel it")
+        above.set_title(
+            f"{_blocks(cycle.step_up).capitalize()} {_verb(cycle.step_up, 'write')} the spike, "
+            f"{_blocks(cycle.step_down)} {_verb(cycle.step_down, 'cancel')} it"
+        )
     else:
         above.set_title(
             f"A ramp, not a step: it takes {cycle.blocks_needed or 'more than all early'} blocks to write the spike"
@@ -265,11 +289,13 @@ def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float 
     for x, (_, bottom, height, colour) in enumerate(bars):
         hatch = "//" if colour == SINK else ""
         ax.bar(x, height, bottom=bottom, color=colour, width=0.72, hatch=hatch, edgecolor="white", lw=0)
-        if colour != ORDINARY or abs(height) >= 0.05 * abs(cycle.value) or len(bars) < 12:
+        if x < len(bars) - 1 and (colour != ORDINARY or abs(height) >= 0.05 * abs(cycle.value) or len(bars) < 12):
             top = bottom + height if cycle.value * height > 0 else bottom
             text = f"{height:+,.0f}" if abs(height) >= 1 else f"{height:+.2g}"
             offset = {"xytext": (0, 3 if cycle.value > 0 else -3), "textcoords": "offset points"}
             ax.annotate(text, (x, top), ha="center", va="bottom" if cycle.value > 0 else "top", fontsize=8, **offset)
+    end = float(stream[-1])
+    ax.annotate(f"{end:,.0f}", (len(bars) - 1 + 0.45, end), va="center", fontsize=8, fontweight="bold")
     for x, (_, bottom, height, _) in enumerate(bars[:-1]):
         ax.plot([x + 0.36, x + 0.64], [bottom + height] * 2, color="black", lw=0.7)
     ax.axhline(0, color="black", lw=0.8)
@@ -284,7 +310,7 @@ def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float 
     held = float(stream[cycle.middle])
     up, down = (sum(float(writes[b - 1]) for b in blocks) / held for blocks in (cycle.step_up, cycle.step_down))
     ax.set_title(
-        f"Step-up ({_blocks(cycle.step_up)}) makes {up:.0%} of this spike, "
+        f"Step-up ({_blocks(cycle.step_up)}) makes {up:.0%} of this token's spike,\n"
         f"step-down ({_blocks(cycle.step_down)}) takes {-down:.0%} of it back",
         fontsize=11,
     )
@@ -302,7 +328,7 @@ def positions(life: Lifecycle) -> Figure:
                 life.cycles,
                 (SPIKE, SMALL, SINK, ORDINARY),
                 "osv^",
-                (34, 14, 14, 14),
+                (26, 70, 70, 70),
                 ("main", "2nd", "3rd", "4th"),
                 strict=False,
             )
@@ -311,14 +337,25 @@ def positions(life: Lifecycle) -> Figure:
         rows = trace.rows[cycle.is_spike]
         label = f"{name} cycle, channel {cycle.channel}, {_blocks(cycle.step_up)} up: {len(rows)} tokens"
         ax.scatter(
-            rows.position, rows.window, s=size, marker=marker, color=colour, label=label, clip_on=False, zorder=3
+            rows.position,
+            rows.window,
+            s=size,
+            marker=marker,
+            edgecolors=colour,
+            facecolors=colour if name == "main" else "none",  # so that both are seen where a token is in two cycles
+            label=label,
+            clip_on=False,
+            zorder=3,
         )
     ax.set_xscale("symlog", linthresh=4, linscale=1.2)
     ticks = [p for p in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if p < trace.length]
     ax.set_xticks(ticks, ticks)
     ax.minorticks_off()
     ax.set(
-        xlabel="position in the window", ylabel="window", xlim=(-0.4, trace.length), ylim=(-0.8, trace.n_windows - 0.2)
+        xlabel="position in the window (log scale from 4 on)",
+        ylabel="window",
+        xlim=(-0.4, 1.1 * trace.length),
+        ylim=(-0.8, trace.n_windows - 0.2),
     )
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, ncols=1)
@@ -383,7 +420,7 @@ def plateau(life: Lifecycle) -> Figure:
     ax.plot(blocks, ordinary, color=ORDINARY, marker="s", ms=3.5, lw=0.8)
     ax.plot(blocks, share, color=SPIKE, marker="o", ms=3.5, lw=0.8)
     ax.axhline(0.01, color="black", lw=0.8, ls="--")
-    ax.annotate("1%", (blocks[0], 0.01), (0, 2), textcoords="offset points", fontsize=9)
+    ax.text(blocks[-1] * 1.02 + 1.2, 0.01, "1%", va="center", fontsize=9)
     ax.text(blocks[-1] + 1, float(share[-1]), f"channel {cycle.channel}", color=SPIKE, va="center", fontsize=9)
     ax.text(blocks[-1] + 1, float(ordinary[-1]), "ordinary\nchannels", color=ORDINARY, va="center", fontsize=9)
     _span(ax, cycle)
@@ -410,7 +447,12 @@ def lives(life: Lifecycle) -> Figure:
     index = index_of(life, cycle.channel)
     fig, ax = _figure(size=(9.5, 4))
     points = np.arange(len(trace.medians))
-    for rows, colour, alpha in ((ordinary_rows(life), ORDINARY, 0.25), (spike_rows(life), SPIKE, 0.6)):
+    smaller = trace.rows.drawn & ~cycle.is_spike & sum(c.is_spike for c in life.cycles).bool()
+    for rows, colour, alpha in (
+        (ordinary_rows(life), ORDINARY, 0.25),
+        (trace.rows[smaller], SMALL, 0.9),
+        (spike_rows(life), SPIKE, 0.6),
+    ):
         ax.plot(points, rows.stream[..., index].T, color=colour, alpha=alpha, lw=0.9)
     linear = 10 ** np.floor(np.log10(max(1e-3, float(trace.medians[cycle.middle]))))
     ax.set_yscale("symlog", linthresh=linear)
@@ -419,10 +461,22 @@ def lives(life: Lifecycle) -> Figure:
     _span(ax, cycle)
     at = cycle.middle
     label = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-    ax.annotate(f"{len(spike_rows(life))} spike tokens", (at, cycle.value), (0, -14), color=SPIKE, **label)
+    held = spike_rows(life).stream[:, at, index]
+    ax.annotate(
+        f"{len(held)} spike tokens", (at, float(held[held.abs().argmax()])), (0, 4), color=SPIKE, va="bottom", **label
+    )
     low = float(ordinary_rows(life).stream[:, at, index].quantile(0.5))
-    ax.annotate("ordinary tokens", (at, low), (0, -24), color="#404040", **label)
-    ax.set(xlabel="depth: after block …", ylabel=f"channel {cycle.channel} (signed)", xlim=(0, points[-1] + 0.5))
+    text = f"{len(ordinary_rows(life))} tokens drawn at random"
+    if smaller.any():
+        text += f" ({int(smaller.sum())} of them, in yellow, in a smaller cycle)"
+    box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
+    ax.annotate(text, (at, low), (0, -28), color="#404040", bbox=box, **label)
+    ax.margins(y=0.08)
+    ax.set(
+        xlabel="depth: after block …",
+        ylabel=f"value of channel {cycle.channel}\n(signed, log scale)",
+        xlim=(0, points[-1] + 0.5),
+    )
     first, last = (float(cycle.stream[p]) for p in cycle.plateau)
     ax.set_title(
         f"From block {cycle.plateau[0]} to block {cycle.plateau[1]} the spike goes from {first:,.0f} to {last:,.0f}"
@@ -440,7 +494,8 @@ def ratios(life: Lifecycle) -> Figure:
     groups = ((spike_rows(life), SPIKE, "spike tokens"), (ordinary_rows(life), ORDINARY, "ordinary tokens"))
     for ax, (rows, colour, name) in zip(axes, groups, strict=True):
         at = rows.stream[:, cycle.middle]
-        order = at[:, index[0]].abs().argsort(descending=True)[:40]
+        order = at[:, index[0]].abs().argsort(descending=True)
+        order = order[:: -(-len(order) // 80)]  # evenly, if there are too many to draw
         for rank, i in enumerate(index[1:]):
             ratio = at[order, i] / at[order, index[0]]
             shade = {
@@ -452,12 +507,13 @@ def ratios(life: Lifecycle) -> Figure:
             }
             ax.plot(range(1, len(order) + 1), (ratio / ratio.median()).clamp(-1, 3), marker=MARKERS[rank], **shade)
         ax.axhline(1, color="black", lw=0.6, zorder=0)
-        ax.set(xlabel=f"{name}, the largest first", ylim=(-1.1, 3.1))
+        ax.set(xlabel=f"{len(order)} {name}, the largest first", ylim=(-1.1, 3.7), yticks=range(-1, 4))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(fontsize=8, loc="upper center", ncols=3)
         spread = at[:, index[1]] / at[:, index[0]]
         varies = float(spread.std(correction=0) / spread.mean().abs())
-        ax.set_title(f"{name.capitalize()}: {shown[1]} ÷ {shown[0]} varies by {brief(100 * varies)}%", fontsize=11)
+        text = f"{name.capitalize()}: channel {shown[1]} ÷ {shown[0]}\nvaries by {brief(100 * varies)}%"
+        ax.set_title(text, fontsize=11)
     axes[0].set_ylabel(f"channel ÷ channel {shown[0]},\nover its own median (edge: beyond)")
     return fig
 
@@ -467,7 +523,8 @@ def cancellation(life: Lifecycle) -> Figure:
     """03: what step-down blocks take back from each token, against what the token holds on the plateau."""
     cycle = life.main
     index = index_of(life, cycle.channel)
-    which = torch.tensor(cycle.step_down, dtype=torch.long) - 1
+    late = late_step_down(life)
+    which = torch.tensor(late, dtype=torch.long) - 1
     fig, ax = _figure(size=(9.5, 4.2))
     spikes, ordinary = spike_rows(life), ordinary_rows(life)
     for rows, colour, marker, name in ((ordinary, ORDINARY, "s", "ordinary"), (spikes, SPIKE, "o", "spike tokens")):
@@ -486,15 +543,16 @@ def cancellation(life: Lifecycle) -> Figure:
     ax.legend(fontsize=9, loc="upper left")
     ax.set(
         xlabel=f"channel {cycle.channel} half-way through the plateau",
-        ylabel=f"taken back by\n{_blocks(cycle.step_down)}",
+        ylabel=f"taken back by\n{_blocks(late)}",
     )
     _thousands(ax, "x")
     _thousands(ax, "y")
-    taken, elsewhere = (-rows.writes[:, which, index].sum(1).median() / cycle.value for rows in (spikes, ordinary))
-    verb = "take" if len(cycle.step_down) != 1 else "takes"
+    evidence = step_down(life)
+    taken = f"{evidence.measured['share_cancelled']:.0%}"
+    elsewhere = evidence.control.get("share_cancelled_ordinary_tokens")
     ax.set_title(
-        f"{_blocks(cycle.step_down).capitalize()} {verb} back {taken:.0%} of the plateau value on spike tokens, "
-        f"{elsewhere:.0%} elsewhere",
+        f"{_blocks(late).capitalize()} {_verb(late, 'take')} back {taken} of the plateau value on spike tokens"
+        + (f", {elsewhere:.1%} elsewhere" if elsewhere is not None else ""),
         fontsize=11,
     )
     return fig

@@ -53,8 +53,7 @@ class Trace:
     """What one pass saw; medians and magnitudes are in the stream's own units."""
 
     anatomy: Anatomy
-    n_windows: int
-    length: int
+    tokens: Int[Tensor, "window position"]  # the windows themselves
     channels: Int[Tensor, " channel"]  # those followed for their size, the strongest first, then the ordinary ones
     n_followed: int  # how many of `channels` are followed for their size
     n_candidates: int  # tokens that spike somewhere, also those that are not among the rows
@@ -64,7 +63,17 @@ class Trace:
     top_stream: Float[Tensor, "point top"]  # the largest channels' max |h| over tokens, mean over windows
     top_writes: Float[Tensor, "block top"]  # the same of the block outputs
     attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, mean over queries and windows
-    closure: float  # largest |sum of writes - stream| at the followed channels, over the largest |h|
+    closure: float  # largest |embedding + sum of writes - stream| at the followed channels, over the point's max |h|
+
+    @property
+    def n_windows(self) -> int:
+        """How many windows were traced."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self.tokens.shape[1]
 
     @property
     def ordinary(self) -> slice:
@@ -231,13 +240,14 @@ class _Pass:
         self.n_followed = len(followed)
         self.channels = torch.tensor([*followed, *others[:ORDINARY_CHANNELS]])
         n_points = about.n_blocks + 1
-        self.n_windows = self.length = self.n_candidates = 0
+        self.n_candidates = 0
+        self.windows: list[Tensor] = []
         self.medians: list[Tensor] = []
         self.top_stream = torch.zeros(n_points, TOP)
         self.top_writes = torch.zeros(about.n_blocks, TOP)
         self.attention = torch.zeros(about.n_layers, about.n_heads)
         self.ratio = torch.zeros(about.d_model)  # the largest |h| over its window's median, by channel
-        self.error = self.largest = 0.0
+        self.closure = 0.0
         self.rows: Rows | None = None
 
     def over(self, tokens: Int[Tensor, "n length"], label: str) -> "_Pass":
@@ -284,10 +294,10 @@ class _Pass:
         drawn = torch.zeros(length, dtype=torch.bool)
         drawn[torch.randperm(length, generator=self.generator)[:ORDINARY_TOKENS]] = True
         largest = top_values[..., 0].amax(1)
-        self.error = max(self.error, (stream[:, 0] + writes.sum(1) - stream[:, -1]).abs().max().item())
-        self.largest = max(self.largest, largest.max().item())
+        error = (stream[:, :1] + writes.cumsum(1) - stream[:, 1:]).abs().amax((0, 2))
+        self.closure = max(self.closure, float((error / top_values[:, 1:, 0].amax(0)).max()))
         found = Rows(
-            window=torch.full((length,), self.n_windows),
+            window=torch.full((length,), len(self.windows)),
             position=torch.arange(length),
             token=window.cpu(),
             drawn=drawn,
@@ -301,25 +311,23 @@ class _Pass:
         self.rows = found if self.rows is None else _joined(self.rows, found)
         self.medians.append(medians)
         self.n_candidates += int(candidate.sum())
-        self.n_windows += 1
-        self.length = length
+        self.windows.append(window.cpu())
 
     def result(self) -> Trace:
-        medians = torch.stack(self.medians)
+        medians, n_windows = torch.stack(self.medians), len(self.windows)
         return Trace(
             anatomy=self.about,
-            n_windows=self.n_windows,
-            length=self.length,
+            tokens=torch.stack(self.windows),
             channels=self.channels,
             n_followed=self.n_followed,
             n_candidates=self.n_candidates,
             rows=self.rows,
             medians=medians.mean(0),
             window_medians=medians,
-            top_stream=self.top_stream / self.n_windows,
-            top_writes=self.top_writes / self.n_windows,
-            attention_to_first=self.attention / self.n_windows,
-            closure=self.error / self.largest,
+            top_stream=self.top_stream / n_windows,
+            top_writes=self.top_writes / n_windows,
+            attention_to_first=self.attention / n_windows,
+            closure=self.closure,
         )
 
 
