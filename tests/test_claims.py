@@ -1,6 +1,7 @@
 """The ledger: rules on hand-made measurements, merging, and verdicts that can be recomputed from the files."""
 
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -145,7 +146,10 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     ("value", "text"),
     [
         (0.0001234, "0.000123"),
-        (23754.4, "23,754"),
+        (23754.4, "23,800"),
+        (-23749.9, "-23,700"),
+        (999.6, "1,000"),
+        (math.inf, "inf"),
         ([24, 58], "24, 58"),
         ([], "none"),
         (1.0018, "1"),

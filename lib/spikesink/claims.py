@@ -185,11 +185,12 @@ def headline(claim_id: str, claim: Mapping[str, Any]) -> str:
 
 
 def brief(value: Any) -> str:
-    """A measured value in few characters: three significant digits, lists joined by commas."""
+    """A measured value in few characters: three significant digits (a fourth differs between processors), no e+03."""
     if isinstance(value, list | tuple):
         return ", ".join(map(brief, value)) or "none"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        short = f"{value:.3g}"
+        return f"{float(short):,.0f}" if 1000 <= abs(float(short)) < math.inf else short
     return str(value)
 
 
