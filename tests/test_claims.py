@@ -22,7 +22,25 @@ HOLDS = {
     "LC5": {"jaccard": 0.9},
     "LC6": {"ratio_cv": 0.1},
     "LC7": {"spike_token_share": 0.05, "position0_share": 0.9},
+    "AM1": {"silu_cosine_spike": 0.9, "silu_cosine_other": 0.85},
+    "AM2": {"gain_rank": 3, "gain_over_median": 5.0},
+    "AM3": {"rank_one_share": 0.8},
+    "AM4": {"cosine_min": 0.9, "cosine_control": 0.3},
+    "AM5": {"median_relative_error": 0.1},
+    "AM6": {"cosine_spike": 0.75, "cosine_other": 0.25},
+    "AM7": {"step_up_rank": 10, "step_down_rank": 10, "n_pairs": 1000},
+    "X-AM8": {"scale_over_median": 10.0, "share_of_norm_spike": 0.75, "share_of_norm_other": 0.25},
+    "TK1": {"share": 0.98},
+    "TK2": {"max_relative_error": 1e-4},
+    "TK3": {"share_elsewhere": 0.05},
+    "TK4": {
+        "self_attention_delimiters": 0.5,
+        "self_attention_other": 0.25,
+        "scale_cosine_delimiters": 0.11,
+        "scale_cosine_other": 0.1,
+    },
 }
+HOLDS["X-TK5"] = HOLDS["TK4"]
 DIFFERS = [
     ("LC1", {"share_written": 0.79, "largest_attention_share": 0.0}),
     ("LC1", {"share_written": 1.0, "largest_attention_share": 0.1}),
@@ -34,7 +52,29 @@ DIFFERS = [
     ("LC6", {"ratio_cv": 0.11}),
     ("LC7", {"spike_token_share": 0.051, "position0_share": 1.0}),
     ("LC7", {"spike_token_share": 0.01, "position0_share": 0.89}),
+    ("AM1", {"silu_cosine_spike": 0.89, "silu_cosine_other": 0.5}),
+    ("AM1", {"silu_cosine_spike": 0.99, "silu_cosine_other": 0.95}),
+    ("AM2", {"gain_rank": 4, "gain_over_median": 9.0}),
+    ("AM2", {"gain_rank": 1, "gain_over_median": 4.9}),
+    ("AM3", {"rank_one_share": 0.79}),
+    ("AM4", {"cosine_min": 0.89, "cosine_control": 0.1}),
+    ("AM4", {"cosine_min": 0.99, "cosine_control": 0.31}),
+    ("AM5", {"median_relative_error": 0.11}),
+    ("AM6", {"cosine_spike": 0.74, "cosine_other": 0.25}),
+    ("AM7", {"step_up_rank": 11, "step_down_rank": 1, "n_pairs": 1000}),
+    ("AM7", {"step_up_rank": 1, "step_down_rank": 11, "n_pairs": 1000}),
+    ("X-AM8", HOLDS["X-AM8"] | {"scale_over_median": 9.9}),
+    ("X-AM8", HOLDS["X-AM8"] | {"share_of_norm_other": 0.26}),
+    ("TK1", {"share": 0.979}),
+    ("TK2", {"max_relative_error": 1.1e-4}),
+    ("TK3", {"share_elsewhere": 0.051}),
+    *((key, HOLDS["TK4"] | {"self_attention_other": 0.26}) for key in ("TK4", "X-TK5")),
+    *((key, HOLDS["TK4"] | {"scale_cosine_other": 0.11}) for key in ("TK4", "X-TK5")),
 ]
+
+
+def test_every_rule_is_tried_at_its_limit():
+    assert set(HOLDS) == set(claims.RULES) == {claim_id for claim_id, _ in DIFFERS}
 
 
 def claim(claim_id="LC2", value=0.001, notebook="02_plateau"):
@@ -151,6 +191,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
         (999.6, "1,000"),
         (math.inf, "inf"),
         ([24, 58], "24, 58"),
+        ([[24, 3], [58, 0.5]], "(24, 3), (58, 0.5)"),
         ([], "none"),
         (1.0018, "1"),
         ("a", "a"),
@@ -159,3 +200,10 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
 )
 def test_values_are_shortened(value, text):
     assert claims.brief(value) == text
+
+
+def test_what_cannot_be_measured_is_left_out_or_is_the_reason():
+    nan = math.nan
+    assert claims.evidence({"a": 1.0}, {"b": nan, "c": 2, "d": [nan]}) == Evidence({"a": 1.0}, {"c": 2, "d": [nan]})
+    assert claims.evidence({"a": 1.0}, {"b": nan}).reason.startswith("no control could be measured")
+    assert claims.evidence({"a": nan, "b": 1.0}, {"b": 1.0}).reason.startswith("a could not be measured")

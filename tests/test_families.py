@@ -1,5 +1,7 @@
 """Tiny random models of many families: anatomy tells them apart, and what their blocks write adds up to the stream."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -38,14 +40,20 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
-    name, sizes, expected = FAMILIES[family]
+def tiny(family: str, folder: Path) -> Path:
+    """The directory of a tiny random model of a family."""
+    name, sizes, _ = FAMILIES[family]
     config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**sizes)
-    model = spikesink.load(planted.save(getattr(transformers, class_name)(config).eval(), tmp_path / family))
+    return planted.save(getattr(transformers, class_name)(config).eval(), folder / family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
+    model = spikesink.load(tiny(family, tmp_path))
+    _, sizes, expected = FAMILIES[family]
     about = spikesink.anatomy(model)
     found = (
         about.norm,
@@ -57,6 +65,8 @@ def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
     )
     assert found == expected
     assert (about.n_blocks, about.d_model, about.n_heads) == (6, 64, 4)
+    assert about.n_experts == (4 if family == "mixtral" else 0)
+    assert about.residual_multiplier == (0.5 if family == "granite" else 1)
     assert about.n_kv_heads == (2 if "num_key_value_heads" in sizes else 4)
     trace = spikesink.trace_windows(model, spikesink.windows(model, "house", 2, 32))
     assert trace.closure < 1e-6

@@ -197,7 +197,32 @@ def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
 
 
 ANATOMY = Anatomy(
-    "hand", 6, 1, 1, 576, 8, 8, 100, 64, "RMS", "pre", 0.0, "silu", False, False, None, False, None, (), (), ()
+    family="hand",
+    n_layers=6,
+    n_heads=1,
+    n_kv_heads=1,
+    d_model=576,
+    d_head=8,
+    d_mlp=8,
+    d_vocab=100,
+    context=64,
+    norm="RMS",
+    norm_placement="pre",
+    norm_scale_offset=0.0,
+    norm_eps=1e-6,
+    gate_activation="silu",
+    qk_norm=False,
+    parallel=False,
+    n_experts=0,
+    residual_multiplier=1.0,
+    attention_norm="ln1",
+    ffn_norm="ln2",
+    sliding_window=None,
+    prepends_bos=False,
+    bos_token=None,
+    layer_hooks=(),
+    write_hooks=(),
+    pattern_hooks=(),
 )
 ORDINARY = [(0, 5, {4: 0.1}), (0, 9, {4: -0.1}), (1, 5, {4: 0.1}), (1, 9, {4: 0.1})]
 

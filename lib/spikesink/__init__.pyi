@@ -8,3 +8,5 @@ from .texts import windows as windows
 from .trace import profile as profile
 from .trace import summarize as summarize
 from .trace import trace_windows as trace_windows
+from .weights import open_weights as open_weights
+from .weights import weights_of as weights_of

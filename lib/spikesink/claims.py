@@ -37,6 +37,19 @@ class NotApplicable:
     reason: str
 
 
+def evidence(measured: Mapping[str, Any], control: Mapping[str, Any]) -> Evidence | NotApplicable:
+    """Evidence without the controls that could not be measured; none at all, or a measure that is none, is a reason."""
+    missing = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
+    if missing:
+        return NotApplicable(
+            f"{', '.join(missing)} could not be measured: there is no token or channel to measure it on"
+        )
+    control = {key: value for key, value in control.items() if not isinstance(value, float) or math.isfinite(value)}
+    if not control:
+        return NotApplicable("no control could be measured: there is no ordinary token or channel to compare with")
+    return Evidence(measured, control)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A claim's statement, where the paper makes it, and when it holds, in words and as a function of `measured`."""
@@ -111,7 +124,107 @@ RULES: dict[str, Rule] = {
         lambda m: m["spike_token_share"] <= 0.05 and m["position0_share"] >= 0.9,
         "spike_token_share",
     ),
+    "AM1": Rule(
+        "On spike tokens the gate's activation is close to the identity.",
+        f"{PAPER}, SwiGLU as a quadratic amplifier; figure 2",
+        "plain cosine(silu(g), g) on spike tokens >= 0.9, and 0.05 above other tokens'",
+        lambda m: m["silu_cosine_spike"] >= 0.9 and m["silu_cosine_spike"] >= m["silu_cosine_other"] + 0.05,
+        "silu_cosine_spike",
+    ),
+    "AM2": Rule(
+        "The spike channel has a high gain in the step-up block.",
+        f"{PAPER}, SwiGLU as a quadratic amplifier; figure 3",
+        "the spike channel is among the 3 largest ||U_k||_F of its block, and >= 5 medians",
+        lambda m: m["gain_rank"] <= 3 and m["gain_over_median"] >= 5,
+        "gain_over_median",
+    ),
+    "AM3": Rule(
+        "Its quadratic form is of rank one, nearly.",
+        f"{PAPER}, SwiGLU as a quadratic amplifier; figure 4",
+        "top eigenvalue squared >= 80% of ||S_k||_F^2",
+        lambda m: m["rank_one_share"] >= 0.8,
+        "rank_one_share",
+    ),
+    "AM4": Rule(
+        "The spike channels share one direction, s*.",
+        f"{PAPER}, SwiGLU as a quadratic amplifier",
+        "abs cosine of top eigenvectors over spike channels (smallest of all pairs) >= 0.9; over random channels "
+        "(median of pairs) <= 0.3",
+        lambda m: m["cosine_min"] >= 0.9 and m["cosine_control"] <= 0.3,
+        "cosine_min",
+    ),
+    "AM5": Rule(
+        "The block's write is lambda (s*.h~)^2.",
+        f"{PAPER}, SwiGLU as a quadratic amplifier (closed form)",
+        "median relative error of lambda (s*.h~)^2 against the block's write on spike tokens <= 10%",
+        lambda m: m["median_relative_error"] <= 0.1,
+        "median_relative_error",
+    ),
+    "AM6": Rule(
+        "Spike tokens point along s*, others do not.",
+        f"{PAPER}, SwiGLU as a quadratic amplifier",
+        "abs cosine(s*, h~) on spike tokens >= 3 times other tokens'",
+        lambda m: m["cosine_spike"] >= 3 * m["cosine_other"],
+        "cosine_spike",
+    ),
+    "AM7": Rule(
+        "The weights alone find the blocks that write and cancel the spike.",
+        f"{PAPER}, figure 3",
+        "step-up and step-down (block, channel) pairs are in the top 1% of all pairs by ||U_k||_F",
+        lambda m: max(m["step_up_rank"], m["step_down_rank"]) <= 0.01 * m["n_pairs"],
+        "step_up_rank",
+    ),
+    "X-AM8": Rule(
+        "Where a norm follows the block, its scale makes the spike, out of a write in one channel.",
+        "ours; sandwich norm",
+        "the norm's scale in the spike channel >= 10 medians, and the channel's share of |F| on spike tokens "
+        ">= 3 times other tokens'",
+        lambda m: m["scale_over_median"] >= 10 and m["share_of_norm_spike"] >= 3 * m["share_of_norm_other"],
+        "scale_over_median",
+    ),
+    "TK1": Rule(
+        "Nearly any token spikes when it stands first.",
+        f"{PAPER}, table 2",
+        ">= 98% of the vocabulary spikes at position 0",
+        lambda m: m["share"] >= 0.98,
+        "share",
+    ),
+    "TK2": Rule(
+        "The first token's attention is one static map.",
+        f"{PAPER}, spike tokens",
+        "relative error <= 1e-4",
+        lambda m: m["max_relative_error"] <= 1e-4,
+        "max_relative_error",
+    ),
+    "TK3": Rule(
+        "The same tokens elsewhere do not spike.",
+        f"{PAPER}, spike tokens",
+        "<= 5% of the same tokens spike at later positions",
+        lambda m: m["share_elsewhere"] <= 0.05,
+        "share_elsewhere",
+    ),
+    "TK4": Rule(
+        "Delimiters that spike attend to themselves, and lie near the norm's scale.",
+        f"{PAPER}, spike tokens",
+        "spiking delimiters attend to themselves >= 2 times as much as other tokens, and lie closer to the norm's "
+        "scale; n/a where no delimiter spikes",
+        lambda m: _delimiters_imitate(m),
+        "self_attention_delimiters",
+    ),
+    "X-TK5": Rule(
+        "In a smaller cycle too, delimiters that spike attend to themselves and lie near the norm's scale.",
+        f"ours; {PAPER}, spike tokens",
+        "spiking delimiters attend to themselves >= 2 times as much as other tokens, and lie closer to the norm's "
+        "scale; n/a where no delimiter spikes",
+        lambda m: _delimiters_imitate(m),
+        "self_attention_delimiters",
+    ),
 }
+
+
+def _delimiters_imitate(m: Mapping[str, Any]) -> bool:
+    twice = m["self_attention_delimiters"] >= 2 * m["self_attention_other"]
+    return twice and m["scale_cosine_delimiters"] > m["scale_cosine_other"]
 
 
 def judge(claim_id: str, evidence: Evidence | NotApplicable, notebook: str) -> Claim:
@@ -187,7 +300,7 @@ def headline(claim_id: str, claim: Mapping[str, Any]) -> str:
 def brief(value: Any) -> str:
     """A measured value in few characters: three significant digits (a fourth differs between processors), no e+03."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(brief, value)) or "none"
+        return ", ".join(f"({brief(v)})" if isinstance(v, list | tuple) else brief(v) for v in value) or "none"
     if isinstance(value, float):
         short = f"{value:.3g}"
         return f"{float(short):,.0f}" if 1000 <= abs(float(short)) < math.inf else short
@@ -217,7 +330,7 @@ def render(figures: Path) -> Path:
         lines[-1] += f"{data['dtype']}, seed {data['seed']}."
         lines += ["", "| claim | verdict | measured | control | rule |", "|---|---|---|---|---|"]
         for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
-            cells = [_cell(claim["measured"]), _cell(claim["control"]), claim["rule"]]
+            cells = [_cell(claim["measured"]), _cell(claim["control"]), escape(claim["rule"])]
             lines.append(f"| {key} | {claim['verdict']} | " + " | ".join(cells) + " |")
     path = figures / "README.md"
     write_atomically(path, "\n".join(lines) + "\n")
@@ -243,9 +356,14 @@ def _order(claim_id: str) -> tuple[bool, int, str]:
     return (claim_id not in RULES, ids.index(claim_id) if claim_id in RULES else 0, claim_id)
 
 
+def escape(text: str) -> str:
+    """Text as it may stand in a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
 def _cell(values: Mapping[str, Any]) -> str:
     text = "; ".join(f"{key} {brief(value)}" for key, value in values.items())
-    return text.replace("|", "\\|").replace("\n", "\\n")
+    return escape(text).replace("\n", "\\n")
 
 
 def _plain(values: Mapping[str, Any], claim_id: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spikesink.claims import Evidence, NotApplicable
+from spikesink.claims import Evidence, NotApplicable, evidence
 from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Rows, Trace
 
 STEP = 0.1
@@ -286,7 +286,7 @@ def step_up(life: Lifecycle) -> Evidence | NotApplicable:
     same_channel = ordinary.writes[:, which, index_of(life, cycle.channel)].sum(1)  # token
     other_channels = spikes.writes[:, which][..., controls].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle, controls]
-    return _evidence(
+    return evidence(
         measured={
             "step_up_blocks": list(cycle.step_up),
             "channels": list(cycle.channels),
@@ -318,7 +318,7 @@ def plateau(life: Lifecycle) -> Evidence | NotApplicable:
     index = index_of(life, cycle.channel)
     writes = spikes.writes[:, between - 1]  # row, block, channel
     ratio = writes.abs() / spikes.stream[:, cycle.middle].abs()[:, None]
-    return _evidence(
+    return evidence(
         measured={
             "plateau_write_ratio": float((writes[..., index].abs() / abs(cycle.value)).median()),
             "first_point": cycle.plateau[0],
@@ -346,7 +346,7 @@ def step_down(life: Lifecycle) -> Evidence | NotApplicable:
     controls = life.trace.ordinary
     taken = -spikes.writes[:, which].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle]
-    return _evidence(
+    return evidence(
         measured={
             "step_down_blocks": list(cycle.step_down),
             "share_cancelled": float(-(cycle.writes[which] / cycle.value).sum()),
@@ -436,7 +436,7 @@ def fixed_ratios(life: Lifecycle) -> Evidence | NotApplicable:
     }
     if (spikes.position == 0).sum() > 1:
         measured["ratio_cv_position0"] = _variation(ratio(spikes[spikes.position == 0]))
-    return _evidence(
+    return evidence(
         measured=measured,
         control={
             "ratio_cv_ordinary_tokens": _variation(ratio(ordinary_rows(life))),
@@ -485,14 +485,6 @@ def few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
     )
 
 
-def _evidence(measured: dict, control: dict) -> Evidence | NotApplicable:
-    """Evidence without the controls that could not be measured; none at all is a reason."""
-    control = {key: value for key, value in control.items() if math.isfinite(value)}
-    if not control:
-        return NotApplicable("no control could be measured: there is no ordinary token or channel to compare with")
-    return Evidence(measured, control)
-
-
 def _typical(values: Tensor) -> float:
     """Median of the finite values; not a number where there are none."""
     finite = values[values.isfinite()]
@@ -520,3 +512,21 @@ def _jaccard(top: Tensor) -> float:
     pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
     shared = (top[pairs[:, 0], :, None] == top[pairs[:, 1], None, :]).sum((1, 2))
     return float((shared / (2 * TOP - shared)).mean())
+
+
+def first_step_up(life: Lifecycle) -> int | NotApplicable:
+    """The main cycle's first FFN block that is step-up: it meets tokens that do not spike yet, a later one may not."""
+    if life.main is None:
+        return NotApplicable(life.reason)
+    ffn = [block for block in life.main.step_up if block_kind(block) == "FFN"]
+    if not ffn:
+        return NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
+    return ffn[0]
+
+
+def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
+    """Which tokens of the windows are a cycle's spike tokens."""
+    rows = life.trace.rows[cycle.is_spike]
+    found = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
+    found[rows.window, rows.position] = True
+    return found

@@ -74,9 +74,14 @@ class Anatomy:
     norm: str  # "RMS" or "LN"
     norm_placement: str  # "pre", "post" or "sandwich"
     norm_scale_offset: float  # the scale is offset + weight: 1 in Gemma, else 0
+    norm_eps: float  # added to the mean square before the root
     gate_activation: str | None  # None: the MLP has no gate
     qk_norm: bool
     parallel: bool  # attention and MLP read the same stream
+    n_experts: int  # FFNs that a router chooses from; 0 where there is one FFN and no router
+    residual_multiplier: float  # what a block computes is multiplied by it before it is added: 1 but in Granite
+    attention_norm: str | None  # the norm that attention reads through; None where it reads the stream itself
+    ffn_norm: str | None  # the same of the FFN
     sliding_window: int | None
     prepends_bos: bool  # the tokenizer's own habit
     bos_token: int | None
@@ -178,6 +183,8 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         placement = "sandwich" if hasattr(block, "ln1") else "post"
     else:
         placement = "pre"
+    norms = [name for name in ("ln1", "ln2") if placement != "post" and hasattr(block, name)]
+    experts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
     layers = range(cfg.n_layers)
     return Anatomy(
         family=config.model_type,
@@ -192,9 +199,14 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         norm="RMS" if cfg.uses_rms_norm else "LN",
         norm_placement=placement,
         norm_scale_offset=float(cfg.rmsnorm_uses_offset),
+        norm_eps=cfg.eps,
         gate_activation=cfg.act_fn if gated else None,
         qk_norm="q_norm" in dict(block.attn.named_children()),
         parallel=bool(cfg.parallel_attn_mlp),
+        n_experts=next(filter(None, experts), 0),
+        residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1),
+        attention_norm=norms[0] if norms else None,
+        ffn_norm=norms[-1] if norms else None,  # where the two blocks share one, it is the only one
         sliding_window=getattr(config, "sliding_window", None) or None,
         prepends_bos=bool(cfg.default_prepend_bos),
         bos_token=model.tokenizer.bos_token_id if model.tokenizer is not None else None,

@@ -80,6 +80,17 @@ def windows(
     return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed)
 
 
+def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
+    """How often each vocabulary entry occurs in a text.
+
+    Raises:
+        TextError: as `read` does.
+    """
+    text = source if isinstance(source, Text) else read(source)
+    ids = model.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    return torch.bincount(torch.tensor(ids), minlength=anatomy(model).d_vocab)
+
+
 def cut(
     source: str | Text,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,25 +1,17 @@
-"""The house style, and one function per figure; each takes measured values and returns a matplotlib Figure.
+"""The figures of notebooks 00 to 03: one prompt, and the life cycle of a spike."""
 
-The same colour means the same thing in all of them: spike (vermilion), sink (blue), ordinary (grey). Titles are the
-finding, computed from the numbers that are drawn.
-"""
-
-import io
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from functools import wraps
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from spikesink.claims import brief, write_atomically
+from spikesink.claims import NotApplicable, brief
 from spikesink.lifecycle import (
-    Cycle,
     Lifecycle,
     index_of,
     late_step_down,
@@ -28,125 +20,43 @@ from spikesink.lifecycle import (
     spike_rows,
     step_down,
 )
+from spikesink.plots.style import (
+    MARKERS,
+    ORDINARY,
+    SINK,
+    SINK_MAP,
+    SMALL,
+    SPIKE,
+    SPIKE_MAP,
+    blocks_text,
+    drawn_where_applicable,
+    figure,
+    quoted,
+    span,
+    styled,
+    thousands,
+    token_text,
+    verb,
+)
 from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile, summarize
 
-SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
-SPIKE_MAP, SINK_MAP = "rocket_r", "Blues"
-MARKERS = ("o", "s", "^")
-STYLE = {
-    "figure.dpi": 90,
-    "savefig.dpi": 160,
-    "savefig.bbox": "tight",
-    "svg.hashsalt": "spikesink",
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
-
-@contextmanager
-def _style():
-    with sns.axes_style("ticks"), plt.rc_context(STYLE):
-        yield
-
-
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9.5, 4.2), **options):
-    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
-    plt.close(fig)  # so that a notebook shows it once, when a cell returns it
-    return fig, axes
-
-
-def styled(draw):
-    """Make a figure function draw in the house style."""
-
-    def drawn(*args, **options) -> Figure:
-        with _style():
-            return draw(*args, **options)
-
-    drawn.__name__, drawn.__doc__, drawn.__wrapped__ = draw.__name__, draw.__doc__, draw
-    return drawn
-
-
-def save(fig: Figure, folder: Path, name: str) -> None:
-    """Write `folder/name.png` and `.svg`, each atomically and without a date, so that equal figures are equal files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        fig.draw_without_rendering()
-        fig.set_layout_engine("none")  # laid out once; each further drawing would do it again
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, metadata=metadata)
-            write_atomically(folder / f"{name}.{kind}", buffer.getvalue())
-
-
-@styled
-def absent(reason: str) -> Figure:
-    """What stands where a figure would be, when a model has nothing to draw."""
-    fig, ax = _figure(size=(9.5, 1.6))
-    ax.axis("off")
-    ax.text(0.5, 0.5, f"Nothing to draw: {reason}.", ha="center", va="center", color=ORDINARY, wrap=True)
-    return fig
-
-
-def _drawn_if_spiking(draw):
+def drawn_if_spiking(draw):
     """For figures of a spike: the reason in its place where there is none."""
+    drawn = drawn_where_applicable(draw)
 
-    def drawn(life: Lifecycle, *args, **options) -> Figure:
-        return absent(life.reason) if life.main is None else styled(draw)(life, *args, **options)
+    @wraps(draw)
+    def drawn_of(life: Lifecycle, *args, **options) -> Figure:
+        return drawn(NotApplicable(life.reason) if life.main is None else life, *args, **options)
 
-    drawn.__name__, drawn.__doc__, drawn.__wrapped__ = draw.__name__, draw.__doc__, draw
-    return drawn
-
-
-def _thousands(ax, which: str = "y") -> None:
-    getattr(ax, f"{which}axis").set_major_formatter(
-        FuncFormatter(lambda v, _: f"{v:,.0f}" if abs(v) >= 1 else f"{v:g}")
-    )
-
-
-def _token(text: str) -> str:
-    plain = text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣").replace("$", r"\$")
-    return plain or "∅"
-
-
-def _quoted(text: str) -> str:
-    return f"“{_token(text)}”"
-
-
-def _blocks(blocks: Sequence[int], word: str = "block") -> str:
-    return f"{word}{'s' if len(blocks) != 1 else ''} {', '.join(map(str, blocks))}" if blocks else f"no {word}"
-
-
-def _verb(blocks: Sequence[int], many: str) -> str:
-    """A verb that agrees with `_blocks`: "write", or "writes" for one block."""
-    return many if len(blocks) != 1 else f"{many}s"
-
-
-def _span(ax, cycle: Cycle, label: bool = True) -> None:
-    """Mark step-up and step-down blocks on an axis of depth in blocks."""
-    for blocks, text in ((cycle.step_up, "step-up"), (cycle.step_down, "step-down")):
-        for block in blocks:
-            ax.axvspan(block - 0.5, block + 0.5, color=SPIKE, alpha=0.13, lw=0)
-        if blocks and label:
-            side = {"ha": "left", "x": blocks[-1] + 0.8} if text == "step-up" else {"ha": "right", "x": blocks[0] - 0.8}
-            ax.text(side["x"], 0.02, text, ha=side["ha"], va="bottom", color=SPIKE, fontsize=9, transform=_x_data(ax))
-
-
-def _x_data(ax):
-    return ax.get_xaxis_transform()
+    return drawn_of
 
 
 @styled
 def skyline(profile: Profile) -> Figure:
     """00: how large every token gets at every depth, and how much attention it draws, side by side."""
     n_tokens = len(profile.tokens)
-    fig, (left, right) = _figure(1, 2, size=(11, 5.6))
+    fig, (left, right) = figure(1, 2, size=(11, 5.6))
     over = profile.magnitude / profile.median[:, None]
     image = left.imshow(
         over, aspect="auto", origin="lower", cmap=SPIKE_MAP, norm=LogNorm(1, max(10.0, float(over.max())))
@@ -155,16 +65,16 @@ def skyline(profile: Profile) -> Figure:
     left.set(ylabel="depth: after block … (two a layer)", xlabel="token")
     facts = summarize(profile)
     peak = facts["token"]
-    left.set_title(f"Spike: {_quoted(profile.tokens[peak])} grows to {brief(facts['factor'])} medians", fontsize=11)
+    left.set_title(f"Spike: {quoted(profile.tokens[peak])} grows to {brief(facts['factor'])} medians", fontsize=11)
     received = profile.attention * 100
     image = right.imshow(received, aspect="auto", origin="lower", cmap=SINK_MAP, vmin=0, vmax=100)
     fig.colorbar(image, ax=right, label="attention the token gets, %, mean over heads", pad=0.02)
     # The last token is seen by one query only, itself: no judgement of sinks can rest on it.
     most = int(received[:, : max(1, n_tokens - 3)].mean(0).argmax())
     right.set(ylabel="layer", xlabel="token")
-    right.set_title(f"Sink: {_quoted(profile.tokens[most])} draws {float(received[:, most].mean()):.0f}%", fontsize=11)
+    right.set_title(f"Sink: {quoted(profile.tokens[most])} draws {float(received[:, most].mean()):.0f}%", fontsize=11)
     for ax in (left, right):
-        ax.set_xticks(range(n_tokens), [_token(t) for t in profile.tokens], rotation=90, fontsize=8)
+        ax.set_xticks(range(n_tokens), [token_text(t) for t in profile.tokens], rotation=90, fontsize=8)
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[:].set_visible(False)
     at_peak = profile.magnitude[facts["point"]]
@@ -189,7 +99,7 @@ def chain() -> Figure:
         ("RMSNorm", "turns the spike\ninto a constant", "06", ORDINARY),
         ("sink", "its key is what\nqueries favour", "07", SINK),
     ]
-    fig, ax = _figure(size=(11, 3.1))
+    fig, ax = figure(size=(11, 3.1))
     ax.set(xlim=(-0.3, 15.6), ylim=(-0.2, 4.6))
     ax.axis("off")
     places = {3: (0, 2.9), 4: (4.4, 2.9), 0: (2.2, 0.6), 1: (6, 0.6), 2: (12.6, 0.6), 5: (8.6, 2.9), 6: (12.6, 2.9)}
@@ -219,7 +129,7 @@ def chain() -> Figure:
 def magnitudes(life: Lifecycle) -> Figure:
     """01 (the paper's figure 1): the three largest channels over depth, in the stream and in what blocks write."""
     trace, cycle = life.trace, life.main
-    fig, (above, below) = _figure(2, 1, size=(9.5, 6), sharex=True)
+    fig, (above, below) = figure(2, 1, size=(9.5, 6), sharex=True)
     points, blocks = np.arange(len(trace.medians)), np.arange(1, trace.anatomy.n_blocks + 1)
     for rank in range(TOP):
         shade = {"color": SPIKE, "alpha": 1 - 0.3 * rank, "lw": 1.6}
@@ -244,15 +154,15 @@ def magnitudes(life: Lifecycle) -> Figure:
         below.plot([], [], marker=MARKERS[rank], color=SPIKE, alpha=1 - 0.3 * rank, lw=0.8, ms=3.5, label=name)
     below.legend(ncols=TOP, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1))
     for ax in (above, below):
-        _thousands(ax)
+        thousands(ax)
         if cycle is not None:
-            _span(ax, cycle, label=ax is above)
+            span(ax, cycle, label=ax is above)
     if cycle is None:
         above.set_title("No spike: the largest channels stay near the median")
     elif cycle.shape == "step":
         above.set_title(
-            f"{_blocks(cycle.step_up).capitalize()} {_verb(cycle.step_up, 'write')} the spike, "
-            f"{_blocks(cycle.step_down)} {_verb(cycle.step_down, 'cancel')} it"
+            f"{blocks_text(cycle.step_up).capitalize()} {verb(cycle.step_up, 'write')} the spike, "
+            f"{blocks_text(cycle.step_down)} {verb(cycle.step_down, 'cancel')} it"
         )
     else:
         above.set_title(
@@ -261,14 +171,14 @@ def magnitudes(life: Lifecycle) -> Figure:
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float = 0.02) -> Figure:
     """01: what each block adds to the first channel of the middle-sized spike token; the bars sum to the stream."""
     cycle = life.main
     token = middle_row(life)
     index = index_of(life, cycle.channel)
     writes, stream = token.writes[0, :, index].numpy(), token.stream[0, :, index]
-    fig, ax = _figure(size=(9.5, 4.4))
+    fig, ax = figure(size=(9.5, 4.4))
     level = start = float(stream[0])
     bars, rest = [("embed.", 0.0, start, ORDINARY)], 0.0
     for block, write in enumerate(writes, 1):
@@ -301,27 +211,27 @@ def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float 
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
     ax.set(
-        ylabel=f"channel {cycle.channel} of {_quoted(decode(token.token.tolist()))}",
+        ylabel=f"channel {cycle.channel} of {quoted(decode(token.token.tolist()))}",
         xlabel=f"block (…: those between, each below {least:.0%} of the plateau, summed)",
     )
-    _thousands(ax)
+    thousands(ax)
     low, high = ax.dataLim.intervaly
     ax.set_ylim(low - 0.1 * (high - low) * (low < 0), high + 0.1 * (high - low))
     held = float(stream[cycle.middle])
     up, down = (sum(float(writes[b - 1]) for b in blocks) / held for blocks in (cycle.step_up, cycle.step_down))
     ax.set_title(
-        f"Step-up ({_blocks(cycle.step_up)}) makes {up:.0%} of this token's spike,\n"
-        f"step-down ({_blocks(cycle.step_down)}) takes {-down:.0%} of it back",
+        f"Step-up ({blocks_text(cycle.step_up)}) makes {up:.0%} of this token's spike,\n"
+        f"step-down ({blocks_text(cycle.step_down)}) takes {-down:.0%} of it back",
         fontsize=11,
     )
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def positions(life: Lifecycle) -> Figure:
     """01: where in the windows the spike tokens are, for each cycle."""
     trace = life.trace
-    fig, ax = _figure(size=(9.5, 3.6))
+    fig, ax = figure(size=(9.5, 3.6))
     for cycle, colour, marker, size, name in reversed(
         list(
             zip(
@@ -335,7 +245,7 @@ def positions(life: Lifecycle) -> Figure:
         )
     ):
         rows = trace.rows[cycle.is_spike]
-        label = f"{name} cycle, channel {cycle.channel}, {_blocks(cycle.step_up)} up: {len(rows)} tokens"
+        label = f"{name} cycle, channel {cycle.channel}, {blocks_text(cycle.step_up)} up: {len(rows)} tokens"
         ax.scatter(
             rows.position,
             rows.window,
@@ -368,11 +278,11 @@ def positions(life: Lifecycle) -> Figure:
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def channels(life: Lifecycle) -> Figure:
     """01: channels by size half-way through the plateau, on spike tokens and on ordinary ones."""
     cycle, trace = life.main, life.trace
-    fig, ax = _figure(size=(9.5, 3.8))
+    fig, ax = figure(size=(9.5, 3.8))
     spikes, ordinary = spike_rows(life), ordinary_rows(life)
     n = min(trace.n_followed, 24)
     for rows, colour, marker, name in (
@@ -398,20 +308,20 @@ def channels(life: Lifecycle) -> Figure:
         xlim=(0.4, n + 5.5),
     )
     ax.set_xticks([1, *range(4, n + 1, 4)])
-    _thousands(ax)
+    thousands(ax)
     n_channels = len(cycle.channels)
     verb = "holds" if n_channels == 1 else "hold"
     ax.set_title(f"{n_channels} of {trace.anatomy.d_model} channels {verb} the spike, half-way through the plateau")
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def plateau(life: Lifecycle) -> Figure:
     """02: the size of every block's write into the first channel, over the plateau value, with ordinary channels."""
     cycle, trace = life.main, life.trace
     spikes = spike_rows(life)
     blocks = np.arange(1, trace.anatomy.n_blocks + 1)
-    fig, ax = _figure(size=(9.5, 4.2))
+    fig, ax = figure(size=(9.5, 4.2))
     share = (cycle.writes / cycle.value).abs().clamp(min=1e-8)
     held = spikes.stream[:, cycle.middle, trace.ordinary].abs()[:, None]
     ordinary = (
@@ -423,7 +333,7 @@ def plateau(life: Lifecycle) -> Figure:
     ax.text(blocks[-1] * 1.02 + 1.2, 0.01, "1%", va="center", fontsize=9)
     ax.text(blocks[-1] + 1, float(share[-1]), f"channel {cycle.channel}", color=SPIKE, va="center", fontsize=9)
     ax.text(blocks[-1] + 1, float(ordinary[-1]), "ordinary\nchannels", color=ORDINARY, va="center", fontsize=9)
-    _span(ax, cycle)
+    span(ax, cycle)
     ax.set(
         yscale="log",
         xlabel="block (odd: attention, even: FFN)",
@@ -440,12 +350,12 @@ def plateau(life: Lifecycle) -> Figure:
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def lives(life: Lifecycle) -> Figure:
     """02: the first channel of every spike token over depth, and of ordinary tokens."""
     cycle, trace = life.main, life.trace
     index = index_of(life, cycle.channel)
-    fig, ax = _figure(size=(9.5, 4))
+    fig, ax = figure(size=(9.5, 4))
     points = np.arange(len(trace.medians))
     smaller = trace.rows.drawn & ~cycle.is_spike & sum(c.is_spike for c in life.cycles).bool()
     for rows, colour, alpha in (
@@ -457,8 +367,8 @@ def lives(life: Lifecycle) -> Figure:
     linear = 10 ** np.floor(np.log10(max(1e-3, float(trace.medians[cycle.middle]))))
     ax.set_yscale("symlog", linthresh=linear)
     ax.axhline(0, color="black", lw=0.6)
-    _thousands(ax)
-    _span(ax, cycle)
+    thousands(ax)
+    span(ax, cycle)
     at = cycle.middle
     label = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
     held = spike_rows(life).stream[:, at, index]
@@ -484,13 +394,13 @@ def lives(life: Lifecycle) -> Figure:
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def ratios(life: Lifecycle) -> Figure:
     """02: each spike channel over the first one, token by token, over its own median; flat lines are fixed ratios."""
     cycle, trace = life.main, life.trace
     shown = cycle.channels[:4] if len(cycle.channels) > 1 else trace.channels[:2].tolist()
     index = [index_of(life, c) for c in shown]
-    fig, axes = _figure(1, 2, size=(9.5, 4), sharey=True)
+    fig, axes = figure(1, 2, size=(9.5, 4), sharey=True)
     groups = ((spike_rows(life), SPIKE, "spike tokens"), (ordinary_rows(life), ORDINARY, "ordinary tokens"))
     for ax, (rows, colour, name) in zip(axes, groups, strict=True):
         at = rows.stream[:, cycle.middle]
@@ -518,14 +428,14 @@ def ratios(life: Lifecycle) -> Figure:
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def cancellation(life: Lifecycle) -> Figure:
     """03: what step-down blocks take back from each token, against what the token holds on the plateau."""
     cycle = life.main
     index = index_of(life, cycle.channel)
     late = late_step_down(life)
     which = torch.tensor(late, dtype=torch.long) - 1
-    fig, ax = _figure(size=(9.5, 4.2))
+    fig, ax = figure(size=(9.5, 4.2))
     spikes, ordinary = spike_rows(life), ordinary_rows(life)
     for rows, colour, marker, name in ((ordinary, ORDINARY, "s", "ordinary"), (spikes, SPIKE, "o", "spike tokens")):
         ax.scatter(
@@ -543,31 +453,31 @@ def cancellation(life: Lifecycle) -> Figure:
     ax.legend(fontsize=9, loc="upper left")
     ax.set(
         xlabel=f"channel {cycle.channel} half-way through the plateau",
-        ylabel=f"taken back by\n{_blocks(late)}",
+        ylabel=f"taken back by\n{blocks_text(late)}",
     )
-    _thousands(ax, "x")
-    _thousands(ax, "y")
+    thousands(ax, "x")
+    thousands(ax, "y")
     evidence = step_down(life)
     taken = f"{evidence.measured['share_cancelled']:.0%}"
     elsewhere = evidence.control.get("share_cancelled_ordinary_tokens")
     ax.set_title(
-        f"{_blocks(late).capitalize()} {_verb(late, 'take')} back {taken} of the plateau value on spike tokens"
+        f"{blocks_text(late).capitalize()} {verb(late, 'take')} back {taken} of the plateau value on spike tokens"
         + (f", {elsewhere:.1%} elsewhere" if elsewhere is not None else ""),
         fontsize=11,
     )
     return fig
 
 
-@_drawn_if_spiking
+@drawn_if_spiking
 def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
     """03: every cycle's first channel over depth, on its own tokens, with the words it falls on."""
     trace = life.trace
-    fig, ax = _figure(size=(9.5, 4.2))
+    fig, ax = figure(size=(9.5, 4.2))
     points = np.arange(len(trace.medians))
     for cycle, colour, marker in zip(life.cycles, (SPIKE, SMALL, SINK, "#009E73"), "os^v", strict=False):
         rows = trace.rows[cycle.is_spike]
         tokens, counts = rows.token.unique(return_counts=True)
-        common = [_quoted(decode([int(t)])) for t in tokens[counts.argsort(descending=True, stable=True)][:4]]
+        common = [quoted(decode([int(t)])) for t in tokens[counts.argsort(descending=True, stable=True)][:4]]
         label = f"channel {cycle.channel} on {len(rows)} tokens: {' '.join(common)} …"
         ax.plot(points, cycle.stream.abs(), color=colour, lw=1.6, marker=marker, ms=3, label=label)
     ax.plot(points, SPIKE_OVER_MEDIAN * trace.medians, color="black", ls="--", lw=0.8)
@@ -587,10 +497,10 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
         xlim=(0, points[-1] * 1.06 + 1),
     )
     ax.margins(y=0.12)
-    _thousands(ax)
+    thousands(ax)
     ax.legend(loc="lower right", fontsize=9)
     words = {1: "One cycle", 2: "Two cycles", 3: "Three cycles", 4: "Four cycles"}[len(life.cycles)]
-    ax.set_title(f"{words}, written by {' and by '.join(_blocks(c.step_up) for c in life.cycles)}")
+    ax.set_title(f"{words}, written by {' and by '.join(blocks_text(c.step_up) for c in life.cycles)}")
     return fig
 
 
@@ -601,7 +511,7 @@ def across_models(rows: Sequence[tuple[str, int, Sequence[int], Sequence[int], b
     Args:
         rows: a name, the number of blocks, step-up blocks, step-down blocks, and whether the paper measured it.
     """
-    fig, ax = _figure(size=(9.5, 0.9 + 0.36 * len(rows)))
+    fig, ax = figure(size=(9.5, 0.9 + 0.36 * len(rows)))
     for y, (_, n_blocks, up, down, paper) in enumerate(reversed(rows)):
         colour = ORDINARY if paper else SPIKE
         ax.plot([0, 100], [y, y], color="#DDDDDD", lw=1, zorder=0)

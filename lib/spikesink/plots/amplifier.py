@@ -1,0 +1,213 @@
+"""The figures of notebook 04: the step-up block as a directional quadratic amplifier."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from torch import Tensor
+
+from spikesink.amplifier import Census, Reading, median, pair_cosines
+from spikesink.claims import brief
+from spikesink.lifecycle import Lifecycle
+from spikesink.plots.style import (
+    ORDINARY,
+    SPIKE,
+    SPIKE_MAP,
+    drawn_where_applicable,
+    figure,
+    thousands,
+)
+
+MOST_POINTS = 4000  # of ordinary tokens drawn, evenly chosen
+
+
+def _points(reading: Reading) -> tuple[Tensor, Tensor]:
+    """Which tokens to draw: every spike token, and ordinary ones, evenly, if there are too many."""
+    others = (~reading.is_spike).flatten().nonzero()[:, 0]
+    return reading.is_spike.flatten().nonzero()[:, 0], others[:: max(1, -(-len(others) // MOST_POINTS))]
+
+
+@drawn_where_applicable
+def gates(reading: Reading) -> Figure:
+    """04 (the paper's figure 2): how close the activation is to the identity, token by token."""
+    spikes, others = _points(reading)
+    fig, (left, right) = figure(1, 2, size=(10.5, 4.4))
+    size = reading.largest.flatten()
+    low = max(float(size.quantile(0.01)), float(size.max()) * 1e-6)
+    norm = LogNorm(low, max(float(size.max()), 10 * low))
+    for which, marker, scale in ((others, "s", 7), (spikes, "o", 44)):
+        looks = {"c": size[which], "cmap": SPIKE_MAP, "norm": norm, "marker": marker, "s": scale, "rasterized": True}
+        edge = {"edgecolors": "black", "linewidths": 0.7} if marker == "o" else {"linewidths": 0}
+        left.scatter(reading.silu_ratio.flatten()[which], reading.silu_cosine.flatten()[which], **looks, **edge)
+        drawn = right.scatter(
+            reading.silu_cosine.flatten()[which], reading.weighted_cosine.flatten()[which], **looks, **edge
+        )
+    fig.colorbar(drawn, ax=right, label="largest entry of the block's output")
+    left.set(xlabel="norm ratio |σ(g)| ÷ |g|", ylabel="cosine of σ(g) and g, all neurons alike")
+    right.set(
+        xlabel="cosine, all neurons alike",
+        ylabel="cosine, neurons weighted by what\nthey add to the spike channel",
+    )
+    plain, weighted = (median(x[reading.is_spike]) for x in (reading.silu_cosine, reading.weighted_cosine))
+    left.set_title(f"All neurons: {plain:.2f} on spike tokens (circles)", fontsize=11)
+    right.set_title(f"Those that write the spike: {weighted:.2f}", fontsize=11)
+    return fig
+
+
+@drawn_where_applicable
+def gains(census: Census, life: Lifecycle) -> Figure:
+    """04 (the paper's figure 3): ||U_k||_F of every channel of every FFN block, with the spike's pairs marked."""
+    fig, (ax, right) = figure(1, 2, size=(11, 5), width_ratios=(2, 1), sharey=True)
+    low = float(census.gain[census.gain > 0].quantile(0.02))
+    looks = {"aspect": "auto", "origin": "lower", "cmap": SPIKE_MAP, "norm": LogNorm(), "interpolation": "nearest"}
+    image = ax.imshow(census.gain.clamp(min=low), rasterized=True, **looks)
+    fig.colorbar(image, ax=ax, label="gain ||U_k||_F (log scale)", pad=0.02)
+    rows = census.blocks.tolist()
+    ax.set_yticks(range(0, len(rows), max(1, len(rows) // 10)), rows[:: max(1, len(rows) // 10)])
+    ax.set(xlabel="channel", ylabel="FFN block")
+    ax.spines[:].set_visible(False)
+    levels = range(len(rows))
+    right.plot(census.gain.quantile(0.5, dim=1), levels, color=ORDINARY, lw=1.4, label="median channel")
+    right.plot(census.gain.amax(1), levels, color="black", lw=0.8, ls=":", label="largest")
+    right.set(xscale="log", xlabel="gain ||U_k||_F")
+    if life.main is None:
+        ax.set_title("The gains of all channels; nothing spikes in this model")
+        return fig
+    channel, ranks = life.main.channel, []
+    right.plot(census.gain[:, channel], levels, color=SPIKE, lw=1.4, label=f"channel {channel}")
+    for blocks, marker, name in ((life.main.step_up, "^", "step-up"), (life.main.step_down, "v", "step-down")):
+        y = [rows.index(block) for block in blocks if block in rows]
+        ax.plot([channel] * len(y), y, marker=marker, ms=9, mfc="none", mec="black", mew=1.5, lw=0, clip_on=False)
+        right.plot(census.gain[y, channel], y, marker=marker, color=SPIKE, ms=7, lw=0, label=name, clip_on=False)
+        ranks += [census.rank(rows[i], channel) for i in y]
+    right.legend(fontsize=7, loc="lower left", bbox_to_anchor=(-0.05, 1), ncols=2)
+    title = f"The gains of all channels; no FFN block is a step for channel {channel}"
+    if ranks:
+        title = f"Without any text: channel {channel} of the step blocks ranks {min(ranks):,} to {max(ranks):,} "
+        title += f"of {census.gain.numel():,} pairs"
+    ax.set_title(title, fontsize=11)
+    return fig
+
+
+@drawn_where_applicable
+def spectra(reading: Reading, found: Mapping[int, Float[Tensor, " pair"]]) -> Figure:
+    """04 (the paper's figure 4): the eigenvalues of S_k of the spike channel and of ordinary ones, over its norm.
+
+    Args:
+        reading: the block's reading.
+        found: by channel, its eigenvalues over ||S_k||_F, the largest in size first; the spike channel's first.
+    """
+    fig, ax = figure(size=(9.5, 4.2))
+    for channel, values in reversed(list(found.items())):
+        spike = channel == reading.channel
+        colour = SPIKE if spike else ORDINARY
+        ranks = np.arange(1, len(values) + 1)
+        ax.plot(
+            ranks, values.abs(), color=colour, lw=1.6 if spike else 0.7, alpha=1 if spike else 0.6, zorder=2 + spike
+        )
+        for sign, marker in ((1, "^"), (-1, "v")):
+            at = values.sign() == sign
+            ax.plot(
+                ranks[at], values.abs()[at], marker=marker, color=colour, lw=0, ms=6 if spike else 3, zorder=2 + spike
+            )
+    first = found[reading.channel]
+    height, share = float(first[0].abs()), float(reading.spike.shares[0])
+    text, place = f"channel {reading.channel} (spike): {height:.2f}² = {share:.0%}", {"textcoords": "offset points"}
+    ax.annotate(text, (1, height), (10, 0), color=SPIKE, va="center", **place)
+    others = [v for channel, v in found.items() if channel != reading.channel]
+    if others:
+        typical = float(np.median([v[0].abs() for v in others]))
+        ax.annotate(
+            f"{len(others)} ordinary channels", (2, typical), (10, 12), textcoords="offset points", color=ORDINARY
+        )
+    ax.set(
+        yscale="log",
+        xlabel="eigenvalues of S_k, the largest in size first (▲ positive, ▼ negative)",
+        ylabel="|eigenvalue| ÷ ||S_k||_F",
+    )
+    thousands(ax)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_title(f"One direction holds {share:.0%} of the spike channel's form in block {reading.block}", fontsize=11)
+    return fig
+
+
+@drawn_where_applicable
+def shared_directions(reading: Reading) -> Figure:
+    """04: |cos| between the top eigenvectors of all spike channels and of as many ordinary ones."""
+    spike, ordinary = reading.spike, reading.ordinary
+    n = min(len(ordinary.channels), max(6, len(spike.channels)))
+    vectors = np.concatenate([spike.vectors.numpy(), ordinary.vectors.numpy()[:n]])
+    channels = [*spike.channels, *ordinary.channels[:n]]
+    cosines = np.abs(vectors @ vectors.T)
+    fig, ax = figure(size=(7.4, 6.2))
+    image = ax.imshow(cosines, cmap=SPIKE_MAP, vmin=0, vmax=1)
+    fig.colorbar(image, ax=ax, label="|cos| of the top eigenvectors", pad=0.02)
+    for i in range(len(channels)):
+        for j in range(len(channels)):
+            shade = "white" if cosines[i, j] > 0.55 else "black"
+            ax.text(j, i, f"{cosines[i, j]:.1f}".removeprefix("0"), ha="center", va="center", fontsize=6, color=shade)
+    edge = len(spike.channels) - 0.5
+    ax.axhline(edge, color="black", lw=1.2)
+    ax.axvline(edge, color="black", lw=1.2)
+    ax.set_xticks(range(len(channels)), channels, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(channels)), channels, fontsize=8)
+    for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
+        for i, label in enumerate(labels):
+            label.set_color(SPIKE if i < len(spike.channels) else ORDINARY)
+    many = "s" if len(spike.channels) > 1 else ""
+    ax.set(xlabel=f"channel ({len(spike.channels)} spike channel{many}, then {n} ordinary ones)", ylabel="channel")
+    ax.spines[:].set_visible(False)
+    pairs = pair_cosines(spike.vectors)
+    if len(pairs):
+        text = (
+            f"Spike channels' directions: |cos| {brief(median(pairs))} (median), {brief(float(pairs.min()))} at least"
+        )
+    else:
+        text = "One spike channel, one direction"
+    ax.set_title(text, fontsize=11)
+    return fig
+
+
+@drawn_where_applicable
+def alignment(reading: Reading) -> Figure:
+    """04: what the block writes into the spike channel against cos(s*, h~), with |lambda| d cos^2 drawn over it."""
+    spikes, others = _points(reading)
+    cosine, size = reading.cosine.flatten(), reading.write.abs().flatten()
+    fig, ax = figure(size=(9.5, 4.6))
+    floor = max(float(size.max()) * 1e-6, 1e-12)
+    for which, colour, marker, s in ((others, ORDINARY, "s", 6), (spikes, SPIKE, "o", 30)):
+        looks = {"color": colour, "marker": marker, "s": s, "linewidths": 0, "alpha": 0.5 if marker == "s" else 0.9}
+        ax.scatter(cosine[which], size[which].clamp(min=floor), rasterized=True, **looks)
+    top, far = abs(float(reading.pairs.values[0])) * reading.d_model, float(cosine.abs().max())
+    for side, style in ((1, "-"), (-1, ":")):
+        x = np.linspace(far * 1e-3, far, 400)
+        ax.plot(side * x, top * x**2, color="black", lw=1, ls=style)
+    ax.annotate("|λ| d cos²", (0.75 * far, top * (0.75 * far) ** 2), (6, -14), textcoords="offset points", fontsize=10)
+    ax.axvline(0, color="black", lw=0.5)
+    box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
+    for which, text, colour, offset, side in (
+        (spikes, f"{len(spikes)} spike tokens", SPIKE, (-12, 4), "right"),
+        (others, "all other tokens", "#505050", (0, -52), "center"),
+    ):
+        if len(which):
+            at = (median(cosine[which]), median(size[which]))
+            ax.annotate(text, at, offset, textcoords="offset points", color=colour, ha=side, bbox=box)
+    ax.set(
+        yscale="log",
+        xlabel="cos(s*, h~): how far the token points along the block's direction (s* has the spike tokens' side)",
+        ylabel=f"|what block {reading.block} writes\ninto channel {reading.channel}|",
+        ylim=(float(size.quantile(0.002).clamp(min=floor)) / 2, 3 * float(size.max())),
+    )
+    thousands(ax)
+    typical, other = (median(reading.cosine.abs()[which]) for which in (reading.is_spike, ~reading.is_spike))
+    if not len(others):
+        text = f"Every token spikes, and |cos(s*, h~)| is {brief(typical)}"
+    elif typical >= 3 * other:
+        text = f"Spike tokens point along s* (|cos| {brief(typical)}), others do not ({brief(other)})"
+    else:
+        text = f"Spike tokens point along s* no more than others do: |cos| {brief(typical)} and {brief(other)}"
+    ax.set_title(text, fontsize=11)
+    return fig

@@ -1,0 +1,161 @@
+"""The figures of notebook 05: why the first token."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from spikesink.amplifier import median
+from spikesink.claims import Evidence, NotApplicable
+from spikesink.firsttoken import Fork, Looking, Probe
+from spikesink.plots.style import (
+    ORDINARY,
+    OTHERS,
+    SINK,
+    SPIKE,
+    drawn_where_applicable,
+    figure,
+    quoted,
+    thousands,
+    x_data,
+)
+
+
+@drawn_where_applicable
+def fork(found: Fork, elsewhere: Evidence | NotApplicable) -> Figure:
+    """05: the same tokens block by block towards s*, first in a window and after a text; and how many spike where."""
+    shares = [] if isinstance(elsewhere, NotApplicable) else elsewhere.measured["share_by_position"]
+    fig, (ax, right) = figure(1, 2, size=(11, 4.4), width_ratios=(3, 1))
+    end = found.block  # what enters the block is what its direction is about
+    points = np.arange(end)
+    groups = [
+        (found.later, ORDINARY, "s", f"after {found.position} tokens of text"),
+        (found.first, SPIKE, "o", "first"),
+    ]
+    if found.exceptions.shape[1]:
+        groups.insert(1, (found.exceptions, OTHERS[0], "^", "the exceptions, first"))
+    for path, colour, marker, name in groups:
+        path = path[:end]
+        ax.plot(points, path, color=colour, alpha=0.12, lw=0.6)
+        ax.plot(points, path.quantile(0.5, dim=1), color=colour, marker=marker, ms=4, lw=1.6, label=name)
+    ax.axhline(0, color="black", lw=0.6)
+    ax.set(
+        xlabel=f"depth: after block … (up to block {found.block}, which reads the last point)",
+        ylabel=f"cosine of the stream with s*\nof block {found.block}",
+    )
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=9)
+    first, later = (median(path[end - 1]) for path in (found.first, found.later))
+    ax.set_title(
+        f"The same {found.first.shape[1]} tokens reach cosine {first:.2f} standing first, {later:.2f} after a text",
+        fontsize=11,
+    )
+    if shares:
+        at_first = elsewhere.control["share_at_position_0"]
+        places, values = zip((0, at_first), *shares, strict=True)
+        right.plot(range(len(places)), [100 * v for v in values], color=SPIKE, marker="o", lw=1)
+        right.set_xticks(range(len(places)), places)
+        right.set(
+            xlabel="position",
+            ylabel=f"% of another {elsewhere.measured['n_tokens']} tokens\nthat spike there",
+            ylim=(-4, 104),
+        )
+        most = max(values[1:])
+        right.set_title(f"Later at most {most:.0%} spike" if most else "Later none spikes", fontsize=11)
+    else:
+        right.axis("off")
+    return fig
+
+
+@drawn_where_applicable
+def vocabulary(found: Probe, decode: Callable[[list[int]], str], counts: Int[Tensor, " vocabulary"]) -> Figure:
+    """05: what every vocabulary entry reaches at position 0, and the share that spikes, by threshold."""
+    fig, (left, right) = figure(1, 2, size=(11, 4.2))
+    value, weight = found.value, counts[found.tokens].double()
+    bins = np.linspace(min(0.0, float(value.min())), float(value.max()), 80)
+    before = found.before.clamp(bins[0], bins[-1]).numpy()
+    left.hist(value.numpy(), bins=bins, color=SPIKE, alpha=0.8, log=True, label=f"after block {found.block}")
+    left.hist(before, bins=bins, histtype="step", color="black", log=True, label="before the step-up")
+    left.legend(fontsize=9, loc="upper center")
+    left.axvline(found.threshold, color="black", lw=0.8, ls="--")
+    left.text(found.threshold, 0.97, " threshold", transform=x_data(left), fontsize=9, va="top")
+    left.set(
+        xlabel=f"channel {found.channel} at position 0",
+        ylabel="vocabulary entries",
+    )
+    thousands(left, "x")
+    thousands(left)
+    left.set_title(_exceptions_in_words(found.exceptions().tolist(), decode), fontsize=10)
+    thresholds = np.geomspace(0.001, 2, 120) * found.threshold * 10
+    ordered, order = value.sort()
+    for weights, colour, style, name in (
+        (np.ones(len(value)), SPIKE, "-", "each entry once"),
+        (weight[order].numpy(), SINK, ":", "as often as it occurs in the text"),
+    ):
+        below = np.concatenate([[0], np.cumsum(weights)])
+        at = np.searchsorted(ordered.numpy(), thresholds)
+        right.plot(
+            thresholds / (10 * found.threshold), 100 * (1 - below[at] / below[-1]), color=colour, ls=style, label=name
+        )
+    right.axvline(0.1, color="black", lw=0.8, ls="--")
+    right.set(
+        xscale="log",
+        xlabel="threshold ÷ plateau value (dashed: the tenth that counts)",
+        ylabel="% above it",
+        ylim=(-3, 103),
+    )
+    thousands(right, "x")
+    right.legend(loc="lower left", fontsize=9)
+    share = float(found.spiking.double().mean())
+    right.set_title(f"{share:.2%} of {len(value):,} entries spike at position 0", fontsize=11)
+    return fig
+
+
+def _exceptions_in_words(tokens: Sequence[int], decode: Callable[[list[int]], str], room: int = 36) -> str:
+    """How many there are, and the first of them, as many as there is room for."""
+    if not tokens:
+        return "No exceptions"
+    shown = []
+    for token in tokens:
+        text = quoted(decode([token]))
+        if len(", ".join([*shown, text])) > room:
+            break
+        shown.append(text)
+    more = " …" if len(shown) < len(tokens) else ""
+    return f"{len(tokens):,} exception{'s' * (len(tokens) > 1)}: {', '.join(shown)}{more}"
+
+
+@drawn_where_applicable
+def instead(seen: Sequence[Looking], names: Sequence[str], found: Probe) -> Figure:
+    """05: windows in which something else stands first: attention to oneself against what the channel then holds.
+
+    Args:
+        seen, names: as `replace_first` returns them.
+        found: as `probe` returns it.
+    """
+    columns = len(seen)
+    fig, axes = figure(1, columns, size=(11, 4), sharex=True, sharey=True, squeeze=False)
+    floor = found.threshold * 1e-4
+    total, later, own, rest = 0, 0, [], []
+    for number, (ax, looked, name) in enumerate(zip(axes[0], seen, names, strict=True)):
+        spikes, others = looked.understudies(found.threshold)
+        for which, colour, marker, size in ((others, ORDINARY, "s", 7), (spikes, SPIKE, "o", 16)):
+            looks = {"color": colour, "marker": marker, "s": size, "alpha": 0.7, "linewidths": 0, "rasterized": True}
+            ax.scatter(looked.own[which], looked.value[which].clamp(min=floor), **looks)
+        ax.axhline(found.threshold, color="black", lw=0.8, ls="--")
+        ax.set(yscale="log", xlim=(0, 1.02), xlabel="attention to itself")
+        thousands(ax)
+        ax.set_title(f"{name} first:\n{int(spikes.sum())} of {int((spikes | others).sum())} later spike", fontsize=10)
+        if number and spikes.any():
+            total += int(spikes.sum())
+            own.append(looked.own_of(spikes, spikes))
+            rest.append(looked.own_of(others, spikes))
+        later += int((spikes | others).sum()) if number else 0
+    axes[0, 0].set_ylabel("spike channel after the step-up\n(at the lower edge: nothing)")
+    text = f"{total or 'no'} of {later:,} later tokens {'does' if total == 1 else 'do'}"
+    if total:
+        text += f": attention to itself {np.mean(own):.0%}, others there {np.mean(rest):.0%}"
+    fig.suptitle(f"When the first token does not spike, {text}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return fig

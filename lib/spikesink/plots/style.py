@@ -1,0 +1,139 @@
+"""The house style: colours, fonts, how a figure is saved, and the words and marks that several figures share."""
+
+import io
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import lru_cache, wraps
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import FuncFormatter
+
+from spikesink.claims import NotApplicable, write_atomically
+from spikesink.lifecycle import Cycle
+
+SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
+OTHERS = ("#009E73", "#CC79A7", "#56B4E9")  # for what is none of these
+SPIKE_MAP, SINK_MAP = "rocket_r", "Blues"
+MARKERS = ("o", "s", "^")
+STYLE = {
+    "figure.dpi": 90,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "spikesink",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def _style():
+    with sns.axes_style("ticks"), plt.rc_context(STYLE):
+        yield
+
+
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9.5, 4.2), **options):
+    """A figure and its axes; `options` as plt.subplots takes them."""
+    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+    plt.close(fig)  # so that a notebook shows it once, when a cell returns it
+    return fig, axes
+
+
+def styled(draw):
+    """Make a figure function draw in the house style."""
+
+    @wraps(draw)
+    def drawn(*args, **options) -> Figure:
+        with _style():
+            return draw(*args, **options)
+
+    return drawn
+
+
+def save(fig: Figure, folder: Path, name: str) -> None:
+    """Write `folder/name.png` and `.svg`, each atomically and without a date, so that equal figures are equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")  # laid out once; each further drawing would do it again
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, metadata=metadata)
+            write_atomically(folder / f"{name}.{kind}", buffer.getvalue())
+
+
+@styled
+def absent(reason: str) -> Figure:
+    """What stands where a figure would be, when a model has nothing to draw."""
+    fig, ax = figure(size=(9.5, 1.6))
+    ax.axis("off")
+    ax.text(0.5, 0.5, f"Nothing to draw: {reason}.", ha="center", va="center", color=ORDINARY, wrap=True)
+    return fig
+
+
+def drawn_where_applicable(draw):
+    """For figures of what a model may not have: the reason in the figure's place, where its first argument is one."""
+
+    @wraps(draw)
+    def drawn(first, *args, **options) -> Figure:
+        return absent(first.reason) if isinstance(first, NotApplicable) else styled(draw)(first, *args, **options)
+
+    return drawn
+
+
+def thousands(ax, which: str = "y") -> None:
+    """Write an axis's numbers out, with commas between thousands."""
+    getattr(ax, f"{which}axis").set_major_formatter(
+        FuncFormatter(lambda v, _: f"{v:,.0f}" if abs(v) >= 1 else f"{v:g}")
+    )
+
+
+def token_text(text: str) -> str:
+    """A token as it can be read in a figure: white space made visible, what the font lacks by its code point."""
+    plain = text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "␣").replace("$", r"\$")
+    return "".join(c if _font().get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in plain) or "∅"
+
+
+@lru_cache
+def _font():
+    return get_font(findfont(STYLE["font.family"]))
+
+
+def quoted(text: str) -> str:
+    """The same in quotation marks."""
+    return f"“{token_text(text)}”"
+
+
+def blocks_text(blocks: Sequence[int], word: str = "block") -> str:
+    """Block 24; blocks 58, 60; no block."""
+    return f"{word}{'s' if len(blocks) != 1 else ''} {', '.join(map(str, blocks))}" if blocks else f"no {word}"
+
+
+def verb(blocks: Sequence[int], many: str) -> str:
+    """A verb that agrees with `blocks_text`: "write", or "writes" for one block."""
+    return many if len(blocks) != 1 else f"{many}s"
+
+
+def span(ax, cycle: Cycle, label: bool = True) -> None:
+    """Mark step-up and step-down blocks on an axis of depth in blocks."""
+    for blocks, text in ((cycle.step_up, "step-up"), (cycle.step_down, "step-down")):
+        for block in blocks:
+            ax.axvspan(block - 0.5, block + 0.5, color=SPIKE, alpha=0.13, lw=0)
+        if blocks and label:
+            side = {"ha": "left", "x": blocks[-1] + 0.8} if text == "step-up" else {"ha": "right", "x": blocks[0] - 0.8}
+            ax.text(side["x"], 0.02, text, ha=side["ha"], va="bottom", color=SPIKE, fontsize=9, transform=x_data(ax))
+
+
+def x_data(ax):
+    """Place by x in the data's units and y as a share of the axis."""
+    return ax.get_xaxis_transform()

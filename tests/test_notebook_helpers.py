@@ -1,0 +1,50 @@
+"""What the notebooks say and tabulate."""
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+
+from spikesink import claims, notebook
+from spikesink.claims import Header, NotApplicable
+
+HEADER = Header("tiny", "tiny", "ab", "house", "cd", (2, 64), "float32", 0)
+
+
+def test_prose_takes_its_numbers_from_the_evidence():
+    evidence = claims.Evidence({"share": 0.98765, "tiny": 3e-7, "none": 0.0}, {"other": 23754.4})
+    said = notebook.say("{share:.1%} {share} {tiny} {none} {other} {missing}", evidence).data
+    assert said == "98.8% 0.988 < 1e-5 0 23,800 (not measurable here)"
+    assert notebook.say("{share}", NotApplicable("it has none")).data == "*Not for this model: it has none.*"
+
+
+def test_tables_shorten_numbers_and_escape_what_would_break_them():
+    frame = pd.DataFrame({"a": [1.23456, 2e-8], "b": ["x|y", ""]})
+    assert notebook.tidy(frame).data.splitlines()[2:] == ["| 1.23 | x\\|y |", "| < 1e-5 |  |"]
+    assert notebook.tidy(NotApplicable("it has none")).data == "*Not for this model: it has none.*"
+
+
+def test_a_model_joins_the_paper_s_table_2(tmp_path):
+    measured = {"spiking": 90, "vocabulary": 100, "share": 0.9, "threshold": 1.0}
+    claim = claims.judge("TK1", claims.Evidence(measured, {"before": 0.0}), "05_first_token")
+    claims.record(tmp_path / "tiny", HEADER, {"TK1": claim})
+    claims.record(
+        tmp_path / "other",
+        replace(HEADER, model="other"),
+        {"TK1": claims.judge("TK1", NotApplicable("no spike"), "05_first_token")},
+    )
+    table = notebook.vocabularies(notebook.Ledger("05_first_token", tmp_path / "tiny", HEADER))
+    assert table.loc["tiny"].tolist() == [90, 100, "90.00%", "here"]
+    assert len(table) == 1 + len(notebook.PAPER_TABLE_2)
+    assert table.loc["Llama-3-8B", "share"] == "99.77%"  # as the paper prints it
+    assert table.loc["Qwen3-8B", "share"] == "99.93%"
+
+
+def test_rules_with_bars_do_not_break_the_ledger_s_table(tmp_path):
+    evidence = claims.Evidence({"gain_rank": 1, "gain_over_median": 9.0}, {"other": 1.0})
+    shown = notebook.Ledger("04_amplifier", tmp_path / "tiny", HEADER).record({"AM2": evidence}).data
+    assert "\\|\\|U_k\\|\\|_F" in shown
+    claims.render(tmp_path)
+    row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| AM2"))
+    assert row.replace("\\|", "").count("|") == 6
+    assert json.loads((tmp_path / "tiny" / "claims.json").read_text())["claims"]["AM2"]["rule"].count("||U_k||_F") == 1

@@ -1,0 +1,122 @@
+"""Weights by layer: what is read from files is what is loaded, and both give what the model's own block writes."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import spikesink
+from spikesink import amplifier
+from spikesink.claims import NotApplicable
+from spikesink.models import LoadError
+from spikesink.weights import open_weights, weights_of
+from tests import planted
+from tests.test_families import FAMILIES, tiny
+
+GATED = [name for name, (_, _, expected) in FAMILIES.items() if expected[3] and name != "mixtral"]
+
+
+def normalised(model, layer, tokens):
+    """What enters an FFN's matrices, without the norm's learned scale, and what comes out, by the model's own hooks."""
+    about, seen = spikesink.anatomy(model), {}
+    source = f"blocks.{layer}.{about.ffn_norm}.hook_normalized" if about.ffn_norm else f"blocks.{layer}.mlp.hook_in"
+    names = (source, f"blocks.{layer}.mlp.hook_out", about.write_hooks[2 * layer + 1])
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: seen.update({hook.name: value})) for name in names]):
+        model(tokens)
+    return tuple(seen[name] for name in names)
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_the_weights_give_what_the_block_writes_in_every_gated_family(family, tmp_path):
+    model = spikesink.load(tiny(family, tmp_path))
+    with torch.no_grad():
+        for name, parameter in model.original_model.named_parameters():
+            if "norm" in name:  # scales and shifts that are not all ones and zeros
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    h, raw, added = normalised(model, 1, spikesink.windows(model, "house", 2, 16))
+    ffn = weights_of(model).ffn(1)
+    torch.testing.assert_close(amplifier.write(ffn, h), raw, rtol=1e-4, atol=1e-6)
+    if ffn.post_scale is not None:
+        eps = model.original_model.config.get_text_config().rms_norm_eps
+        normed = raw * (raw.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * ffn.post_scale
+        torch.testing.assert_close(normed, added, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_what_is_read_from_files_is_what_is_loaded(family, tmp_path):
+    directory = tiny(family, tmp_path)
+    loaded, read = weights_of(spikesink.load(directory)), open_weights(directory)
+    assert read.anatomy.n_layers == loaded.anatomy.n_layers
+    for layer in (2, 0):
+        ours, theirs = vars(read.ffn(layer)), vars(loaded.ffn(layer))
+        for name in ("gate", "up", "down", "gate_bias", "up_bias", "post_scale", "down_bias"):
+            assert (ours[name] is None) == (theirs[name] is None)
+            assert ours[name] is None or torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_sharded_model_is_read_from_all_its_files(planted_directory, planted_model, tmp_path):
+    shutil.copytree(planted_directory, tmp_path / "sharded")
+    whole = load_file(tmp_path / "sharded" / "model.safetensors")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    for part, names in enumerate((sorted(whole)[::2], sorted(whole)[1::2])):
+        save_file({name: whole[name] for name in names}, tmp_path / "sharded" / f"model-{part}.safetensors")
+    assert torch.equal(open_weights(tmp_path / "sharded").ffn(3).up, weights_of(planted_model).ffn(3).up)
+
+
+def test_files_that_lack_a_matrix_are_named(planted_directory, tmp_path):
+    shutil.copytree(planted_directory, tmp_path / "lacking")
+    whole = load_file(tmp_path / "lacking" / "model.safetensors")
+    del whole["model.layers.2.mlp.up_proj.weight"]
+    save_file(whole, tmp_path / "lacking" / "model.safetensors")
+    weights = open_weights(tmp_path / "lacking")
+    weights.ffn(1)
+    with pytest.raises(LoadError, match=r"no weights named model\.layers\.2\.mlp\.up_proj\.weight"):
+        weights.ffn(2)
+
+
+@pytest.mark.parametrize("layer", [-1, 6])
+def test_a_layer_that_does_not_exist(planted_model, layer):
+    with pytest.raises(ValueError, match=f"layer {layer} does not exist; this model has layers 0 to 5"):
+        weights_of(planted_model).ffn(layer)
+
+
+def test_biases_of_all_three_matrices_count(tmp_path):
+    sizes = FAMILIES["llama"][1] | {"mlp_bias": True}
+    torch.manual_seed(0)
+    hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    for name, parameter in hf_model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model = spikesink.load(planted.save(hf_model, tmp_path / "model"))
+    h, raw, _ = normalised(model, 1, spikesink.windows(model, "house", 2, 16))
+    loaded, read = weights_of(model).ffn(1), open_weights(tmp_path / "model").ffn(1)
+    torch.testing.assert_close(amplifier.write(loaded, h), raw, rtol=1e-4, atol=1e-6)
+    assert torch.equal(read.down_bias, loaded.down_bias)
+    assert read.down_bias.abs().min() > 0
+
+
+def test_one_layer_of_a_shell_outlives_the_next(planted_directory):
+    weights = open_weights(planted_directory)
+    first = weights.ffn(0)
+    kept = {name: getattr(first, name).clone() for name in ("gate", "up", "down")}
+    weights.ffn(1)
+    weights.attention(2)
+    for name, value in kept.items():
+        assert torch.equal(getattr(first, name), value), name
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "the FFN of this gpt2 model has no gate, so it is no quadratic form"),
+        ("gpt_neox", "the FFN of this gpt_neox model has no gate, so it is no quadratic form"),
+        ("mixtral", "the FFN of this mixtral model is a mixture of 4 experts, not one gated FFN"),
+    ],
+)
+def test_a_family_without_one_gated_ffn_says_so(family, reason, tmp_path):
+    weights = weights_of(spikesink.load(tiny(family, tmp_path)))
+    with pytest.raises(ValueError, match=reason):
+        weights.ffn(0)
+    assert amplifier.census(weights) == NotApplicable(reason)
