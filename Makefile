@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test lab store help clean
+.PHONY: figures test lab bench store help clean
 
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
 	@$(BIN)/python -m spikesink.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
@@ -28,6 +28,9 @@ test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of noteb
 
 lab: $(READY)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+bench: $(READY)  ## how fast it is, as ratios within one run: a table here and in figures/bench.json
+	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)"
 
 store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
 	@$(BIN)/python -m spikesink.reproduce --store

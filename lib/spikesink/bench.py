@@ -1,0 +1,256 @@
+"""How fast it is, as ratios within one run: what `make bench` calls.
+
+A second on one machine says nothing about another, and little about the same one an hour later; so each row sets two
+ways to the same answer side by side, timed in turns, and says how many times faster the one is.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink import amplifier, firsttoken
+from spikesink.claims import NotApplicable, brief, write_atomically
+from spikesink.lifecycle import Lifecycle, block_layer, find_lifecycle, first_step_up
+from spikesink.models import LoadError, load
+from spikesink.specs import DEFAULT_MODEL
+from spikesink.texts import TextError, windows
+from spikesink.trace import trace_windows
+from spikesink.weights import FFN, Weights, no_form, weights_of
+
+TURNS = 3
+WIDE = 2048  # the width at which Lanczos and a dense solve are compared besides the model's own
+SAMPLE = 2048  # vocabulary entries that go through whole forward passes
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two ways to the same answer: seconds of each (best of the turns), their ratio, and whether they agree."""
+
+    what: str
+    way: str
+    seconds: float
+    against: str
+    against_seconds: float
+    agree: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the first way is."""
+        return self.against_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one run measured."""
+
+    model: str
+    threads: int
+    capability: str  # of the processor, as torch names it
+    torch: str
+    rows: tuple[Row, ...]
+    peak_share: float | None  # of the measured float32 matrix-product peak that the probe reaches; None: no probe
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, atomically."""
+        rows = [asdict(row) | {"ratio": row.ratio} for row in self.rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(self) | {"rows": rows}, indent=2) + "\n")
+
+    def table(self) -> Table:
+        """It as a table."""
+        table = Table("what", "one way", "s", "the other", "s", "ratio", "same answer")
+        for row in self.rows:
+            times = brief(row.seconds), brief(row.against_seconds)
+            table.add_row(row.what, row.way, times[0], row.against, times[1], f"{row.ratio:.1f}x", row.agree)
+        return table
+
+
+def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: int = WIDE) -> Bench:
+    """Time the vocabulary probe, the census and the eigenpairs of one model.
+
+    Args:
+        model: as `load` returns it.
+        life: as `find_lifecycle` returns it, for the step-up block.
+        turns: how often each way is timed; the best counts.
+        wide: a second width for the eigenpairs, of a random block.
+    """
+    weights, rows, share = weights_of(model), [], None
+    tokens = torch.arange(weights.anatomy.d_vocab)
+    if life.main is not None and life.main.step_up:
+        vocabulary, share = probes(weights, life, tokens, turns)
+        rows += [whole_passes(model, weights, life, tokens[:: max(1, len(tokens) // SAMPLE)], turns), vocabulary]
+    block = first_step_up(life)
+    if no_form(weights.anatomy) is None and not isinstance(block, NotApplicable):
+        ffn = weights.ffn(block_layer(block))
+        rows += [census(ffn, turns), lanczos(ffn, life.main.channel, turns), lanczos(random_ffn(wide), 0, turns)]
+    return Bench(
+        model=model.source.slug,
+        threads=torch.get_num_threads(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        torch=torch.__version__,
+        rows=tuple(rows),
+        peak_share=share,
+    )
+
+
+def in_turns(ways: Sequence[Callable[[], Tensor]], turns: int) -> tuple[list[float], list[Tensor]]:
+    """Run each way in turn, several times over; the best time of each, and what it returned last."""
+    best, found = [float("inf")] * len(ways), [torch.empty(0)] * len(ways)
+    for _ in range(turns):
+        for i, way in enumerate(ways):
+            begun = time.perf_counter()
+            found[i] = way()
+            best[i] = min(best[i], time.perf_counter() - begun)
+    return best, found
+
+
+def whole_passes(
+    model: TransformerBridge, weights: Weights, life: Lifecycle, tokens: Tensor, turns: int = TURNS
+) -> Row:
+    """The static path against the same question asked by whole forward passes, on a sample of the vocabulary."""
+    layers = (life.main.step_up[-1] + 1) // 2  # to the end of the layer with the last step-up block
+    seen = {}
+    hook = weights.anatomy.layer_hooks[layers]
+
+    @torch.inference_mode()
+    def whole() -> Tensor:
+        found = []
+        with model.hooks(fwd_hooks=[(hook, lambda value, hook: seen.update(stream=value[:, 0].float().cpu()))]):
+            for part in tokens.split(256):
+                model(part[:, None].to(model.cfg.device))
+                found.append(seen["stream"][:, life.main.channel])
+        return torch.cat(found)
+
+    def static() -> Tensor:
+        return firsttoken.static_path(weights, tokens, 2 * layers)[:, life.main.channel]
+
+    (ours, theirs), (a, b) = in_turns([static, whole], turns)
+    return Row(
+        f"{len(tokens):,} vocabulary entries at position 0",
+        "static path",
+        ours,
+        "whole forward passes",
+        theirs,
+        f"to {brief(float((a - b).abs().max() / b.abs().max()))} of the largest",
+    )
+
+
+def probes(weights: Weights, life: Lifecycle, tokens: Tensor, turns: int = TURNS) -> tuple[Row, float]:
+    """The whole vocabulary in bfloat16 against float32, and float32's share of the measured matrix-product peak."""
+    peak = max(matmul_peak() for _ in range(2))
+    ways = [
+        lambda dtype=dtype: firsttoken.probe(weights, life, tokens, dtype) for dtype in (torch.bfloat16, torch.float32)
+    ]
+    (short, full), (a, b) = in_turns(ways, max(1, turns - 1))
+    peak = max(peak, matmul_peak())
+    other = int((a.spiking != b.spiking).sum())
+    row = Row(
+        f"all {len(tokens):,} entries at position 0",
+        "bfloat16 products",
+        short,
+        "float32",
+        full,
+        "the same entries spike" if not other else f"{other} of {len(tokens):,} differ",
+    )
+    return row, operations(weights, life.main.step_up[-1]) * len(tokens) / full / peak
+
+
+def operations(weights: Weights, block: int) -> int:
+    """Floating-point operations that one token's static path takes, in its matrix products alone."""
+    total = 0
+    for layer in range((block + 1) // 2):
+        attention = weights.attention(layer)
+        total += 2 * (attention.value.numel() + attention.out.numel())
+        if 2 * layer + 2 <= block:
+            parts = [p for p in weights.block(layer, False).mlp.parameters() if p.ndim == 2]
+            total += 2 * sum({p.data_ptr(): p.numel() for p in parts}.values())
+    return total
+
+
+def matmul_peak(size: int = 2048, repeats: int = 6) -> float:
+    """Operations a second of the fastest of several float32 products of square matrices."""
+    a, b = torch.randn(2, size, size)
+    (seconds,), _ = in_turns([lambda: a @ b], repeats)
+    return 2 * size**3 / seconds
+
+
+def census(ffn: FFN, turns: int = TURNS, some: int = 8) -> Row:
+    """||U_k||_F of all channels of one block at once, against forming U_k (some of them, scaled up to all)."""
+    d = ffn.down.shape[0]
+    chosen = range(0, d, max(1, d // some))
+
+    def formed() -> Tensor:
+        return torch.stack([torch.einsum("m,md,me->de", ffn.down[k], ffn.gate, ffn.up).norm() for k in chosen])
+
+    (ours, theirs), (a, b) = in_turns([lambda: amplifier.gains(ffn), formed], turns)
+    return Row(
+        f"gains of all {d} channels of one block",
+        "one kernel for all",
+        ours,
+        f"forming each U_k (from {len(chosen)})",
+        theirs * d / len(chosen),
+        f"to {brief(float((a[list(chosen)] - b).abs().max() / b.max()))}",
+    )
+
+
+def lanczos(ffn: FFN, channel: int, turns: int = TURNS) -> Row:
+    """The top eigenpair of S_k by Lanczos, against forming S_k and a dense solve."""
+    exact = ffn.to(torch.float64)
+
+    def dense() -> Tensor:
+        values = torch.linalg.eigh(amplifier.form(exact, channel)).eigenvalues
+        return values[values.abs().argmax()]
+
+    ways = [lambda: amplifier.eigenpairs(exact, channel, 1).values[0], dense]
+    (ours, theirs), (a, b) = in_turns(ways, turns)
+    name = f"top eigenpair of S_k, width {ffn.down.shape[0]}"
+    return Row(name, "Lanczos", ours, "dense solve", theirs, f"to {brief(float(((a - b) / b).abs()))}")
+
+
+def random_ffn(width: int) -> FFN:
+    """A random block with one planted neuron, so that the top eigenpair stands out as in a step-up block."""
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(3 * width, width, generator=generator) / width**0.5 for _ in range(2))
+    down = torch.randn(width, 3 * width, generator=generator) / width**0.5
+    up[0] = gate[0]
+    down[0, 0] = 20
+    zeros = torch.zeros(3 * width)
+    return FFN(gate, up, down, zeros, zeros, torch.nn.functional.silu)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench that `arguments` (by default the command line's) ask for."""
+    parser = argparse.ArgumentParser(prog="python -m spikesink.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, .gguf file, directory or hub id")
+    parser.add_argument("--figures", type=Path, default=Path("figures"))
+    chosen = parser.parse_args(arguments)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file's lines need not be short
+    try:
+        model = load(chosen.model)
+        life = find_lifecycle(trace_windows(model, windows(model, "house", 4, 128)))
+    except (LoadError, TextError) as error:
+        console.print(str(error), style="bold red")
+        return 1
+    found = bench(model, life)
+    found.write(chosen.figures / "bench.json")
+    console.print(found.table())
+    if found.peak_share is not None:
+        console.print(
+            f"The probe in float32 reaches {found.peak_share:.0%} of this machine's measured matrix-product peak."
+        )
+    console.print(f"Written to {chosen.figures / 'bench.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
