@@ -269,12 +269,14 @@ def test_r2_is_about_the_mean():
 
 
 def test_biases_are_in_what_is_measured():
-    ffn = replace(random_ffn(), gate_bias=torch.ones(M).double(), up_bias=2 * torch.ones(M).double())
-    ffn = ffn.to(torch.float32)
+    gate_bias, up_bias, down_bias = torch.ones(M).double(), 2 * torch.ones(M).double(), 3 * torch.ones(D).double()
+    ffn = replace(random_ffn(), gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias).to(torch.float32)
     h = torch.randn(5, D, generator=torch.Generator().manual_seed(2))
     found = amplifier._measures(ffn, 3, amplifier.eigenpairs(ffn, 3), h)
     torch.testing.assert_close(found["write"], amplifier.write(ffn, h)[:, 3])
     gate = h @ ffn.gate.T + 1
+    hidden = torch.nn.functional.silu(gate) * (h @ ffn.up.T + 2)
+    torch.testing.assert_close(found["write"], hidden @ ffn.down[3] + 3, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(
         found["silu_cosine"], torch.cosine_similarity(torch.nn.functional.silu(gate), gate, dim=-1)
     )
