@@ -138,13 +138,24 @@ def test_where_every_token_but_some_is_a_trigger_those_are_the_exceptions(tmp_pa
     evidence = firsttoken.nearly_any(found, counts, elsewhere)
     assert evidence.measured["spiking"] == 398
     assert evidence.control["share_after_a_text"] == 0.25
-    assert firsttoken.quiet_tokens(found, counts).tolist() == found.exceptions().tolist()  # the smallest first
     counts[300] = 2
     assert firsttoken.quiet_tokens(found, counts).tolist() == [300, 7]
     table = firsttoken.exceptions_table(found, model.tokenizer.decode)
     assert sorted(table["token id"]) == [7, 300]
     assert (table["channel 9"].abs() < 100).all()
     assert firsttoken.in_common(weights_of(model), found, model.tokenizer.decode)["n"] == 2
+
+
+def test_exceptions_and_quiet_tokens_come_in_order():
+    value = torch.tensor([50.0, -1.0, 9.0, 70.0, 3.0, 40.0])
+    found = firsttoken.Probe(4, 9, 1.0, 10.0, torch.tensor([11, 12, 13, 14, 15, 16]), value, torch.zeros(6))
+    assert found.exceptions().tolist() == [12, 15, 13]
+    counts = torch.zeros(20, dtype=torch.long)
+    assert firsttoken.quiet_tokens(found, counts).tolist() == [12, 15, 13]  # none occurs: the smallest first
+    counts[[13, 14]] = torch.tensor([1, 5])
+    assert firsttoken.quiet_tokens(found, counts, 2).tolist() == [13, 12]
+    mostly_not = firsttoken.Probe(4, 9, 1.0, 45.0, found.tokens, value, torch.zeros(6))
+    assert mostly_not.exceptions().tolist() == [14, 11]  # of those that spike, the largest first
 
 
 @pytest.mark.parametrize("family", FAMILIES)
