@@ -159,18 +159,23 @@ class Census:
         Raises:
             ValueError: the census has no such block or channel.
         """
-        found = (self.blocks == block).nonzero()
-        if not len(found) or not 0 <= channel < self.gain.shape[1]:
+        if block not in self.blocks.tolist() or not 0 <= channel < self.gain.shape[1]:
             raise ValueError(
                 f"block {block}, channel {channel} is not among the FFN blocks 2, 4, ..., {int(self.blocks[-1])} "
                 f"with channels 0 to {self.gain.shape[1] - 1}."
             )
-        return int((self.gain > self.gain[int(found[0]), channel]).sum()) + 1
+        return int((self.gain > self._of(block)[channel]).sum()) + 1
 
     def rank_in_block(self, block: int, channel: int) -> int:
         """The place of a channel within its block, 1 for the largest gain."""
-        of_block = self.gain[self.blocks.tolist().index(block)]
-        return int((of_block > of_block[channel]).sum()) + 1
+        return int((self._of(block) > self._of(block)[channel]).sum()) + 1
+
+    def over_median(self, block: int, channel: int) -> float:
+        """A channel's gain over the median gain of its block."""
+        return float(self._of(block)[channel] / self._of(block).median())
+
+    def _of(self, block: int) -> Float[Tensor, " d_model"]:
+        return self.gain[self.blocks.tolist().index(block)]
 
 
 def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | NotApplicable:
@@ -197,12 +202,16 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | No
 
 def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_model"] | NotApplicable:
     """s* of the first step-up block's first channel, from the weights; or why there is none."""
-    block = first_step_up(life)
-    if (reason := no_form(weights.anatomy)) is not None:
-        return NotApplicable(reason)
+    block = _block_to_read(weights, life)
     if isinstance(block, NotApplicable):
         return block
     return eigenpairs(weights.ffn(block_layer(block)), life.main.channel, 1).vectors[:, 0].float()
+
+
+def _block_to_read(weights: Weights, life: Lifecycle) -> int | NotApplicable:
+    """The first step-up block; or why there is none to take apart."""
+    reason = no_form(weights.anatomy)
+    return first_step_up(life) if reason is None else NotApplicable(reason)
 
 
 @dataclass(frozen=True)
@@ -225,9 +234,7 @@ class Reading:
     write: Float[Tensor, "window position"]  # the same from `FFN`
     quadratic: Float[Tensor, "window position"]  # h~' S_k h~
     rank_one: Float[Tensor, "window position"]  # lambda (s*.h~)^2
-    cosine: Float[
-        Tensor, "window position"
-    ]  # cos(s*, h~); s* has the sign that makes the typical spike token's positive
+    cosine: Float[Tensor, "window position"]  # cos(s*, h~), with the sign of s* that makes spike tokens' positive
     silu_cosine: Float[Tensor, "window position"]  # cos(act(g), g) over all neurons
     silu_ratio: Float[Tensor, "window position"]  # |act(g)| / |g|
     weighted_cosine: Float[Tensor, "window position"]  # the same cosine, each neuron by |what it adds to the channel|
@@ -265,9 +272,7 @@ def read(
     about, main = weights.anatomy, life.main
     if block is not None and not (block_kind(block) == "FFN" and 0 < block <= about.n_blocks):
         raise ValueError(f"block {block} is not among the FFN blocks 2, 4, ..., {about.n_blocks}.")
-    if (reason := no_form(about)) is not None:
-        return NotApplicable(reason)
-    first = first_step_up(life)
+    first = _block_to_read(weights, life)
     if isinstance(first, NotApplicable):
         return first
     block = block or first
@@ -388,13 +393,9 @@ def high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence | N
     steps = {*life.main.step_up, *life.main.step_down}
     other_blocks = [b for b in census.blocks.tolist() if b not in steps]
 
-    def over_median(block: int, channel: int) -> float:
-        of_block = census.gain[census.blocks.tolist().index(block)]
-        return float(of_block[channel] / of_block.median())
-
     def typical(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
         ranks = torch.tensor([census.rank_in_block(*pair) for pair in pairs], dtype=torch.float)
-        return median(ranks), median(torch.tensor([over_median(*pair) for pair in pairs]))
+        return median(ranks), median(torch.tensor([census.over_median(*pair) for pair in pairs]))
 
     rank, over = typical([(reading.block, channel) for channel in reading.ordinary.channels])
     control = {"gain_rank_ordinary_channels": rank, "gain_over_median_ordinary_channels": over}
@@ -404,7 +405,7 @@ def high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence | N
     return evidence(
         measured={
             "gain_rank": census.rank_in_block(reading.block, reading.channel),
-            "gain_over_median": over_median(reading.block, reading.channel),
+            "gain_over_median": census.over_median(reading.block, reading.channel),
             "block": reading.block,
             "channel": reading.channel,
         },
@@ -583,12 +584,12 @@ def output_norm(reading: Reading) -> Evidence | NotApplicable:
     )
 
 
-STEPS = (
-    ("exact", "F from the weights, against the model's own block"),
-    ("identity", "activation replaced by the identity: h~' S_k h~"),
-    ("rank one", "one eigenpair left: lambda (s*.h~)^2"),
-    ("closed form", "lambda d cos^2(s*, h~)"),
-)
+STEPS = {  # of the derivation: in words, and where a reading has it
+    "exact": ("F from the weights, against the model's own block", "own"),
+    "identity": ("activation replaced by the identity: h~' S_k h~", "quadratic"),
+    "rank one": ("one eigenpair left: lambda (s*.h~)^2", "rank_one"),
+    "closed form": ("lambda d cos^2(s*, h~)", "closed_form"),
+}
 
 
 @_where_there_is_one
@@ -602,18 +603,13 @@ def step(reading: Reading, name: str) -> pd.DataFrame | NotApplicable:
         reading: as `read` returns it.
         name: one of STEPS: "exact", "identity", "rank one", "closed form".
     """
-    of = {
-        "exact": reading.own,
-        "identity": reading.quadratic,
-        "rank one": reading.rank_one,
-        "closed form": reading.closed_form,
-    }
-    error, size = (of[name] - reading.write).abs(), reading.write.abs()
-    typical = median(size[reading.is_spike])
-    row = {"step": dict(STEPS)[name]}
+    words, field = STEPS[name]
+    value = getattr(reading, field)
+    error, typical = (value - reading.write).abs(), median(reading.write.abs()[reading.is_spike])
+    row = {"step": words}
     for who, where in (("spike", reading.is_spike), ("other", ~reading.is_spike)):
         # An error of exactly nothing is luck: rounding on one processor, none on another.
-        row[f"{who} tokens: error ÷ own write"] = max(_relative(of[name][where], reading.write[where]), 1e-9)
+        row[f"{who} tokens: error ÷ own write"] = max(_relative(value[where], reading.write[where]), 1e-9)
         row[f"{who} tokens: error ÷ typical spike"] = max(median(error[where]) / typical, 1e-9)
     return pd.DataFrame([row])
 
@@ -685,27 +681,27 @@ def hits(
         for window in progress(tokens, "reading the census's blocks", "window")
     ]
     passed = {block: torch.stack(h) for block, h in zip(blocks, zip(*each, strict=True), strict=True)}
-    rows = []
-    for block, channel, gain in top:
-        ffn, h = weights.ffn(block_layer(block)), passed[block]
-        s_star = eigenpairs(ffn, channel, 1).vectors[:, 0].float()
-        main = () if life.main is None else (("up", life.main.step_up), ("down", life.main.step_down))
-        row = {
-            "block": block,
-            "channel": channel,
-            "gain": gain,
-            "÷ block's median": gain / float(found.gain[found.blocks.tolist().index(block)].median()),
-            "step": next((s for s, blocks in main if block in blocks and channel in life.main.channels), ""),
-        }
-        sizes = {
-            "cos": functional.normalize(h, dim=-1) @ s_star,
-            "form": quadratic(ffn, h, channel),
-            "write": write(ffn, h)[..., channel],
-        }
-        for who, where in (("spike", spiking), ("other", ~spiking)):
-            row |= {f"{name}, {who}": _largest(size.abs()[where]) for name, size in sizes.items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    main = () if life.main is None else (("up", life.main.step_up), ("down", life.main.step_down))
+    rows = {}
+    for block, h in passed.items():
+        ffn, unit = weights.ffn(block_layer(block)), functional.normalize(h, dim=-1)
+        for _, channel, gain in (pair for pair in top if pair[0] == block):
+            row = {
+                "block": block,
+                "channel": channel,
+                "gain": gain,
+                "÷ block's median": found.over_median(block, channel),
+                "step": next((s for s, blocks in main if block in blocks and channel in life.main.channels), ""),
+            }
+            sizes = {
+                "cos": unit @ eigenpairs(ffn, channel, 1).vectors[:, 0].float(),
+                "form": quadratic(ffn, h, channel),
+                "write": write(ffn, h)[..., channel],
+            }
+            for who, where in (("spike", spiking), ("other", ~spiking)):
+                row |= {f"{name}, {who}": _largest(size.abs()[where]) for name, size in sizes.items()}
+            rows[block, channel] = row
+    return pd.DataFrame([rows[block, channel] for block, channel, _ in top])
 
 
 def _largest(values: Tensor) -> float:
