@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from platformdirs import user_cache_path
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
@@ -82,7 +83,10 @@ class Anatomy:
     residual_multiplier: float  # what a block computes is multiplied by it before it is added: 1 but in Granite
     attention_norm: str | None  # the norm that attention reads through; None where it reads the stream itself
     ffn_norm: str | None  # the same of the FFN
-    sliding_window: int | None
+    sight: tuple[int | None, ...]  # of each layer: how many tokens back a query sees, itself included; None: all
+    softcap: float | None  # attention logits are bent to stay within it (Gemma 2)
+    query_scale: float  # what a query's product with a key is multiplied by: 1 / sqrt(d_head) in most families
+    sees_rotation: bool  # whether hook_rot_q and hook_rot_k show queries and keys after RoPE
     prepends_bos: bool  # the tokenizer's own habit
     bos_token: int | None
     layer_hooks: tuple[str, ...] = field(repr=False)
@@ -185,6 +189,7 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         placement = "pre"
     norms = [name for name in ("ln1", "ln2") if placement != "post" and hasattr(block, name)]
     experts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    attention = block.attn.original_component
     layers = range(cfg.n_layers)
     return Anatomy(
         family=config.model_type,
@@ -207,7 +212,10 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1),
         attention_norm=norms[0] if norms else None,
         ffn_norm=norms[-1] if norms else None,  # where the two blocks share one, it is the only one
-        sliding_window=getattr(config, "sliding_window", None) or None,
+        sight=_sight(config, cfg.n_layers),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        query_scale=float(getattr(attention, "scaling", None) or cfg.d_head**-0.5),
+        sees_rotation=isinstance(block.attn, PositionEmbeddingsAttentionBridge),
         prepends_bos=bool(cfg.default_prepend_bos),
         bos_token=model.tokenizer.bos_token_id if model.tokenizer is not None else None,
         layer_hooks=(*(f"blocks.{i}.hook_in" for i in layers), f"blocks.{cfg.n_layers - 1}.hook_out"),
@@ -219,6 +227,13 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         ),
         pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),
     )
+
+
+def _sight(config: PretrainedConfig, n_layers: int) -> tuple[int | None, ...]:
+    """How far back each layer sees: sliding-window layers so many tokens, the others everything."""
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * n_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:

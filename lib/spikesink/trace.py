@@ -5,7 +5,7 @@ Held for the length of one window: a few numbers a token. Kept in the end: sums 
 token that spikes somewhere, so memory does not grow with the number of windows except by what was found in them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +24,11 @@ ORDINARY_CHANNELS = 16  # drawn once, as controls
 MAX_CHANNELS = 48  # followed, the strongest first
 MAX_ROWS = 4096  # of candidates kept, the strongest first
 MAX_DRAWN = 1024  # of ordinary tokens kept
+
+OnStream = Callable[[int, Float[Tensor, "token d_model"]], None]
+OnWrite = Callable[[int, Float[Tensor, "token d_model"]], None]
+OnPattern = Callable[[int, Float[Tensor, "head query key"]], None]
+OnHook = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Trace:
     window_medians: Float[Tensor, "window point"]
     top_stream: Float[Tensor, "point top"]  # the largest channels' max |h| over tokens, mean over windows
     top_writes: Float[Tensor, "block top"]  # the same of the block outputs
-    attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, mean over queries and windows
+    attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, of the queries that see it, mean
     closure: float  # largest |embedding + sum of writes - stream| at the followed channels, over the point's max |h|
 
     @property
@@ -147,9 +152,9 @@ def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile
         median[point] = h.abs().median()
 
     def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        attention[layer] = _received(pattern).mean(0).cpu()
+        attention[layer] = received(pattern, about.sight[layer]).mean(0).cpu()
 
-    _run(model, about, tokens, on_stream, lambda block, write: None, on_pattern)
+    follow(model, about, tokens, on_stream, on_pattern=on_pattern)
     return Profile(tuple(model.tokenizer.decode([i]) for i in tokens.tolist()), magnitude, channel, median, attention)
 
 
@@ -179,19 +184,43 @@ def summarize(profile: Profile) -> dict[str, Any]:
     }
 
 
-def _received(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head key"]:
-    """Attention that each key gets, mean over the queries at or after it (Gu et al.'s alpha)."""
-    length = pattern.shape[-1]
-    return pattern.float().sum(1) / torch.arange(length, 0, -1, device=pattern.device)
+def received(pattern: Float[Tensor, "head query key"], sight: int | None = None) -> Float[Tensor, "head key"]:
+    """Attention that each key gets, mean over the queries at or after it that have it in sight (Gu et al.'s alpha).
+
+    Args:
+        pattern: of one layer.
+        sight: how many tokens back a query sees, itself included (`Anatomy.sight`); None for all.
+    """
+    queries = torch.arange(pattern.shape[-1], 0, -1, device=pattern.device)
+    return pattern.sum(1) / (queries if sight is None else queries.clamp(max=sight))
 
 
-def _run(
-    model: TransformerBridge, about: Anatomy, tokens: Int[Tensor, " length"], on_stream, on_write, on_pattern
+def follow(
+    model: TransformerBridge,
+    about: Anatomy,
+    tokens: Int[Tensor, " length"],
+    on_stream: OnStream | None = None,
+    on_write: OnWrite | None = None,
+    on_pattern: OnPattern | None = None,
+    also: Sequence[tuple[str, OnHook]] = (),
 ) -> None:
     """Run one window and hand on what passes, in float32: each point of the stream, each write, each pattern.
 
     The stream between a layer's attention and its MLP is the stream that entered the layer plus the attention's
-    write; some families have no such place in their code, because both read the same stream.
+    write; some families have no such place in their code, because both read the same stream. No logits are made.
+
+    Args:
+        model: as `load` returns it.
+        about: its anatomy.
+        tokens: one window.
+        on_stream: called as on_stream(point, h [token, d_model]) for every point, from 0.
+        on_write: called as on_write(block, what it adds [token, d_model]) for every block, from 1.
+        on_pattern: called as on_pattern(layer, attention [head, query, key]) for every layer.
+        also: further hooks, by TransformerLens's names; each is called with the hook's value, without its batch.
+
+    Raises:
+        FloatingPointError: an activation overflows, as spikes do in float16.
+        RuntimeError: a hook of this family never fires.
     """
     entered: dict[int, Tensor] = {}
     fired: set[str] = set()
@@ -206,23 +235,35 @@ def _run(
                 f"the residual stream of this model is not finite as it enters layer {layer} in {model.cfg.dtype}; "
                 "load it in float32."
             )
-        on_stream(2 * layer, entered[layer])
+        if on_stream is not None:
+            on_stream(2 * layer, entered[layer])
 
     def write_hook(value, hook):
         fired.add(hook.name)
         block = about.write_hooks.index(hook.name) + 1
         write = value[0].float()
-        on_write(block, write)
-        if block % 2:
+        if on_write is not None:
+            on_write(block, write)
+        if on_stream is not None and block % 2:
             on_stream(block, entered[block // 2] + write)
 
     def pattern_hook(value, hook):
         fired.add(hook.name)
-        on_pattern(about.pattern_hooks.index(hook.name), value[0])
+        on_pattern(about.pattern_hooks.index(hook.name), value[0].float())
+
+    def other_hook(call):
+        def hooked(value, hook):
+            fired.add(hook.name)
+            call(value[0].float())
+
+        return hooked
 
     hooks = [(name, layer_hook) for name in about.layer_hooks]
-    hooks += [(name, write_hook) for name in about.write_hooks]
-    hooks += [(name, pattern_hook) for name in about.pattern_hooks]
+    if on_stream is not None or on_write is not None:
+        hooks += [(name, write_hook) for name in about.write_hooks]
+    if on_pattern is not None:
+        hooks += [(name, pattern_hook) for name in about.pattern_hooks]
+    hooks += [(name, other_hook(call)) for name, call in also]
     with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
         # The transformers model under its head: nothing here needs logits, which can cost as much as all layers.
         model.original_model.base_model(tokens[None].to(model.cfg.device), use_cache=False)
@@ -287,9 +328,9 @@ class _Pass:
             self.top_writes[block - 1] += write.abs().amax(0).topk(TOP).values.cpu()
 
         def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-            self.attention[layer] += pattern[..., 0].float().mean(-1).cpu()
+            self.attention[layer] += received(pattern, about.sight[layer])[:, 0].cpu()
 
-        _run(self.model, about, window, on_stream, on_write, on_pattern)
+        follow(self.model, about, window, on_stream, on_write, on_pattern)
 
         drawn = torch.zeros(length, dtype=torch.bool)
         drawn[torch.randperm(length, generator=self.generator)[:ORDINARY_TOKENS]] = True
