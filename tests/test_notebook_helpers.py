@@ -15,13 +15,13 @@ def test_prose_takes_its_numbers_from_the_evidence():
     evidence = claims.Evidence({"share": 0.98765, "tiny": 3e-7, "none": 0.0}, {"other": 23754.4})
     said = notebook.say("{share:.1%} {share} {tiny} {none} {other} {missing}", evidence).data
     assert said == "98.8% 0.988 < 1e-5 0 23,800 (not measurable here)"
-    assert notebook.say("{share}", NotApplicable("it has none")).data == "*Not for this model: it has none.*"
+    assert notebook.say("{share}", NotApplicable("it has none")).data == "*Not applicable here: it has none.*"
 
 
 def test_tables_shorten_numbers_and_escape_what_would_break_them():
     frame = pd.DataFrame({"a": [1.23456, 2e-8], "b": ["x|y", ""]})
     assert notebook.tidy(frame).data.splitlines()[2:] == ["| 1.23 | x\\|y |", "| < 1e-5 |  |"]
-    assert notebook.tidy(NotApplicable("it has none")).data == "*Not for this model: it has none.*"
+    assert notebook.tidy(NotApplicable("it has none")).data == "*Not applicable here: it has none.*"
 
 
 def test_a_model_joins_the_paper_s_table_2(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import amplifier, firsttoken, plots
+from spikesink import amplifier, collapse, firsttoken, plots, sinks
 from spikesink.claims import NotApplicable
 from spikesink.plots import style
 from spikesink.weights import weights_of
@@ -62,6 +62,67 @@ def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, tri
     assert [title(figure, i).split("\n")[1].split(" of ")[0] for i in range(3)] == ["4", "4", "4"]
 
 
+@pytest.fixture(scope="module")
+def sunk(parts, planted_model, trigger_tokens):
+    life, weights, *_ = parts
+    found = collapse.collapse(planted_model, trigger_tokens, life)
+    return life, found, sinks.look(planted_model, trigger_tokens, life, found, epsilon=0.05), weights
+
+
+def test_figures_of_the_collapse_say_what_they_show(sunk, planted_model, trigger_tokens):
+    life, found, _, weights = sunk
+    assert title(plots.collapsing(found, life)) == "Spike tokens: half-way, channel 9 holds 94.1% of |h~|²"  # 16 of 17
+    middle = found.cycle.middle
+    assert title(plots.cosines(found), 1).startswith(f"After block {middle}: spike tokens 1.000, others ")
+    assert "a participation ratio of 1.12 in spike tokens" in title(plots.depth(found, life))
+    ratio = torch.logspace(-1, 1, 5) * 63**0.5
+    figure = plots.collapse_of_size(found, ratio, collapse.synthetic(ratio, 64, found.about))
+    assert figure.get_suptitle().endswith("half-way the spike is 4 times that")  # 1000 against a side channel of -250
+    done = collapse.replace(planted_model, trigger_tokens, life, found)
+    figure = plots.implicit(done)
+    change = done.perplexity["replaced"] / done.perplexity["clean"] - 1
+    assert title(figure) == f"Perplexity changes by {change:+.2%}" or abs(change) < 1e-4
+    assert len(figure.axes[1].lines) == 3
+    scale = collapse.scale_at_spike(weights, life)
+    assert (
+        title(plots.learned_scale(scale, life)) == "On the plateau the scale at the spike's channel is 1 of the median"
+    )
+
+
+def test_figures_of_the_sinks_say_what_they_show(sunk, planted_model, trigger_tokens):
+    life, found, seen, weights = sunk
+    short = sinks.score(planted_model, trigger_tokens, epsilon=0.05, length=12)
+    mean = seen.scores.at.mean(0)
+    figure = plots.sink_map(seen.scores, short)
+    assert title(figure) == f"{int((mean > 0.05).sum())} of 24 heads sink on position 0 (dots)"
+    assert [line.get_label() for line in figure.axes[1].lines if "tokens" in str(line.get_label())] == [
+        "48 tokens",
+        "12 tokens",
+    ]
+    profile = spikesink.profile(planted_model, trigger_tokens[1])
+    assert len(plots.places(profile, most=20).axes[1].get_xticklabels()) == 20
+    depth = sinks.over_depth(seen, life).measured
+    expected = f"{depth['attention_during']:.0%} of attention on the plateau, {depth['attention_before']:.0%} before"
+    assert expected in title(plots.sinks_over_depth(seen.geometry, seen, life, profile))
+    rebuilt = sinks.rebuild(weights, life, found)
+    figure = plots.sink_keys(seen.geometry, rebuilt, life)
+    assert title(figure, 1).startswith(f"{len(rebuilt.channels)} of 64 rows: cosine ")
+    assert title(plots.sink_keys(seen.geometry, NotApplicable("none"), life), 1) == ""
+    figure = plots.logits(seen.geometry, seen, life)
+    assert len(figure.axes[0].collections[0].get_offsets()) == 12  # heads of the plateau's three layers
+    clouds = sinks.clouds(planted_model, trigger_tokens, life, seen, [(3, 0), (3, 1)], most=60)
+    figure = plots.queries_and_keys(clouds)
+    assert [len(c.get_offsets()) for c in figure.axes[0].collections] == [
+        60,
+        60,
+        6,
+        6,
+    ]  # keys, queries, spike tokens' two
+    figure = plots.secondary_sinks(seen.secondary, life, planted_model.tokenizer.decode)
+    if seen.secondary.n:
+        assert title(figure).startswith(f"{seen.secondary.n} secondary sinks (")
+
+
 def test_where_there_is_nothing_to_draw_the_reason_stands():
     reason = NotApplicable("this model has no gate")
     for figure in (
@@ -73,6 +134,17 @@ def test_where_there_is_nothing_to_draw_the_reason_stands():
         plots.fork(reason, reason),
         plots.vocabulary(reason, None, None),
         plots.instead(reason, [], reason),
+        plots.collapsing(reason, None),
+        plots.cosines(reason),
+        plots.depth(reason, None),
+        plots.collapse_of_size(reason, None, None),
+        plots.implicit(reason),
+        plots.learned_scale(reason, None),
+        plots.sinks_over_depth(reason, None, None, None),
+        plots.sink_keys(reason, reason, None),
+        plots.logits(reason, None, None),
+        plots.queries_and_keys(reason),
+        plots.secondary_sinks(reason, None, None),
     ):
         assert [text.get_text() for text in figure.axes[0].texts] == ["Nothing to draw: this model has no gate."]
 

@@ -9,7 +9,6 @@ S_k, with eigenvector s*, outweighs the others, it is lambda (s* . h~)^2 = lambd
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.claims import Evidence, NotApplicable, evidence
+from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.lifecycle import Lifecycle, block_kind, block_layer, first_step_up, is_spike
 from spikesink.progress import progress
 from spikesink.weights import FFN, Weights, no_form
@@ -342,17 +341,7 @@ def _weighted_cosine(
     return functional.cosine_similarity(weight * active, weight * gate, dim=-1, eps=1e-30)
 
 
-def _where_there_is_one(measure):
-    """A measure of a reading, or the reason why there is no reading."""
-
-    @wraps(measure)
-    def measured(reading: Reading | NotApplicable, *args, **options):
-        return reading if isinstance(reading, NotApplicable) else measure(reading, *args, **options)
-
-    return measured
-
-
-@_where_there_is_one
+@where_applicable
 def near_identity(reading: Reading) -> Evidence | NotApplicable:
     """AM1: is the activation close to the identity on spike tokens? Cosine and norm ratio of act(g) and g, medians.
 
@@ -384,7 +373,7 @@ def near_identity(reading: Reading) -> Evidence | NotApplicable:
     )
 
 
-@_where_there_is_one
+@where_applicable
 def high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence | NotApplicable:
     """AM2: the spike channel's ||U_k||_F among all channels of its block.
 
@@ -413,7 +402,7 @@ def high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence | N
     )
 
 
-@_where_there_is_one
+@where_applicable
 def rank_one(reading: Reading) -> Evidence | NotApplicable:
     """AM3: the top eigenvalue of S_k, the next, and the top one's share of the sum of squares of all.
 
@@ -432,7 +421,7 @@ def rank_one(reading: Reading) -> Evidence | NotApplicable:
     return evidence(measured, {"rank_one_share_ordinary_channels": median(reading.ordinary.shares)})
 
 
-@_where_there_is_one
+@where_applicable
 def shared_direction(reading: Reading) -> Evidence | NotApplicable:
     """AM4: do the spike channels share s*? |cos| of their top eigenvectors, over pairs.
 
@@ -464,7 +453,7 @@ def shared_direction(reading: Reading) -> Evidence | NotApplicable:
     )
 
 
-@_where_there_is_one
+@where_applicable
 def quadratic_prediction(reading: Reading) -> Evidence | NotApplicable:
     """AM5: lambda (s*.h~)^2 against what the block writes: median relative error over spike tokens, R^2 over all.
 
@@ -491,7 +480,7 @@ def quadratic_prediction(reading: Reading) -> Evidence | NotApplicable:
     )
 
 
-@_where_there_is_one
+@where_applicable
 def alignment(reading: Reading) -> Evidence | NotApplicable:
     """AM6: |cos(s*, h~)| of spike tokens and of all others, medians.
 
@@ -555,7 +544,7 @@ def by_weights_alone(life: Lifecycle, found: Census | NotApplicable, n: int = 10
     )
 
 
-@_where_there_is_one
+@where_applicable
 def output_norm(reading: Reading) -> Evidence | NotApplicable:
     """X-AM8: where a norm follows the block, whether its scale makes the spike rather than the block's own gain.
 
@@ -592,7 +581,7 @@ STEPS = {  # of the derivation: in words, and where a reading has it
 }
 
 
-@_where_there_is_one
+@where_applicable
 def step(reading: Reading, name: str) -> pd.DataFrame | NotApplicable:
     """One step of the derivation: how far it is from what the block writes, on spike tokens and on others.
 
@@ -614,7 +603,7 @@ def step(reading: Reading, name: str) -> pd.DataFrame | NotApplicable:
     return pd.DataFrame([row])
 
 
-@_where_there_is_one
+@where_applicable
 def facts(reading: Reading) -> dict[str, int] | NotApplicable:
     """What was read: block, channel, number of hidden neurons, of spike tokens and of others."""
     n_spike = int(reading.is_spike.sum())
@@ -627,7 +616,7 @@ def facts(reading: Reading) -> dict[str, int] | NotApplicable:
     }
 
 
-@_where_there_is_one
+@where_applicable
 def spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float[Tensor, " pair"]] | NotApplicable:
     """The n eigenvalues of S_k of largest size over ||S_k||_F, the largest first: of the first channel and of others.
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def evidence(measured: Mapping[str, Any], control: Mapping[str, Any]) -> Evidenc
     if not control:
         return NotApplicable("no control could be measured: there is no ordinary token or channel to compare with")
     return Evidence(measured, control)
+
+
+def where_applicable(measure):
+    """A measure of what is there; where one of its arguments is the reason why something is not, that reason."""
+
+    @wraps(measure)
+    def measured(*args, **options):
+        for value in (*args, *options.values()):
+            if isinstance(value, NotApplicable):
+                return value
+        return measure(*args, **options)
+
+    return measured
 
 
 @dataclass(frozen=True)
@@ -218,6 +232,104 @@ RULES: dict[str, Rule] = {
         "scale; n/a where no delimiter spikes",
         lambda m: _delimiters_imitate(m),
         "self_attention_delimiters",
+    ),
+    "NM1": Rule(
+        "RMSNorm bounds the spike: no entry exceeds sqrt(d), and the spike's comes close.",
+        f"{PAPER}, RMSNorm",
+        "0.5 <= max abs(h~_k) / sqrt(d) <= 1.001 during the plateau",
+        lambda m: 0.5 <= m["max_over_sqrt_d"] <= 1.001,
+        "max_over_sqrt_d",
+    ),
+    "NM2": Rule(
+        "RMSNorm makes a spike token sparse: hardly more than one channel is left.",
+        f"{PAPER}, RMSNorm",
+        "participation ratio after <= 1% of d_model",
+        lambda m: m["participation_after"] <= 0.01 * m["d_model"],
+        "participation_after",
+    ),
+    "NM3": Rule(
+        "RMSNorm makes all spike tokens the same vector.",
+        f"{PAPER}, RMSNorm; figure 5",
+        "mean cosine of h~ over spike tokens of different windows >= 0.99 after; other tokens' <= 0.9",
+        lambda m: m["cosine_after"] >= 0.99 and m["cosine_other_tokens"] <= 0.9,
+        "cosine_after",
+    ),
+    "NM4": Rule(
+        "It is the same vector at every layer of the plateau.",
+        f"{PAPER}, RMSNorm",
+        "cosine of h~ between plateau layers >= 0.99",
+        lambda m: m["cosine_over_depth"] >= 0.99,
+        "cosine_over_depth",
+    ),
+    "NM5": Rule(
+        "It is an implicit parameter: one fixed vector, of other prompts, can stand in its place.",
+        f"{PAPER}, RMSNorm",
+        "perplexity changes by <= 1%",
+        lambda m: abs(m["perplexity_replaced"] / m["perplexity_clean"] - 1) <= 0.01,
+        "perplexity_replaced",
+    ),
+    "SK1": Rule(
+        "Many heads sink on the first token.",
+        f"{PAPER}, attention sinks; arXiv:2410.10781",
+        "sink ratio >= 0.1",
+        lambda m: m["sink_ratio"] >= 0.1,
+        "sink_ratio",
+    ),
+    "SK2": Rule(
+        "Sinks sit on spike tokens.",
+        f"{PAPER}, attention sinks",
+        ">= 90% of the (head, position) sinks during the plateau are on spike tokens",
+        lambda m: m["share_on_spike_tokens"] >= 0.9,
+        "share_on_spike_tokens",
+    ),
+    "SK3": Rule(
+        "The keys of spike tokens live in one or two dimensions.",
+        f"{PAPER}, attention sinks; figure 6",
+        "effective dimension of sink keys <= 2 and below other tokens'",
+        lambda m: m["effective_dimension_sink"] <= 2 and m["effective_dimension_sink"] < m["effective_dimension_other"],
+        "effective_dimension_sink",
+    ),
+    "SK4": Rule(
+        "The queries of sink heads favour that key.",
+        f"{PAPER}, attention sinks; figure 6",
+        "mean logit gap in sink heads > in other heads; Spearman correlation over heads of gap and score >= 0.5",
+        lambda m: m["logit_gap_sink"] > m["logit_gap_other"] and m["spearman"] >= 0.5,
+        "spearman",
+    ),
+    "SK5": Rule(
+        "Sinks follow the spike over depth.",
+        f"{PAPER}, attention sinks",
+        "mean attention to the spike token during the plateau >= 3 times that before the step-up",
+        lambda m: m["attention_during"] >= 3 * m["attention_before"],
+        "attention_during",
+    ),
+    "SK6": Rule(
+        "A few rows of W_K make the sink's key.",
+        f"{PAPER}, attention sinks",
+        "cosine of key and its rebuilding from the spike channels' rows >= 0.95",
+        lambda m: m["cosine_reconstructed"] >= 0.95,
+        "cosine_reconstructed",
+    ),
+    "SK7": Rule(
+        "The sink's values are small: attention that adds little.",
+        f"{PAPER}, attention sinks; arXiv:2410.10781",
+        "norm of the sink's value <= half of other tokens'",
+        lambda m: m["value_norm_ratio"] <= 0.5,
+        "value_norm_ratio",
+    ),
+    "X-SK8": Rule(
+        "A smaller cycle brings sinks of its own, and takes them away.",
+        f"ours; {PAPER}, attention sinks",
+        "mean attention to the tokens of smaller cycles while one is on its plateau >= 3 times that in other layers",
+        lambda m: m["attention_during"] >= 3 * m["attention_otherwise"],
+        "attention_during",
+    ),
+    "X-SK9": Rule(
+        "Secondary sinks lie along the primary sink's direction.",
+        "arXiv:2512.22213",
+        "median cosine with the primary direction while a sink >= 0.5, and >= 2 times other tokens'",
+        lambda m: m["cosine_secondary"] >= max(0.5, 2 * m["cosine_others"]),
+        "cosine_secondary",
     ),
 }
 

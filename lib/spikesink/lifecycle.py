@@ -23,7 +23,7 @@ from itertools import combinations
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spikesink.claims import Evidence, NotApplicable, evidence
@@ -522,6 +522,18 @@ def first_step_up(life: Lifecycle) -> int | NotApplicable:
     if not ffn:
         return NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
     return ffn[0]
+
+
+def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"]) -> None:
+    """Raise ValueError unless these are the windows that the life cycle was found in."""
+    if tokens.shape != life.trace.tokens.shape or not torch.equal(tokens.cpu(), life.trace.tokens):
+        raise ValueError("these are not the windows that this life cycle was found in; trace these, or give those.")
+
+
+def plateau_layers(cycle: Cycle) -> range:
+    """The layers, from 0, whose attention reads a point of a cycle's plateau."""
+    first, last = cycle.plateau
+    return range((first + 1) // 2, min(last // 2 + 1, len(cycle.writes) // 2))  # no layer reads the last point
 
 
 def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:

@@ -83,7 +83,7 @@ def say(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any] | 
     claim does not apply, the reason stands in place of the prose.
     """
     if isinstance(evidence, NotApplicable):
-        return Markdown(f"*Not for this model: {evidence.reason}.*")
+        return Markdown(f"*Not applicable here: {evidence.reason}.*")
     if isinstance(evidence, Evidence):
         values = {**evidence.control, **evidence.measured, **values}
     elif evidence is not None:
@@ -167,6 +167,8 @@ class _Brief:
         self.value = value
 
     def __format__(self, spec: str) -> str:
+        if spec and isinstance(self.value, list):
+            return ", ".join(format(_Brief(value), spec) for value in self.value) or "none"
         return format(self.value, spec) if spec and not isinstance(self.value, str) else _short(self.value)
 
 

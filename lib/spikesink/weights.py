@@ -116,14 +116,26 @@ class Weights:
         heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))  # d_model, K/V head, query head, d_head
         summed = heads.sum(2).flatten(1)
         scale, shift = self._norm(block, about.attention_norm)
-        matrix = _matrix(value)
-        value_bias = _floats(value.bias, matrix.shape[0]) + matrix @ shift
+        matrix, value_bias = _folded(value, scale, shift)
         return Attention(
-            value=matrix * scale,
+            value=matrix,
             out=summed,
             bias=summed @ value_bias + _floats(out.bias, about.d_model),
             post_scale=self._post_scale(block, "ln1_post"),
         )
+
+    def keys(self, layer: int) -> tuple[Float[Tensor, "d_kv d_model"], Float[Tensor, " d_kv"]]:
+        """W_K of a layer (from 0), head after head, and b_K, in float32 on the CPU: a key is W_K h~ + b_K.
+
+        Before any QK norm and any rotation; the norm's scale and bias are folded in.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        self._check(layer)
+        block = self.block(layer, True)
+        scale, shift = self._norm(block, self.anatomy.attention_norm)
+        return _folded(dict(block.attn.named_children())["k"], scale, shift)
 
     def norm_scale(self, layer: int) -> Float[Tensor, " d_model"]:
         """The learned scale of the norm that a layer's attention reads through; ones where it reads the stream itself.
@@ -266,6 +278,12 @@ def _prefix(files: dict[str, Path], shell: TransformerBridge, layer: torch.nn.Mo
     name = next(name for name, module in shell.original_model.named_modules() if module is layer)
     prefix = name.replace("._original_component", "").removesuffix("0")
     return prefix if any(key.startswith(prefix) for key in files) else prefix.split(".", 1)[1]
+
+
+def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """A projection's matrix and bias, of what the norm before it makes: with that norm's scale and bias folded in."""
+    matrix = _matrix(linear)
+    return matrix * scale, _floats(linear.bias, matrix.shape[0]) + matrix @ shift
 
 
 def _matrix(linear: torch.nn.Module) -> Float[Tensor, "out in"]:

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from spikesink.claims import NotApplicable, write_atomically
 from spikesink.lifecycle import Cycle
@@ -96,6 +96,16 @@ def thousands(ax, which: str = "y") -> None:
     getattr(ax, f"{which}axis").set_major_formatter(
         FuncFormatter(lambda v, _: f"{v:,.0f}" if abs(v) >= 1 else f"{v:g}")
     )
+
+
+def above(fig: Figure, text: str) -> None:
+    """A finding above all the axes of a figure."""
+    fig.suptitle(text, fontsize=11, fontweight="bold", x=0.01, ha="left")
+
+
+def whole(ax, which: str = "x") -> None:
+    """Label an axis of layers, heads or rows with whole numbers only."""
+    getattr(ax, f"{which}axis").set_major_locator(MaxNLocator(integer=True))
 
 
 def token_text(text: str) -> str:

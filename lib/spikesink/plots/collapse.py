@@ -1,0 +1,216 @@
+"""The figures of notebook 06: what normalization makes of a spike."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from torch import Tensor
+from torch.nn import functional
+
+from spikesink.claims import brief
+from spikesink.collapse import VARIANTS, Collapse, Replaced, closed_form, spike_ratio
+from spikesink.lifecycle import Lifecycle, plateau_layers
+from spikesink.plots.style import (
+    ORDINARY,
+    SINK,
+    SPIKE,
+    SPIKE_MAP,
+    above,
+    absent,
+    drawn_where_applicable,
+    figure,
+    span,
+    thousands,
+    whole,
+)
+
+MOST_TOKENS = 24  # of either kind in the cosine matrices
+MOST_CHANNELS = 6  # of either kind in the heat map
+MARKED = 5  # depths that are marked on the closed form
+
+
+@drawn_where_applicable
+def cosines(found: Collapse) -> Figure:
+    """06 (the paper's figure 5): cosines between h~ of spike tokens and of others, before and after the step-up."""
+    points = (found.before, found.cycle.middle)
+    if not found.spike.cosine[found.cycle.middle].isfinite() or not len(found.other.kept):
+        return absent("there are no two spike tokens of different windows to compare")
+    spike, other = (group.kept[:MOST_TOKENS] for group in (found.spike, found.other))
+    fig, axes = figure(1, 2, size=(11, 4.8))
+    for ax, point in zip(axes, points, strict=True):
+        h = functional.normalize(torch.cat([spike[:, point], other[:, point]]), dim=-1)
+        image = ax.imshow(h @ h.T, cmap=SPIKE_MAP, vmin=-0.2, vmax=1, interpolation="nearest")
+        for line in (ax.axhline, ax.axvline):
+            line(len(spike) - 0.5, color="black", lw=1.2)
+        places = (len(spike) / 2 - 0.5, len(spike) + len(other) / 2 - 0.5)
+        ax.set_xticks(places, [f"{len(spike)} spike tokens", f"{len(other)} others"])
+        ax.set_yticks(places, ["spike", "others"], rotation=90, va="center")
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        between = found.spike.cosine[point], found.other.cosine[point]
+        ax.set_title(
+            f"After block {point}: spike tokens {float(between[0]):.3f}, others {float(between[1]):.3f}",
+            fontsize=11,
+        )
+    fig.colorbar(image, ax=axes, label="cosine of h~", pad=0.01)
+    return fig
+
+
+@drawn_where_applicable
+def depth(found: Collapse, life: Lifecycle) -> Figure:
+    """06: how alike the tokens of either kind are at every depth, and over how many channels h~ spreads."""
+    fig, (top, bottom) = figure(2, 1, size=(9.5, 6), sharex=True)
+    x = np.arange(found.about.n_blocks + 1)
+    sides = ((found.spike, SPIKE, "spike tokens", "o"), (found.other, ORDINARY, "all other tokens", "s"))
+    for group, colour, name, marker in sides:
+        looks = {"color": colour, "marker": marker, "ms": 3, "lw": 1.4}
+        top.plot(x, group.cosine, label=name, **looks)
+        bottom.plot(x, group.participation, **looks)
+    top.set(ylabel="cosine of h~ between\ntokens of different windows", ylim=(0, 1.04))
+    top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
+    bottom.set(yscale="log", ylabel="participation ratio of h~\n(channels)", xlabel="depth: after block …")
+    thousands(bottom)
+    bottom.yaxis.set_minor_formatter(NullFormatter())
+    span(top, life.main)
+    span(bottom, life.main, label=False)
+    middle = found.cycle.middle
+    spread = [brief(float(group.participation[middle])) for group in (found.spike, found.other)]
+    text = f"Half-way, h~ has a participation ratio of {spread[0]} in spike tokens, of {spread[1]} in others"
+    top.set_title(text, fontsize=11, pad=24)
+    return fig
+
+
+@drawn_where_applicable
+def collapsing(found: Collapse, life: Lifecycle) -> Figure:
+    """06: how much of |h~|^2 each of a few channels holds at every depth, in spike tokens and in others."""
+    middle = found.cycle.middle
+    strongest = found.spike.share[middle].argsort(descending=True)
+    top = [int(c) for c in strongest[:MOST_CHANNELS]]
+    ordinary = [c for c in life.trace.channels[life.trace.ordinary].tolist() if c not in top][:MOST_CHANNELS]
+    chosen = [*top, *ordinary]
+    rest = [c for c in range(found.about.d_model) if c not in chosen]
+    fig, axes = figure(2, 1, size=(10.5, 6.6), sharex=True)
+    for ax, group, name in ((axes[0], found.spike, "Spike tokens"), (axes[1], found.other, "All other tokens")):
+        shares = torch.cat([group.share[:, chosen], group.share[:, rest].sum(1, keepdim=True)], dim=1).T
+        image = ax.imshow(shares, aspect="auto", cmap=SPIKE_MAP, vmin=0, vmax=1, interpolation="nearest")
+        ax.set_yticks(range(len(chosen) + 1), [*map(str, chosen), f"the {len(rest)} others"], fontsize=8)
+        for i, label in enumerate(ax.get_yticklabels()):
+            label.set_color(SPIKE if i < len(top) else "black")
+        ax.set_ylabel("channel")
+        ax.axhline(len(top) - 0.5, color="black", lw=0.8)
+        ax.axhline(len(chosen) - 0.5, color="black", lw=0.8)
+        for step in (*found.cycle.step_up, *found.cycle.step_down):
+            ax.axvline(step - 0.5, color=SPIKE, lw=1, ls=":")
+        held = float(group.share[middle, found.cycle.channel])
+        ax.set_title(f"{name}: half-way, channel {found.cycle.channel} holds {held:.1%} of |h~|²", fontsize=11)
+        ax.spines[:].set_visible(False)
+    axes[1].set_xlabel("depth: after block … (dotted: step-up and step-down blocks)")
+    fig.colorbar(image, ax=axes, label="share of |h~|²", pad=0.01)
+    return fig
+
+
+@drawn_where_applicable
+def collapse_of_size(
+    found: Collapse, ratio: Float[Tensor, " size"], measured: Mapping[str, Float[Tensor, " size"]]
+) -> Figure:
+    """06: what the norm does to one entry of growing size, on random vectors, with the closed form and the model."""
+    d, root = found.about.d_model, (found.about.d_model - 1) ** 0.5
+    fine = torch.logspace(float(ratio.min().log10()), float(ratio.max().log10()), 300)
+    curves = closed_form(fine, d)
+    points = sorted({int(p) for p in np.linspace(found.before, found.cycle.middle, MARKED)} | {found.cycle.plateau[1]})
+    sizes = spike_ratio(found)
+    model = {
+        "largest": found.spike.share[..., found.cycle.channel].sqrt(),
+        "participation": found.spike.participation,
+        "cosine": found.spike.cosine,
+    }
+    names = {
+        "largest": "|h~_k| ÷ √d of the large entry",
+        "participation": "participation ratio, channels",
+        "cosine": "cosine between two such vectors",
+    }
+    fig, axes = figure(1, 3, size=(12, 4.2))
+    for ax, (key, label) in zip(axes, names.items(), strict=True):
+        ax.plot(fine / root, curves[key], color="black", lw=1, label="closed form")
+        ax.plot(ratio / root, measured[key], color=ORDINARY, marker="s", ms=4, lw=0, label="random vectors")
+        ax.plot(
+            sizes[points] / root,
+            model[key][points],
+            color=SPIKE,
+            marker="o",
+            ms=6,
+            lw=0,
+            label="the model's spike tokens, at several depths",
+        )
+        ax.axvline(1, color="black", lw=0.6, ls=":")
+        ax.set(xscale="log", xlabel="spike ÷ norm of all the rest", ylabel=label)
+        thousands(ax, "x")
+    axes[1].set_yscale("log")
+    thousands(axes[1])
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    at = float(sizes[found.cycle.middle]) / root
+    above(fig, f"Past the size of all the rest, size no longer shows: half-way the spike is {brief(at)} times that")
+    return fig
+
+
+@drawn_where_applicable
+def implicit(done: Replaced) -> Figure:
+    """06: perplexity and attention, with one fixed vector in place of what the spike tokens' blocks read."""
+    fig, (left, right) = figure(1, 2, size=(11, 4), width_ratios=(1, 1.7))
+    looks = {"clean": "black", "replaced": SPIKE, "other_tokens_mean": ORDINARY}
+    names = {"clean": "as it is", "replaced": "one fixed vector", "other_tokens_mean": "others' mean\n(control)"}
+    values = [done.perplexity[v] for v in VARIANTS]
+    bars = left.bar([names[v] for v in VARIANTS], values, color=[looks[v] for v in VARIANTS], width=0.6)
+    left.bar_label(bars, [brief(v) for v in values], padding=2)
+    left.set(ylabel="perplexity", ylim=(0, 1.12 * max(values)))
+    change = done.perplexity["replaced"] / done.perplexity["clean"] - 1
+    text = f"by {change:+.2%}" if abs(change) >= 1e-4 else "by less than 0.01%"
+    left.set_title(f"Perplexity changes {text}", fontsize=11)
+    layers = range(done.to_spike.shape[1])
+    for i, (variant, marker, style) in enumerate(zip(VARIANTS, "so^", ("-", "--", "-"), strict=True)):
+        right.plot(
+            layers,
+            100 * done.to_spike[i],
+            color=looks[variant],
+            marker=marker,
+            ms=6 if variant == "clean" else 4,
+            ls=style,
+            mfc="none" if variant == "clean" else looks[variant],
+            label=names[variant].replace("\n", " "),
+        )
+    right.axvspan(done.layers[0] - 0.5, done.layers[-1] + 0.5, color=SINK, alpha=0.07, lw=0)
+    right.set(xlabel="layer (shaded: replaced)", ylabel="% of their attention that later\ntokens give spike tokens")
+    whole(right)
+    right.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3)
+    plateau = torch.tensor(done.layers)
+    moved = [float(100 * done.moved[i, plateau].mean()) for i in (1, 2)]
+    right.set_title(f"{brief(moved[0])}% of attention moves, {brief(moved[1])}% in the control", fontsize=11)
+    return fig
+
+
+@drawn_where_applicable
+def learned_scale(scale: Float[Tensor, " layer"], life: Lifecycle) -> Figure:
+    """06: the norm's learned scale at the spike's first channel, layer by layer."""
+    fig, ax = figure(size=(9.5, 3.4))
+    ax.plot(range(len(scale)), scale, color=SPIKE, marker="o", ms=4, lw=1.2)
+    ax.axhline(1, color=ORDINARY, lw=1)
+    ax.annotate("the median channel", (len(scale) - 1, 1), (0, 3), textcoords="offset points", ha="right", fontsize=9)
+    plateau = plateau_layers(life.main)
+    ax.axvspan(plateau.start - 0.5, plateau.stop - 0.5, color=SPIKE, alpha=0.1, lw=0)
+    ax.set(
+        yscale="log",
+        xlabel="layer (shaded: its attention reads the plateau)",
+        ylabel=f"|γ| at channel {life.main.channel}\n÷ median |γ|",
+    )
+    whole(ax)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    thousands(ax)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    on = scale[plateau.start : plateau.stop]
+    if len(on):
+        text = f"On the plateau the scale at the spike's channel is {brief(float(on.quantile(0.5)))} of the median"
+        ax.set_title(text, fontsize=11)
+    return fig
