@@ -119,8 +119,7 @@ def test_figures_of_the_sinks_say_what_they_show(sunk, planted_model, trigger_to
         6,
     ]  # keys, queries, spike tokens' two
     figure = plots.secondary_sinks(seen.secondary, life, planted_model.tokenizer.decode)
-    if seen.secondary.n:
-        assert title(figure).startswith(f"{seen.secondary.n} secondary sinks (")
+    assert title(figure).startswith(f"{seen.secondary.n} secondary sinks (")
 
 
 def test_where_there_is_nothing_to_draw_the_reason_stands():

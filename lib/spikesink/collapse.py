@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.firsttoken import normalise
-from spikesink.lifecycle import Cycle, Lifecycle, check_windows, is_spike, plateau_layers
+from spikesink.lifecycle import Cycle, Lifecycle, check_windows, is_spike, plateau_layers, right_after
 from spikesink.models import Anatomy
 from spikesink.progress import progress
 from spikesink.trace import follow
@@ -113,7 +113,7 @@ def collapse(
         kept = where.nonzero()[:MOST_OF_A_WINDOW, 0]
         others = (~where).nonzero()[:, 0]
         drawn = others[torch.randperm(len(others), generator=generator)[: len(kept)]]
-        after = where.roll(1).index_fill(0, torch.tensor(0), False) & ~where
+        after = right_after(where) & ~where
         sides = list(zip(sums, (where, ~where, after), (kept, drawn, drawn[:0]), strict=True))
 
         def on_stream(point: int, h: Float[Tensor, "token d_model"], sides=sides, half=index % 2) -> None:
@@ -153,7 +153,7 @@ class _Sums:
         self.counts[half, point] += len(h)
         self.mean[half, point] += h.sum(0)
         self.share[point] += (square / square.sum(-1, keepdim=True)).sum(0)
-        self.participation[point] += (square.sum(-1) ** 2 / square.square().sum(-1)).sum()
+        self.participation[point] += _participation(h).sum()
         self.largest[point] = max(self.largest[point], size.max())
         self.smallest[point] = min(self.smallest[point], size.min())
         rest = h.clone()
@@ -179,6 +179,12 @@ class _Sums:
             mean=self.mean / self.counts[..., None],
             kept=torch.cat([torch.stack(points, dim=1) for points in self.kept])[:MOST_KEPT],
         )
+
+
+def _participation(h: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token"]:
+    """Over how many channels a vector spreads: |h|^4 / sum_k h_k^4."""
+    square = h.square()
+    return square.sum(-1) ** 2 / square.square().sum(-1)
 
 
 class _Alike:
@@ -227,10 +233,9 @@ def synthetic(
     for size in ratio.double():
         rest[:, 0] = size
         h = normalise(rest, about)
-        square = h.square()
         cosines = functional.normalize(h, dim=-1) @ functional.normalize(h, dim=-1).T
         found["largest"].append(h[:, 0].abs().mean() / d_model**0.5)
-        found["participation"].append((square.sum(-1) ** 2 / square.square().sum(-1)).mean())
+        found["participation"].append(_participation(h).mean())
         found["cosine"].append((cosines.sum() - cosines.trace()) / (n * (n - 1)))
     return {name: torch.stack(values) for name, values in found.items()}
 
@@ -279,8 +284,8 @@ def sparse(found: Collapse, weights: Weights) -> Evidence | NotApplicable:
     }
     layers = plateau_layers(found.cycle)
     if layers:
-        scaled = (found.spike.kept[:, 2 * layers[0]] * weights.norm_scale(layers[0])).square()
-        measured["participation_scaled"] = float((scaled.sum(-1) ** 2 / scaled.square().sum(-1)).mean())
+        scaled = found.spike.kept[:, 2 * layers[0]] * weights.norm_scale(layers[0])
+        measured["participation_scaled"] = float(_participation(scaled).mean())
     return evidence(
         measured,
         control={

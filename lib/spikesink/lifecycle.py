@@ -530,6 +530,11 @@ def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"]) -> None:
         raise ValueError("these are not the windows that this life cycle was found in; trace these, or give those.")
 
 
+def right_after(tokens: Bool[Tensor, "*window position"]) -> Bool[Tensor, "*window position"]:
+    """The tokens that stand right after those, whether or not they are of them too."""
+    return tokens.roll(1, dims=-1).index_fill(-1, torch.tensor(0), False)
+
+
 def plateau_layers(cycle: Cycle) -> range:
     """The layers, from 0, whose attention reads a point of a cycle's plateau."""
     first, last = cycle.plateau

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
+from spikesink.amplifier import median
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.collapse import Collapse
 from spikesink.firsttoken import normalise
-from spikesink.lifecycle import Lifecycle, check_windows, is_spike, plateau_layers
+from spikesink.lifecycle import Lifecycle, check_windows, is_spike, plateau_layers, right_after
 from spikesink.models import Anatomy, anatomy
 from spikesink.progress import progress
 from spikesink.trace import follow, received
@@ -33,6 +34,13 @@ from spikesink.weights import Weights
 EPSILON = 0.3  # Gu et al.'s
 ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the same way
 MOST_ROWS = 512  # of secondary sinks kept
+HOOKS = {
+    "q": "attn.q.hook_out",
+    "k": "attn.k.hook_out",
+    "v": "attn.v.hook_out",
+    "rotated_q": "attn.hook_rot_q",  # these two where `Anatomy.sees_rotation`
+    "rotated_k": "attn.hook_rot_k",
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,8 @@ def groups(life: Lifecycle) -> dict[str, Bool[Tensor, "window position"]]:
     smaller &= ~spike
     other = ~(spike | smaller)
 
-    def after(tokens: Tensor) -> Tensor:
-        return tokens.roll(1, dims=1).index_fill(1, torch.tensor([0]), False) & other
-
     named = {"spike": spike, "smaller": smaller, "other": other}
-    return named | {"next": after(spike), "next_smaller": after(smaller)}
+    return named | {"next": right_after(spike) & other, "next_smaller": right_after(smaller) & other}
 
 
 def score(
@@ -152,7 +157,7 @@ class _Reducer:
 
     def on_stream(self, point: int, h: Float[Tensor, "token d_model"]) -> None: ...
 
-    def on_pattern(self, layer: int, pattern: Float[Tensor, "head query key"]) -> None: ...
+    def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None: ...
 
     def end(self) -> None: ...
 
@@ -170,11 +175,17 @@ def _over(
         calls = [getattr(r, name) for r in reducers if getattr(type(r), name) is not getattr(_Reducer, name)]
         return (lambda *values: [call(*values) for call in calls]) if calls else None
 
+    on_scores = all_of("on_scores")
+
+    def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+        if on_scores is not None:
+            on_scores(layer, received(pattern, about.sight[layer]).cpu())
+
     for index, window in enumerate(progress(tokens, label, "window")):
         for reducer in reducers:
             reducer.begin(index, window)
         also = [hook for reducer in reducers for hook in reducer.hooks()]
-        follow(model, about, window, all_of("on_stream"), None, all_of("on_pattern"), also)
+        follow(model, about, window, all_of("on_stream"), None, on_pattern, also)
         for reducer in reducers:
             reducer.end()
 
@@ -199,8 +210,7 @@ class _Scores(_Reducer):
         self.index = index
         self.at.append(torch.zeros(self.about.n_layers, self.about.n_heads))
 
-    def on_pattern(self, layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        scores = received(pattern, self.about.sight[layer]).cpu()
+    def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None:
         above = scores > self.epsilon
         self.at[-1][layer] = scores[:, self.position]
         self.mean[layer] += scores
@@ -364,13 +374,11 @@ class _Geometry(_Reducer):
         self.seen: dict[str, Tensor] = {}
 
     def hooks(self) -> list[tuple[str, Callable[[Tensor], None]]]:
-        names = {"q": "attn.q.hook_out", "k": "attn.k.hook_out", "v": "attn.v.hook_out"}
-        if self.about.sees_rotation:
-            names |= {"rotated_q": "attn.hook_rot_q", "rotated_k": "attn.hook_rot_k"}
+        names = HOOKS if self.about.sees_rotation else ("q", "k", "v")
         hooks = []
         for layer in range(self.about.n_layers):
-            for name, hook in names.items():
-                hooks.append((f"blocks.{layer}.{hook}", lambda x, name=name: self.seen.update({name: x})))
+            for name in names:
+                hooks.append((f"blocks.{layer}.{HOOKS[name]}", lambda x, name=name: self.seen.update({name: x})))
             hooks.append((f"blocks.{layer}.attn.hook_attn_scores", lambda x, layer=layer: self.reduce(layer, x)))
         return hooks
 
@@ -480,8 +488,8 @@ class _Secondary(_Reducer):
         unit = functional.normalize(normalise(h, self.about), dim=-1)
         self.cosine[point] = (unit @ self.direction.to(h.device)).cpu()
 
-    def on_pattern(self, layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        self.heads[layer] = (received(pattern, self.about.sight[layer]) > self.epsilon).float().mean(0).cpu()
+    def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None:
+        self.heads[layer] = (scores > self.epsilon).float().mean(0)
 
     def end(self) -> None:
         half = len(self.window) // 2
@@ -504,17 +512,11 @@ class _Secondary(_Reducer):
                 )
             )
 
-    def result(self) -> Secondary:
-        layers, points = self.about.n_layers, self.about.n_blocks + 1
-        columns = [torch.stack(column) for column in zip(*self.rows, strict=True)] or [
-            torch.zeros(0, 3, dtype=torch.long),
-            torch.zeros(0, layers),
-            *torch.zeros(2, 0, points),
-        ]
-        (window, position, token), (heads, cosine, after) = columns[0].T, columns[1:]
-        return Secondary(
-            self.n, window, position, token, heads, cosine, self.other / self.n_other, after, self.n_aligned
-        )
+    def result(self) -> Secondary | NotApplicable:
+        if not self.rows:
+            return NotApplicable("no token but the spike tokens is a sink anywhere")
+        where, heads, cosine, after = (torch.stack(column) for column in zip(*self.rows, strict=True))
+        return Secondary(self.n, *where.T, heads, cosine, self.other / self.n_other, after, self.n_aligned)
 
 
 def _where_there_is_a_spike(measure):
@@ -620,6 +622,17 @@ def few_dimensions(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     )
 
 
+def factors(geometry: Geometry, layers: Sequence[int]) -> dict[str, Float[Tensor, " head"]]:
+    """What a logit towards the spike tokens' keys is made of, |q| |k| cos, in every head of some layers, in order."""
+    heads_per_key = geometry.about.n_heads // geometry.about.n_kv_heads
+    found = {
+        "cosine": geometry.cosine["spike"],
+        "query_norm": geometry.query_norm,
+        "key_norm": geometry.key_norm["spike"].repeat_interleave(heads_per_key, dim=1),
+    }
+    return {name: of[list(layers)].flatten() for name, of in found.items()}
+
+
 @_where_there_is_a_spike
 def favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     """SK4: how far the logit to the spike token's key lies above those to other keys, in sink heads and other heads.
@@ -632,16 +645,10 @@ def favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     """
     geometry, layers = seen.geometry, list(plateau_layers(life.main))
     score, gap, after = (x[layers].flatten() for x in (seen.scores.received["spike"], *geometry.gap.values()))
-    heads_per_key = geometry.about.n_heads // geometry.about.n_kv_heads
     sinks = score > seen.scores.epsilon
     if not sinks.any() or sinks.all():
         return NotApplicable(f"{'all' if sinks.any() else 'no'} heads of the plateau sink, so there are not two kinds")
     cosine = {name: of[layers].flatten() for name, of in geometry.cosine.items()}
-    factors = {
-        "cosine": cosine["spike"],
-        "query_norm": geometry.query_norm[layers].flatten(),
-        "key_norm": geometry.key_norm["spike"][layers].repeat_interleave(heads_per_key, dim=1).flatten(),
-    }
     score_after = seen.scores.received["next"][layers].flatten()
     return evidence(
         measured={
@@ -650,7 +657,7 @@ def favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
             "cosine_sink": float(cosine["spike"][sinks].mean()),
             "cosine_other": float(cosine["spike"][~sinks].mean()),
             "spearman": spearman(gap, score),
-            **{f"spearman_{name}": spearman(values, score) for name, values in factors.items()},
+            **{f"spearman_{name}": spearman(values, score) for name, values in factors(geometry, layers).items()},
             "key_norm_ratio": _median((geometry.key_norm["spike"] / geometry.key_norm["other"])[layers]),
             "spearman_cosine_other_keys": spearman(cosine["other"], score),
             "n_sink_heads": int(sinks.sum()),
@@ -745,6 +752,7 @@ class Rebuilt:
     bias_share: Float[Tensor, "layer kv_head"]  # |b_K| over |W_K h~ + b_K| of spike tokens
 
 
+@where_applicable
 def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) -> Rebuilt | NotApplicable:
     """Rebuild the spike tokens' keys from the rows of W_K (norm's scale folded in) at the spike channels alone.
 
@@ -755,8 +763,6 @@ def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) 
         life: as `find_lifecycle` returns it.
         found: as `collapse` returns it: h~ of some spike tokens and of as many others.
     """
-    if isinstance(found, NotApplicable):
-        return found
     layers, channels = plateau_layers(found.cycle), list(found.cycle.channels)
     if not layers:
         return NotApplicable("no layer reads the plateau")
@@ -871,11 +877,9 @@ def secondary(seen: Look) -> Evidence | NotApplicable:
     rows = seen.secondary
     if isinstance(rows, NotApplicable):
         return rows
-    if not rows.n:
-        return NotApplicable("no token but the spike tokens is a sink anywhere")
     while_sink = rows.heads > 0
-    cosine, after = (of[:, : 2 * while_sink.shape[1] : 2] for of in (rows.cosine, rows.cosine_after))
-    other = rows.cosine_other[: 2 * while_sink.shape[1] : 2].expand_as(cosine)
+    cosine, after = (of[:, :-1:2] for of in (rows.cosine, rows.cosine_after))
+    other = rows.cosine_other[:-1:2].expand_as(cosine)
     lasting, layers = rows.lasting(), while_sink.any(0).nonzero()[:, 0]
     return evidence(
         measured={
@@ -899,15 +903,13 @@ def secondary_table(seen: Look, decode: Callable[[list[int]], str], most: int = 
     rows = seen.secondary
     if isinstance(rows, NotApplicable):
         return rows
-    if not rows.n:
-        return NotApplicable("no token but the spike tokens is a sink anywhere")
     rise = (rows.cosine[:, 2::2] - rows.cosine[:, 1::2]).argmax(1) * 2 + 2
     while_sink = rows.heads > 0
     lines = []
     for token in rows.token.unique().tolist():
         mine = rows.token == token
         layers = while_sink[mine].any(0).nonzero()[:, 0]
-        cosine = rows.cosine[mine][:, : 2 * while_sink.shape[1] : 2][while_sink[mine]]
+        cosine = rows.cosine[mine][:, :-1:2][while_sink[mine]]
         lines.append(
             {
                 "token": repr(decode([token])),
@@ -966,8 +968,7 @@ def clouds(
     about, where, generator = life.trace.anatomy, is_spike(life, life.main), torch.Generator().manual_seed(seed)
     if wrong := [at for at in heads if at[0] not in range(about.n_layers) or at[1] not in range(about.n_heads)]:
         raise ValueError(f"there is no layer and head {wrong[0]}; both are counted from 0.")
-    names = ("rot_q", "rot_k") if about.sees_rotation else ("q", "k")
-    places = {"q": "attn.q.hook_out", "k": "attn.k.hook_out", "rot_q": "attn.hook_rot_q", "rot_k": "attn.hook_rot_k"}
+    names = ("rotated_q", "rotated_k") if about.sees_rotation else ("q", "k")
     found: dict[tuple[int, int, str], list[Tensor]] = {}
     marks = []
     for window, spikes in zip(tokens, where, strict=True):
@@ -977,7 +978,7 @@ def clouds(
         marks.append(spikes[chosen])
         passed: dict[tuple[int, str], Tensor] = {}
         hooks = [
-            (f"blocks.{layer}.{places[name]}", partial(_keep, passed, (layer, name), about.d_head))
+            (f"blocks.{layer}.{HOOKS[name]}", partial(_keep, passed, (layer, name), about.d_head))
             for layer in {layer for layer, _ in heads}
             for name in names
         ]
@@ -1025,8 +1026,8 @@ def _layers_after(life: Lifecycle) -> list[int]:
 
 
 def _median(values: Tensor) -> float:
-    finite = values[values.isfinite()]
-    return float(finite.double().quantile(0.5)) if len(finite) else float("nan")
+    """Median over the layers and heads in which there is something to measure."""
+    return median(values[values.isfinite()].double())
 
 
 def spearman(a: Float[Tensor, " head"], b: Float[Tensor, " head"]) -> float:

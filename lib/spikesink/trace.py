@@ -188,10 +188,10 @@ def received(pattern: Float[Tensor, "head query key"], sight: int | None = None)
     """Attention that each key gets, mean over the queries at or after it that have it in sight (Gu et al.'s alpha).
 
     Args:
-        pattern: of one layer.
+        pattern: of one layer; of its keys all, or the first ones.
         sight: how many tokens back a query sees, itself included (`Anatomy.sight`); None for all.
     """
-    queries = torch.arange(pattern.shape[-1], 0, -1, device=pattern.device)
+    queries = torch.arange(pattern.shape[-2], 0, -1, device=pattern.device)[: pattern.shape[-1]]
     return pattern.sum(1) / (queries if sight is None else queries.clamp(max=sight))
 
 
@@ -328,7 +328,7 @@ class _Pass:
             self.top_writes[block - 1] += write.abs().amax(0).topk(TOP).values.cpu()
 
         def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-            self.attention[layer] += received(pattern, about.sight[layer])[:, 0].cpu()
+            self.attention[layer] += received(pattern[..., :1], about.sight[layer])[:, 0].cpu()
 
         follow(self.model, about, window, on_stream, on_write, on_pattern)
 

@@ -18,7 +18,6 @@ from spikesink.plots.style import (
     SPIKE,
     SPIKE_MAP,
     above,
-    absent,
     drawn_where_applicable,
     figure,
     quoted,
@@ -26,7 +25,7 @@ from spikesink.plots.style import (
     thousands,
     whole,
 )
-from spikesink.sinks import Cloud, Geometry, Look, Rebuilt, Scores, Secondary, over_depth, spearman
+from spikesink.sinks import Cloud, Geometry, Look, Rebuilt, Scores, Secondary, factors, over_depth, spearman
 from spikesink.trace import Profile
 
 
@@ -181,17 +180,13 @@ def logits(geometry: Geometry, seen: Look, life: Lifecycle) -> Figure:
     """07: all heads of the plateau: their sink score against the logit's gap, and against the factors it is made of."""
     layers = list(plateau_layers(life.main))
     score = seen.scores.received["spike"][layers].flatten()
-    per_key = geometry.about.n_heads // geometry.about.n_kv_heads
-    factors = (
-        ("gap of the logit", geometry.gap["spike"][layers].flatten()),
-        ("cosine of query and sink key", geometry.cosine["spike"][layers].flatten()),
-        ("|q|", geometry.query_norm[layers].flatten()),
-        ("|k| of the sink", geometry.key_norm["spike"][layers].repeat_interleave(per_key, dim=1).flatten()),
-    )
+    names = {"cosine": "cosine of query and sink key", "query_norm": "|q|", "key_norm": "|k| of the sink"}
+    panels = {"gap of the logit": geometry.gap["spike"][layers].flatten()}
+    panels |= {names[name]: values for name, values in factors(geometry, layers).items()}
     fig, axes = figure(1, 4, size=(13, 3.9), sharey=True)
     found: dict[str, float] = {}
     depth = torch.tensor(layers).repeat_interleave(geometry.about.n_heads)
-    for ax, (name, values) in zip(axes, factors, strict=True):
+    for ax, (name, values) in zip(axes, panels.items(), strict=True):
         drawn = ax.scatter(values, score, c=depth, cmap="viridis", s=16, linewidths=0, rasterized=True)
         ax.axhline(seen.scores.epsilon, color="black", lw=0.6, ls=":")
         ax.set(xlabel=name, ylim=(0, 1))
@@ -249,8 +244,6 @@ def queries_and_keys(clouds: list[Cloud]) -> Figure:
 @drawn_where_applicable
 def secondary_sinks(rows: Secondary, life: Lifecycle, decode: Callable[[list[int]], str], most: int = 24) -> Figure:
     """07: secondary sinks: how far each points along the primary direction at every depth, and where it is a sink."""
-    if not rows.n:
-        return absent("no token but the spike tokens is a sink anywhere")
     fig, ax = figure(size=(10, 4.4))
     points = np.arange(rows.cosine.shape[1])
     for cosine, heads in zip(rows.cosine[:most], rows.heads[:most], strict=True):
