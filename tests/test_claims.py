@@ -56,6 +56,22 @@ HOLDS |= {
     "X-SK8": {"attention_during": 0.75, "attention_otherwise": 0.25},
     "X-SK9": {"cosine_secondary": 0.5, "cosine_others": 0.25},
 }
+HOLDS |= {
+    "AB1": {"perplexity_zeroed": 120.0, "perplexity_clean": 100.0},
+    "AB2": {"perplexity_mean": 101.9, "perplexity_clean": 100.0},
+    "AB3": {"sink_ratio_skipped": 0.25, "sink_ratio_clean": 0.5},
+    "AB4": {
+        "perplexity_decoupled": 105.0,
+        "perplexity_clean": 100.0,
+        "sink_ratio_decoupled": 0.46,
+        "sink_ratio_clean": 0.5,
+        "max_activation_decoupled": 100.0,
+        "max_activation_clean": 1000.0,
+    },
+    "AB5": {"sink_ratio_unsunk": 0.1, "max_activation_unsunk": 90.0, "max_activation_clean": 100.0},
+    "AB6": {"perplexity_random_channels": 99.1, "perplexity_other_position": 100.9, "perplexity_clean": 100.0},
+    "AB7": {"factors": [0, 0.5, 1, 2], "perplexities": [9.0, 8.0, 7.9, 12.0]},
+}
 HOLDS["X-TK5"] = HOLDS["TK4"]
 DIFFERS = [
     ("NM1", {"max_over_sqrt_d": 0.49}),
@@ -104,6 +120,21 @@ DIFFERS = [
     ("TK1", {"share": 0.979}),
     ("TK2", {"max_relative_error": 1.1e-4}),
     ("TK3", {"share_elsewhere": 0.051}),
+    ("AB1", HOLDS["AB1"] | {"perplexity_zeroed": 119.9}),
+    ("AB2", HOLDS["AB2"] | {"perplexity_mean": 102.1}),
+    ("AB2", HOLDS["AB2"] | {"perplexity_mean": 97.9}),
+    ("AB3", HOLDS["AB3"] | {"sink_ratio_skipped": 0.26}),
+    ("AB4", HOLDS["AB4"] | {"perplexity_decoupled": 105.1}),
+    ("AB4", HOLDS["AB4"] | {"sink_ratio_decoupled": 0.44}),
+    ("AB4", HOLDS["AB4"] | {"sink_ratio_decoupled": 0.56}),
+    ("AB4", HOLDS["AB4"] | {"max_activation_decoupled": 100.1}),
+    ("AB5", HOLDS["AB5"] | {"sink_ratio_unsunk": 0.11}),
+    ("AB5", HOLDS["AB5"] | {"max_activation_unsunk": 89.9}),
+    ("AB6", HOLDS["AB6"] | {"perplexity_random_channels": 98.9}),
+    ("AB6", HOLDS["AB6"] | {"perplexity_other_position": 101.1}),
+    ("AB7", {"factors": [0, 0.5, 1, 2], "perplexities": [9.0, 8.0, 8.0, 1.0]}),
+    ("AB7", {"factors": [0, 0.5, 1, 2], "perplexities": [9.0, 9.1, 8.0, 1.0]}),
+    ("AB7", {"factors": [1, 2], "perplexities": [9.0, 8.0]}),
     *((key, HOLDS["TK4"] | {"self_attention_other": 0.26}) for key in ("TK4", "X-TK5")),
     *((key, HOLDS["TK4"] | {"scale_cosine_other": 0.11}) for key in ("TK4", "X-TK5")),
 ]

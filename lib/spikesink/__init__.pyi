@@ -1,4 +1,5 @@
 from .lifecycle import find_lifecycle as find_lifecycle
+from .lifecycle import find_spikes as find_spikes
 from .models import LoadError as LoadError
 from .models import anatomy as anatomy
 from .models import load as load

@@ -18,16 +18,18 @@ from rich.table import Table
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink import amplifier, firsttoken
+from spikesink import amplifier, firsttoken, patching
 from spikesink.claims import NotApplicable, brief, write_atomically
 from spikesink.lifecycle import Lifecycle, block_layer, find_lifecycle, first_step_up
-from spikesink.models import LoadError, load
+from spikesink.models import LoadError, anatomy, load
 from spikesink.specs import DEFAULT_MODEL
 from spikesink.texts import TextError, windows
 from spikesink.trace import trace_windows
 from spikesink.weights import FFN, Weights, no_form, weights_of
 
 TURNS = 3
+DOSES = tuple(0.2 * i for i in range(10))
+SWEPT = (12, 64)  # windows and tokens that a sweep is timed on
 WIDE = 2048  # the width at which Lanczos and a dense solve are compared besides the model's own
 SAMPLE = 2048  # vocabulary entries that go through whole forward passes
 
@@ -76,7 +78,7 @@ class Bench:
 
 
 def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: int = WIDE) -> Bench:
-    """Time the vocabulary probe, the census and the eigenpairs of one model.
+    """Time the vocabulary probe, the census, the eigenpairs and sweeps of interventions on one model.
 
     Args:
         model: as `load` returns it.
@@ -93,6 +95,8 @@ def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: i
     if no_form(weights.anatomy) is None and not isinstance(block, NotApplicable):
         ffn = weights.ffn(block_layer(block))
         rows += [census(ffn, turns), lanczos(ffn, life.main.channel, turns), lanczos(random_ffn(wide), 0, turns)]
+    if life.main is not None:
+        rows += sweeps(model, life, turns)
     return Bench(
         model=model.source.slug,
         threads=torch.get_num_threads(),
@@ -215,6 +219,35 @@ def lanczos(ffn: FFN, channel: int, turns: int = TURNS) -> Row:
     (ours, theirs), (a, b) = in_turns(ways, turns)
     name = f"top eigenpair of S_k, width {ffn.down.shape[0]}"
     return Row(name, "Lanczos", ours, "dense solve", theirs, f"to {brief(float(((a - b) / b).abs()))}")
+
+
+def sweeps(model: TransformerBridge, life: Lifecycle, turns: int = TURNS) -> list[Row]:
+    """Ten doses of the spike in one sweep, against ten evaluations and against runs that reuse nothing; and one cut."""
+    n, length = SWEPT
+    tokens = windows(model, "house", n, min(length, anatomy(model).context))
+    site, channels = patching.stream(life.main.plateau[0]), life.main.channels
+    cuts = {dose: patching.scale(site, dose, 0, channels) for dose in DOSES}
+
+    def losses(outcomes) -> Tensor:
+        return torch.stack([of.loss for key, of in outcomes.items() if key != "clean"])
+
+    ways = [
+        lambda: losses(patching.compare(model, tokens, cuts)),
+        lambda: torch.stack([patching.evaluate(model, tokens, cut).loss for cut in cuts.values()]),
+        lambda: losses(patching.compare(model, tokens, cuts, reuse=False)),
+    ]
+    (ours, alone, whole), found = in_turns(ways, max(1, turns - 1))
+    name = f"{len(DOSES)} doses on {n} windows of {tokens.shape[1]}"
+    agree = [f"to {brief(float((found[0] - other).abs().max()))} nats" for other in found[1:]]
+    one = [lambda: patching.evaluate(model, tokens, cuts[0.0]).loss, lambda: patching.evaluate(model, tokens).loss]
+    (cut, clean), _ = in_turns(one, turns)
+    return [
+        Row(name, "one sweep", ours, "ten evaluations, one by one", alone, agree[0]),
+        Row(name, "one sweep", ours, "a sweep of whole runs", whole, agree[1]),
+        Row(
+            f"{n} windows of {tokens.shape[1]}", "clean and under a cut", cut, "the clean run alone", clean, "not asked"
+        ),
+    ]
 
 
 def random_ffn(width: int) -> FFN:

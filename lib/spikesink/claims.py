@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,70 @@ RULES: dict[str, Rule] = {
         lambda m: m["cosine_secondary"] >= max(0.5, 2 * m["cosine_others"]),
         "cosine_secondary",
     ),
+    "AB1": Rule(
+        "Zeroing the spike breaks the model.",
+        f"{PAPER}, separating spike and sink; arXiv:2402.17762",
+        "perplexity zeroed >= 1.2 times clean",
+        lambda m: m["perplexity_zeroed"] >= 1.2 * m["perplexity_clean"],
+        "perplexity_zeroed",
+    ),
+    "AB2": Rule(
+        "Its mean in its place does not.",
+        "arXiv:2402.17762",
+        "perplexity within 2% of clean",
+        lambda m: abs(m["perplexity_mean"] / m["perplexity_clean"] - 1) <= 0.02,
+        "perplexity_mean",
+    ),
+    "AB3": Rule(
+        "Without the step-up most of the sink goes.",
+        f"{PAPER}, separating spike and sink",
+        "sink ratio <= half of clean",
+        lambda m: m["sink_ratio_skipped"] <= 0.5 * m["sink_ratio_clean"],
+        "sink_ratio_skipped",
+    ),
+    "AB4": Rule(
+        "With all that is read of its tokens held constant, the spike can go and the sink stay.",
+        f"{PAPER}, separating spike and sink",
+        "perplexity <= 1.05 times clean, sink ratio within 0.05, max activation <= 10%",
+        lambda m: _decoupled(m),
+        "perplexity_decoupled",
+    ),
+    "AB5": Rule(
+        "The sink can go and the spike stay.",
+        f"{PAPER}, separating spike and sink",
+        "sink ratio <= 0.1, max activation >= 90%",
+        lambda m: m["sink_ratio_unsunk"] <= 0.1 and m["max_activation_unsunk"] >= 0.9 * m["max_activation_clean"],
+        "sink_ratio_unsunk",
+    ),
+    "AB6": Rule(
+        "Random channels and other positions do nothing.",
+        f"control of AB1; {PAPER}, separating spike and sink",
+        "perplexity within 1% of clean for each control",
+        lambda m: all(
+            abs(m[key] / m["perplexity_clean"] - 1) <= 0.01
+            for key in ("perplexity_random_channels", "perplexity_other_position")
+        ),
+        "perplexity_other_position",
+    ),
+    "AB7": Rule(
+        "The more of the spike is left, up to all of it, the better the model.",
+        f"{PAPER}, separating spike and sink",
+        "perplexity falls at every step of the dose from 0 to 1",
+        lambda m: _falls_up_to_one(m["factors"], m["perplexities"]),
+        "perplexities",
+    ),
 }
+
+
+def _decoupled(m: Mapping[str, Any]) -> bool:
+    sink_stays = abs(m["sink_ratio_decoupled"] - m["sink_ratio_clean"]) <= 0.05
+    spike_goes = m["max_activation_decoupled"] <= 0.1 * m["max_activation_clean"]
+    return m["perplexity_decoupled"] <= 1.05 * m["perplexity_clean"] and sink_stays and spike_goes
+
+
+def _falls_up_to_one(factors: Iterable[float], perplexities: Iterable[float]) -> bool:
+    dosed = [perplexity for factor, perplexity in zip(factors, perplexities, strict=True) if factor <= 1]
+    return len(dosed) > 1 and all(later < earlier for earlier, later in pairwise(dosed))
 
 
 def _delimiters_imitate(m: Mapping[str, Any]) -> bool:

@@ -25,9 +25,10 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import Evidence, NotApplicable, evidence
-from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Rows, Trace
+from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Rows, Trace, follow
 
 STEP = 0.1
 MAX_CYCLES = 4
@@ -546,4 +547,32 @@ def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
     rows = life.trace.rows[cycle.is_spike]
     found = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
     found[rows.window, rows.position] = True
+    return found
+
+
+def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n length"]:
+    """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
+
+    Args:
+        model: the one that `life` was found in.
+        life: as `find_lifecycle` returns it.
+        tokens: windows or prompts of one length.
+    """
+    found = torch.zeros(tokens.shape, dtype=torch.bool)
+    cycle, trace = life.main, life.trace
+    if cycle is None:
+        return found
+    spikes, ordinary = trace.rows[cycle.is_spike], trace.rows[trace.rows.drawn]
+    index = index_of(life, cycle.channel)
+    held = spikes.stream[:, cycle.peak, index] * math.copysign(1, cycle.value)
+    size = _median(torch.stack([held[spikes.window == w].max() for w in spikes.window.unique()]))
+    least = torch.maximum(STEP * size, (size * ordinary.stream[:, cycle.peak, index].abs().median()).sqrt())
+    for i, window in enumerate(tokens):
+
+        def on_stream(point: int, h: Float[Tensor, "token d_model"], i: int = i) -> None:
+            if point == cycle.peak:
+                entry = h[:, cycle.channel] * math.copysign(1, cycle.value)
+                found[i] = (entry >= torch.maximum(least, SPIKE_OVER_MEDIAN * h.abs().median())).cpu()
+
+        follow(model, trace.anatomy, window, on_stream)
     return found

@@ -177,7 +177,12 @@ def load(
 
 
 def anatomy(model: TransformerBridge) -> Anatomy:
-    """Describe a loaded model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by."""
+    """Describe a loaded model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by.
+
+    A model that is none of transformers' says it itself, in an attribute `anatomy`.
+    """
+    if isinstance(getattr(model, "anatomy", None), Anatomy):
+        return model.anatomy
     cfg = model.cfg
     config = model.original_model.config.get_text_config()
     block = model.blocks[0]

@@ -200,6 +200,10 @@ def store(notebook: Path) -> None:
     content = nbformat.read(notebook, as_version=4)
     place = {"metadata": {"path": notebook.parent}}
     NotebookClient(content, timeout=None, record_timing=False, resources=place, extra_arguments=QUIET_KERNEL).execute()
+    for cell in content.cells:
+        for output in cell.get("outputs", []):
+            # A widget is gone with its kernel; what it shows where there are no widgets stays.
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     content.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

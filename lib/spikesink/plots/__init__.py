@@ -21,6 +21,7 @@ from spikesink.plots.lifecycle import (
     skyline,
     waterfall,
 )
+from spikesink.plots.patching import broken_chain, causal_map, dose_response, near_and_far, patched_view, where_it_goes
 from spikesink.plots.sinks import (
     logits,
     places,
@@ -36,7 +37,9 @@ __all__ = [
     "absent",
     "across_models",
     "alignment",
+    "broken_chain",
     "cancellation",
+    "causal_map",
     "chain",
     "channels",
     "collapse_of_size",
@@ -44,6 +47,7 @@ __all__ = [
     "cosines",
     "cycles",
     "depth",
+    "dose_response",
     "fork",
     "gains",
     "gates",
@@ -53,6 +57,8 @@ __all__ = [
     "lives",
     "logits",
     "magnitudes",
+    "near_and_far",
+    "patched_view",
     "places",
     "plateau",
     "positions",
@@ -68,4 +74,5 @@ __all__ = [
     "spectra",
     "vocabulary",
     "waterfall",
+    "where_it_goes",
 ]

@@ -1,0 +1,76 @@
+"""Break the chain: change an activation on its way, and see what becomes of the model.
+
+    from spikesink import patching
+
+    cut = patching.zero(patching.stream(after=24), positions=0, parts=507)
+    print(patching.evaluate(model, tokens, cut))
+
+`interventions` are small values that say what is changed, where; `patched` holds them while a context lasts, during
+`generate` too; `outcome` measures what they do. `chain` cuts each link between spike and sink, and keeps the two apart;
+`behaviour` asks what that does beyond perplexity.
+"""
+
+from spikesink.patching.chain import decouple, unsink
+from spikesink.patching.interventions import (
+    Intervention,
+    Site,
+    add,
+    apply,
+    attention,
+    hook,
+    key,
+    mask_key,
+    mean_of,
+    means_of,
+    patch_from,
+    patched,
+    query,
+    read,
+    record,
+    scale,
+    set_to,
+    skip,
+    stream,
+    value,
+    write,
+    z,
+    zero,
+)
+from spikesink.patching.outcome import Outcome, compare, evaluate, sweep, table
+from spikesink.patching.view import View, next_tokens, view
+
+__all__ = [
+    "Intervention",
+    "Outcome",
+    "Site",
+    "View",
+    "add",
+    "apply",
+    "attention",
+    "compare",
+    "decouple",
+    "evaluate",
+    "hook",
+    "key",
+    "mask_key",
+    "mean_of",
+    "means_of",
+    "next_tokens",
+    "patch_from",
+    "patched",
+    "query",
+    "read",
+    "record",
+    "scale",
+    "set_to",
+    "skip",
+    "stream",
+    "sweep",
+    "table",
+    "unsink",
+    "value",
+    "view",
+    "write",
+    "z",
+    "zero",
+]

@@ -1,0 +1,744 @@
+"""Change an activation on its way: interventions as small values, and a context in which a model carries them out.
+
+An `Intervention` says what is done (`zero`, `scale`, `set_to`, `add`, or a function of your own), to which activations
+(a *site*: `stream`, `write`, `read`, `query`, `key`, `value`, `z`, `attention`, `hook`), at which positions, in which
+channels or heads; printed, it is a sentence. `patched` carries out any number of them, in order. Blocks are counted as
+in the paper, from 1; layers, positions, channels and heads from 0.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from numbers import Integral, Real
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.models import Anatomy, anatomy
+from spikesink.progress import progress
+
+Places = int | Iterable[int]
+At = int | Sequence[int] | Bool[Tensor, " position"] | Bool[Tensor, "window position"] | None
+HEADS = {"query": "attn.q.hook_out", "key": "attn.k.hook_out", "value": "attn.v.hook_out", "z": "attn.o.hook_in"}
+MOST_LISTED = 6  # numbers that a sentence lists before it only counts them
+
+
+@dataclass(frozen=True)
+class Site:
+    """Which activations: their kind, and the blocks, layers or hooks that they are of."""
+
+    kind: str
+    places: tuple[int, ...] | tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = _numbers(self.places)
+        many = len(self.places) != 1
+        block, layer = ("blocks" if many else "block"), ("layers" if many else "layer")
+        plural = {"query": "queries", "key": "keys", "value": "values", "z": "mixed values z"}
+        return {
+            "stream": f"the stream after {block} {where}",
+            "write": f"what {block} {where} write{'' if many else 's'}",
+            "read": f"h~ as {block} {where} read{'' if many else 's'} it",
+            "attention": f"the attention of {layer} {where}",
+            "hook": f"{'hooks' if many else 'hook'} {where}",
+        }.get(self.kind, f"the {plural.get(self.kind)} of {layer} {where}")
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether its parts are heads; else they are channels."""
+        return self.kind in HEADS or self.kind == "attention"
+
+    def hooks(self, about: Anatomy) -> tuple[str, ...]:
+        """The TransformerLens hook that carries it, place by place.
+
+        Raises:
+            ValueError: the model has no such block, layer or hook.
+        """
+        return tuple(_hook(self.kind, place, about) for place in self.places)
+
+
+def stream(after: Places) -> Site:
+    """The residual stream [window, position, d_model] after one or several blocks; after block 0, the embedding."""
+    return Site("stream", _places(after))
+
+
+def write(block: Places) -> Site:
+    """What blocks add to the stream [window, position, d_model]."""
+    return Site("write", _places(block))
+
+
+def read(block: Places) -> Site:
+    """h~, what blocks read [window, position, d_model], before the norm's learned scale.
+
+    Block n_blocks + 1 is the unembedding. Where attention and FFN share one norm, so do their reads.
+    """
+    return Site("read", _places(block))
+
+
+def query(layer: Places) -> Site:
+    """Queries [window, position, head, d_head] of layers, before QK norm and RoPE."""
+    return Site("query", _places(layer))
+
+
+def key(layer: Places) -> Site:
+    """Keys [window, position, K/V head, d_head] of layers, before QK norm and RoPE."""
+    return Site("key", _places(layer))
+
+
+def value(layer: Places) -> Site:
+    """Values [window, position, K/V head, d_head] of layers."""
+    return Site("value", _places(layer))
+
+
+def z(layer: Places) -> Site:
+    """What heads make of the values they attend to, before W_O [window, position, head, d_head], of layers."""
+    return Site("z", _places(layer))
+
+
+def attention(layer: Places) -> Site:
+    """Attention [window, head, query, key] of layers; positions are those of the keys.
+
+    After a change, each query's attention is made to add up to 1 again; a query with no other key keeps what it had.
+    """
+    return Site("attention", _places(layer))
+
+
+def hook(name: str | Iterable[str]) -> Site:
+    """Any TransformerLens hooks [window, position, ..., channel], by name."""
+    return Site("hook", (name,) if isinstance(name, str) else tuple(name))
+
+
+def _places(given: Places, what: str = "block or layer") -> tuple[int, ...]:
+    """Whole numbers, of one or several; anything else is told, for a mask or a text would be read as other numbers."""
+    several = given.tolist() if hasattr(given, "tolist") else given
+    several = [several] if isinstance(several, Integral) else several
+    if isinstance(several, str) or not isinstance(several, Iterable):
+        raise ValueError(f"{given!r} is no {what}; give a whole number, or several.")
+    places = tuple(several)
+    if wrong := [place for place in places if not isinstance(place, Integral) or isinstance(place, bool)]:
+        raise ValueError(f"{wrong[0]!r} is no {what}; give whole numbers.")
+    if not places:
+        raise ValueError(f"no {what} was given; name at least one.")
+    return tuple(map(int, places))
+
+
+def _hook(kind: str, place: int | str, about: Anatomy) -> str:
+    if kind == "hook":
+        return str(place)
+    first, last, what = {
+        "stream": (0, about.n_blocks, "block"),
+        "write": (1, about.n_blocks, "block"),
+        "read": (1, about.n_blocks + 1, "block"),
+    }.get(kind, (0, about.n_layers - 1, "layer"))
+    if not first <= place <= last:
+        raise ValueError(f"{what} {place} does not exist; this model has {what}s {first} to {last}.")
+    if kind == "stream":
+        if place % 2 and about.parallel:
+            raise ValueError(
+                f"attention and FFN of this {about.family} model read the same stream, so there is none after block "
+                f"{place}, between them; give an even block."
+            )
+        return about.write_hooks[place - 1] if place % 2 else about.layer_hooks[place // 2]
+    if kind == "write":
+        return about.write_hooks[place - 1]
+    if kind == "read":
+        if place > about.n_blocks:
+            return "ln_final.hook_normalized"
+        norm = about.attention_norm if place % 2 else about.ffn_norm
+        if norm is None:
+            raise ValueError(f"the blocks of this {about.family} model read the stream itself, not through a norm.")
+        return f"blocks.{(place - 1) // 2}.{norm}.hook_normalized"
+    return f"blocks.{place}.{HEADS[kind]}" if kind in HEADS else about.pattern_hooks[place]
+
+
+def _numbers(numbers: Sequence[int | str]) -> str:
+    """Numbers as a sentence lists them: 12; 3, 5; 12 to 28; 24, 26, ... 60."""
+    steps = {b - a for a, b in pairwise(numbers)} if all(isinstance(n, int) for n in numbers) else set()
+    if steps == {1} and len(numbers) > 2:
+        return f"{numbers[0]} to {numbers[-1]}"
+    if len(steps) == 1 and len(numbers) > 4:
+        return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which tokens: the same in every window, or window by window; all, where it is neither."""
+
+    same: tuple[int, ...] | None = None
+    by_window: tuple[tuple[int, ...], ...] | None = None
+
+    @staticmethod
+    def of(at: "At | Positions") -> "Positions":
+        """From one position, several, or a mask; None is all.
+
+        Raises:
+            ValueError: a negative position, none at all, or a mask that is not of truth values.
+        """
+        if at is None or isinstance(at, Positions):
+            return at or Positions()
+        if hasattr(at, "dtype") or (isinstance(at, list) and at and all(isinstance(p, bool | list) for p in at)):
+            at = torch.as_tensor(at)
+            if at.dtype == torch.bool and at.ndim in (1, 2):
+                return Positions._masked(at)
+            if at.dtype.is_floating_point or at.dtype == torch.bool or at.ndim > 1:
+                raise ValueError(
+                    "a mask of positions must hold truth values and be [position] or [window, position], but is "
+                    f"{at.dtype} {list(at.shape)}; numbers must be whole ones, in a list."
+                )
+        if isinstance(at, slice):
+            raise ValueError(f"{at!r} has no end that is known beforehand; give a range.")
+        positions = _places(at, "position")
+        if min(positions) < 0:
+            raise ValueError(
+                f"position {min(positions)} does not exist; positions count from 0, and the last is len(tokens) - 1."
+            )
+        return Positions(same=positions)
+
+    @staticmethod
+    def _masked(at: Bool[Tensor, "*window position"]) -> "Positions":
+        rows = [tuple(row.nonzero()[:, 0].tolist()) for row in (at if at.ndim == 2 else at[None])]
+        if not any(rows):
+            raise ValueError("the mask of positions is empty, so nothing would be changed.")
+        return Positions(same=rows[0]) if len(rows) == 1 else Positions(by_window=tuple(rows))
+
+    def __str__(self) -> str:
+        if self.by_window is not None:
+            return f"at {sum(map(len, self.by_window))} tokens of {len(self.by_window)} windows"
+        if self.same is None:
+            return "at all positions"
+        if len(self.same) > MOST_LISTED:
+            return f"at {len(self.same)} positions"
+        return f"at position{'s' if len(self.same) > 1 else ''} {_numbers(self.same)}"
+
+    def last(self) -> int:
+        """The furthest of them; -1 for all."""
+        rows = self.by_window if self.by_window is not None else (self.same or (),)
+        return max((max(row) for row in rows if row), default=-1)
+
+    def index(self, rows: range, offset: int, n: int) -> tuple[tuple | None, Tensor | None]:
+        """Where they are in a tensor [window, position, ...] that holds windows `rows` and positions from `offset`.
+
+        Returns:
+            An index for the tensor, None where none of them is in it; and which of the positions these are.
+        """
+        if self.by_window is None:
+            if self.same is None:
+                return (slice(None),), None
+            here = [(i, p - offset) for i, p in enumerate(self.same) if offset <= p < offset + n]
+            order, columns = torch.tensor(here, dtype=torch.long).reshape(-1, 2).T
+            return ((slice(None), columns) if here else None), order
+        found, i = [], sum(map(len, self.by_window[: rows.start]))
+        for row in rows:
+            for p in self.by_window[row]:
+                if offset <= p < offset + n:
+                    found.append((row - rows.start, p - offset, i))
+                i += 1
+        window, columns, order = torch.tensor(found, dtype=torch.long).reshape(-1, 3).T
+        return ((window, columns) if found else None), order
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply by a factor."""
+
+    factor: float
+
+    def __str__(self) -> str:
+        return "zero" if self.factor == 0 else f"scale by {self.factor:g}"
+
+    def __call__(self, x: Tensor, place: int, order: Tensor | None) -> Tensor:
+        """The changed activations [..., *part]."""
+        return torch.zeros_like(x) if self.factor == 0 else x * self.factor
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Values [place, position, *part] that are put in the place of what is there, or added to it."""
+
+    values: Tensor = field(repr=False)
+    added: float | None = None  # by this factor; None: put in its place
+
+    def __str__(self) -> str:
+        return "replace" if self.added is None else f"add {self.added:g} times a vector to"
+
+    def __call__(self, x: Tensor, place: int, order: Tensor | None) -> Tensor:
+        """The changed activations [..., *part]; `order` says which of the positions are there."""
+        given = self.values[place if len(self.values) > 1 else 0]
+        given = given[order] if order is not None and len(given) > 1 else given
+        given = given.to(x.device, x.dtype)
+        return given.expand_as(x) if self.added is None else x + self.added * given
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A function of the selected activations [..., *part], which returns others of the same shape."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def __str__(self) -> str:
+        return f"apply {getattr(self.function, '__name__', 'a function')} to"
+
+    def __call__(self, x: Tensor, place: int, order: Tensor | None) -> Tensor:
+        """The changed activations [..., *part]."""
+        new = self.function(x)
+        if not isinstance(new, Tensor):
+            raise ValueError(f"the function returned {new!r}; it must return activations of the same shape.")
+        if new.shape != x.shape:
+            raise ValueError(f"the function made {list(x.shape)} into {list(new.shape)}; the shape must stay the same.")
+        return new.to(x.dtype)
+
+
+Change = Scale | Given | Apply
+
+
+@dataclass(frozen=True, repr=False)
+class Intervention:
+    """One change of one kind of activation. Printed, it is a sentence; `patched` and `evaluate` carry it out."""
+
+    site: Site
+    change: Change
+    positions: Positions = Positions()
+    parts: tuple[int, ...] | None = None  # channels, or heads; None: all
+
+    def __repr__(self) -> str:
+        part = "heads" if self.site.of_heads else "channels"
+        parts = self.parts or ()
+        listed = _numbers(parts) if len(parts) <= MOST_LISTED else ""
+        word = part if len(parts) != 1 else part[:-1]
+        which = f"{word} {listed} of " if listed else f"{len(parts)} {part} of " if parts else ""
+        return f"{self.change} {which}{self.site} {self.positions}"
+
+    def first_layer(self, about: Anatomy) -> int:
+        """The first layer that it touches."""
+        layers = []
+        for name in self.site.hooks(about):
+            head, number = (*name.split("."), "")[:2]
+            late = head in ("ln_final", "unembed")
+            layers.append(int(number) if head == "blocks" else about.n_layers - 1 if late else 0)
+        return min(layers)
+
+
+def zero(site: Site, positions: At = None, parts: Places | None = None) -> Intervention:
+    """Set to zero. `parts` are channels, or heads where the site is queries, keys, values, z or attention."""
+    return scale(site, 0.0, positions, parts)
+
+
+def scale(site: Site, factor: float, positions: At = None, parts: Places | None = None) -> Intervention:
+    """Multiply by a factor: 1 is the clean run, bit for bit."""
+    return _intervention(site, Scale(_factor(factor)), positions, parts)
+
+
+def _factor(factor: float) -> float:
+    if not isinstance(factor, Real):
+        raise ValueError(f"a factor must be a number, but is {factor!r}.")
+    return float(factor)
+
+
+def set_to(site: Site, values: Tensor, positions: At = None, parts: Places | None = None) -> Intervention:
+    """Put given values in the place of what is there.
+
+    Args:
+        site: which activations.
+        values: one part for all: [channel] of a stream, a write or a read, [head, d_head] of queries, keys, values or z
+            (of the chosen parts only, where `parts` are given); with a first dimension more, one for each of the site's
+            places, as `mean_of` returns it; with two more, [place, position, ...], as `record` returns it.
+        positions: one, several, a mask [position] or [window, position]; None: all.
+        parts: channels or heads; None: all.
+    """
+    return _intervention(site, Given(_given(site, values)), positions, parts)
+
+
+def add(
+    site: Site, values: Tensor, positions: At = None, parts: Places | None = None, *, factor: float = 1.0
+) -> Intervention:
+    """Add `factor` times given values, of shapes as in `set_to`."""
+    return _intervention(site, Given(_given(site, values), _factor(factor)), positions, parts)
+
+
+def skip(block: Places, positions: At = None) -> Intervention:
+    """Let blocks write nothing."""
+    return zero(write(block), positions)
+
+
+def mask_key(positions: At, layers: Places, heads: Places | None = None) -> Intervention:
+    """Let no query attend to the keys at these positions, in these layers (and query heads).
+
+    Raises:
+        ValueError: no positions: without any key no attention is left.
+    """
+    if positions is None:
+        raise ValueError("with every key masked no attention is left; name the positions to mask.")
+    return zero(attention(layers), positions, heads)
+
+
+def apply(
+    site: Site, function: Callable[[Tensor], Tensor], positions: At = None, parts: Places | None = None
+) -> Intervention:
+    """A change of your own: `function` gets the selected activations [..., part] and returns others of that shape."""
+    return _intervention(site, Apply(function), positions, parts)
+
+
+def _intervention(site: Site, change: Change, positions: At, parts: Places | None) -> Intervention:
+    if not isinstance(site, Site):
+        raise ValueError(f"{site!r} is no site; give one of stream(24), write(24), key(12), hook(name) and the like.")
+    if site.kind == "attention" and isinstance(change, Given | Apply):
+        raise ValueError("attention can be scaled or masked; to do anything else to it, name its hook: hook(name).")
+    what = "head" if site.of_heads else "channel"
+    return Intervention(site, change, Positions.of(positions), None if parts is None else _places(parts, what))
+
+
+def _given(site: Site, values: Tensor) -> Tensor:
+    """Values as [place, position, *part], in float32 on the CPU."""
+    if not isinstance(site, Site):
+        raise ValueError(f"{site!r} is no site; give one of stream(24), write(24), key(12), hook(name) and the like.")
+    if not isinstance(values, Tensor):
+        raise ValueError(f"values must be a tensor, but are {values!r}; torch.tensor makes one.")
+    n_dims = _part_dims(site)
+    missing = n_dims + 2 - values.ndim
+    if not 0 <= missing <= 2:
+        raise ValueError(
+            f"values of shape {list(values.shape)} do not fit {site}: give {n_dims} to {n_dims + 2} dimensions."
+        )
+    values = values.detach().float().cpu()
+    values = values[None, None] if missing == 2 else values[:, None] if missing == 1 else values
+    if len(values) not in (1, len(site.places)):
+        raise ValueError(f"there are values for {len(values)} places, but {site} is {len(site.places)}.")
+    return values
+
+
+def mean_of(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "n length"],
+    site: Site,
+    positions: At = None,
+    parts: Places | None = None,
+) -> Float[Tensor, " place *part"]:
+    """The mean of a site's activations over windows and positions, for `set_to`.
+
+    Raises:
+        ValueError: as `patched` does.
+    """
+    return means_of(model, tokens, {"": (site, positions, parts)})[""]
+
+
+def means_of(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "n length"],
+    of: Mapping[str, tuple[Site, At] | tuple[Site, At, Places | None]],
+) -> dict[str, Float[Tensor, " place *part"]]:
+    """`mean_of` for several sites in one pass: each given as site, positions and, where it is not all, parts."""
+    sums = {name: [[0.0, 0] for _ in site.places] for name, (site, *_) in of.items()}
+
+    def taking(name: str, site: Site) -> Callable:
+        def take(place: int, x: Tensor, order: Tensor | None) -> None:
+            x = x.flatten(0, -(_part_dims(site) + 1)).float().cpu()
+            sums[name][place][0] += x.sum(0)
+            sums[name][place][1] += len(x)
+
+        return take
+
+    _watch(model, tokens, {name: (site, *rest, taking(name, site)) for name, (site, *rest) in of.items()})
+    return {name: torch.stack([total / n for total, n in places]) for name, places in sums.items()}
+
+
+def record(
+    model: TransformerBridge, tokens: Int[Tensor, " length"], site: Site, positions: At, parts: Places | None = None
+) -> Float[Tensor, " place position *part"]:
+    """A site's activations at given positions of one prompt, for `set_to`: activation patching proper.
+
+    Raises:
+        ValueError: as `patched` does.
+    """
+    found: dict[int, Tensor] = {}
+    tokens = one_prompt(tokens)
+
+    def take(place: int, x: Tensor, order: Tensor | None) -> None:
+        found[place] = x.flatten(0, -(_part_dims(site) + 1)).float().cpu()
+
+    _watch(model, tokens, {"": (site, positions, parts, take)})
+    return torch.stack([found[i] for i in range(len(site.places))])
+
+
+def one_prompt(tokens: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
+    """A single prompt, also out of a batch of one.
+
+    Raises:
+        ValueError: no tensor, or several prompts.
+    """
+    if not isinstance(tokens, Tensor):
+        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
+    if tokens.ndim == 2 and len(tokens) == 1:
+        return tokens[0]
+    if tokens.ndim != 1:
+        raise ValueError(f"one prompt is wanted, but tokens are {list(tokens.shape)}; give one row of them.")
+    return tokens
+
+
+def _part_dims(site: Site) -> int:
+    """How many dimensions a part has: heads are of queries, keys or values, channels are numbers."""
+    return 2 if site.kind in HEADS else 1
+
+
+def patch_from(
+    model: TransformerBridge,
+    tokens: Int[Tensor, " length"],
+    site: Site,
+    positions: At,
+    into: At = None,
+    parts: Places | None = None,
+) -> Intervention:
+    """Put in what another prompt has at these positions of a site.
+
+    Args:
+        model: as `load` returns it.
+        tokens: the other prompt.
+        site: which activations.
+        positions: of the other prompt.
+        into: as many positions of the prompt that is patched; by default the same.
+        parts: channels or heads.
+    """
+    values = record(model, tokens, site, positions, parts)
+    target = Positions.of(positions if into is None else into)
+    if target.same is None or len(target.same) != values.shape[1]:
+        raise ValueError(f"{values.shape[1]} positions were recorded; name as many to put them into.")
+    return set_to(site, values, target.same, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Take:
+    """Hand on what passes, and change nothing."""
+
+    take: Callable[[int, Tensor, Tensor | None], None]
+
+    def __call__(self, x: Tensor, place: int, order: Tensor | None) -> Tensor:
+        self.take(place, x, order)
+        return x
+
+
+def _watch(model: TransformerBridge, tokens: Int[Tensor, "n length"], of: Mapping[str, tuple]) -> None:
+    """Run windows once, and hand what passes to each of `of`: site, positions, perhaps parts, and who takes it."""
+    about, watches = anatomy(model), []
+    for site, at, *parts, take in of.values():
+        if site.kind == "attention":
+            raise ValueError("attention is not averaged or recorded; scale it, or look at it with trace.profile.")
+        watches.append(_intervention(site, _Take(take), at, parts[0] if parts else None))
+    tokens = checked(model, tokens, watches)
+    with torch.inference_mode():
+        for rows in progress(batches(about, tokens), "recording", "batch"):
+            with patched(model, *watches, rows=rows):
+                model(tokens[rows.start : rows.stop].to(model.cfg.device))
+
+
+def checked(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], interventions: Sequence[Intervention]
+) -> Int[Tensor, "n length"]:
+    """Windows that interventions can be carried out on; a single prompt becomes one window.
+
+    Raises:
+        ValueError: no tokens, tokens that are not in the vocabulary, too many for the context; a position that does not
+            exist in the windows, or a mask for another number of windows; what `patched` refuses.
+    """
+    if not hasattr(model, "hook_dict"):
+        raise ValueError(f"{model!r} is no model; give what load returned.")
+    if not isinstance(tokens, Tensor) or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
+    if wrong := [one for one in interventions if not isinstance(one, Intervention)]:
+        raise ValueError(f"{wrong[0]!r} is no intervention; of a list of them, give each by itself: *cuts.")
+    about = anatomy(model)
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
+    n, length = tokens.shape
+    if length > about.context:
+        raise ValueError(f"{length} tokens are longer than the model's context of {about.context}.")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < about.d_vocab:
+        raise ValueError(f"a token is not in this model's vocabulary, which has ids 0 to {about.d_vocab - 1}.")
+    for intervention in interventions:
+        positions = intervention.positions
+        if positions.last() >= length:
+            raise ValueError(f"position {positions.last()} does not exist; there are positions 0 to {length - 1}.")
+        if positions.by_window is not None and len(positions.by_window) != n:
+            raise ValueError(f"the positions are of {len(positions.by_window)} windows, but there are {n}.")
+        _bound(model, about, 0, intervention, _Run(None), [])
+    return tokens
+
+
+def batches(about: Anatomy, tokens: Int[Tensor, "n length"]) -> list[range]:
+    """Windows to run side by side: as many as make good use of a processor, and hold logits in 256 MB."""
+    n, length = tokens.shape
+    size = max(1, min(1024 // length, 2**26 // (length * about.d_vocab)))
+    return [range(i, min(n, i + size)) for i in range(0, n, size)]
+
+
+class _Run:
+    """What a patched model knows while it runs: which windows, how many tokens a cache holds, what took effect."""
+
+    def __init__(self, rows: range | None):
+        self.rows, self.offset, self.n_runs = rows, 0, 0
+        self.fired: set[int] = set()
+        self.reached: set[int] = set()
+
+    def windows(self, intervention: Intervention, x: Tensor) -> range:
+        """Which windows a tensor holds."""
+        given = intervention.positions.by_window
+        if self.rows is None and given is not None and len(given) != len(x):
+            raise ValueError(f"the positions are of {len(given)} windows, but the model was given {len(x)}.")
+        return range(len(x)) if self.rows is None else self.rows
+
+    def before(self, module, args, kwargs) -> None:
+        cache = kwargs.get("past_key_values")
+        self.offset = 0 if cache is None else int(cache.get_seq_length())
+        self.n_runs += 1
+
+
+@contextmanager
+def patched(model: TransformerBridge, *interventions: Intervention, rows: range | None = None) -> Iterator[None]:
+    """Carry out interventions, in order, while the context lasts; during `generate` as well, KV cache included.
+
+    Positions count from the start of the prompt, so in generation those beyond it are generated tokens. Afterwards the
+    model is as it was, also after an exception.
+
+    Args:
+        model: as `load` returns it, or any HookedRootModule with an `anatomy`.
+        interventions: what to do.
+        rows: which windows the model is about to get, where positions differ between windows; by default all.
+
+    Raises:
+        ValueError: a block, layer, head, channel or hook that this model does not have, or values of the wrong size.
+        RuntimeError: on leaving, if one never took effect though the model ran.
+    """
+    run = _Run(rows)
+    with _patching(model, interventions, run, ()):
+        yield
+    for i, intervention in enumerate(interventions):
+        if run.n_runs and i not in run.fired:
+            raise RuntimeError(
+                f"a hook of this {anatomy(model).family} model never fired, so nothing came of: {intervention}."
+            )
+        if run.n_runs and rows is None and i not in run.reached:
+            raise RuntimeError(f"no token stood at any of its positions, so nothing came of: {intervention}.")
+
+
+@contextmanager
+def _patching(model, interventions: Sequence[Intervention], run: _Run, also: Sequence[tuple]) -> Iterator[None]:
+    """The same, with further hooks `also` that see what the interventions leave."""
+    about, edits, between = anatomy(model), [], []
+    for i, intervention in enumerate(interventions):
+        if not isinstance(intervention, Intervention):
+            raise ValueError(f"{intervention!r} is no intervention; of a list of them, give each by itself: *cuts.")
+        edits += _bound(model, about, i, intervention, run, between)
+    body = getattr(getattr(model, "original_model", None), "base_model", model)
+    handle = body.register_forward_pre_hook(run.before, with_kwargs=True)
+    try:
+        with warnings.catch_warnings(), model.hooks(fwd_hooks=[*edits, *between, *also]):
+            warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for
+            yield
+    finally:
+        handle.remove()
+
+
+def _bound(model, about: Anatomy, number: int, intervention: Intervention, run: _Run, between: list) -> list[tuple]:
+    """An intervention's hooks on one model; checked, so that what is wrong is said before it runs."""
+    site, hooks = intervention.site, []
+    names = site.hooks(about)
+    for name in names:
+        if name not in model.hook_dict:
+            raise ValueError(f"this {about.family} model has no hook {name}; model.hook_dict lists those it has.")
+    _check_parts(about, intervention)
+    for place, name in enumerate(names):
+        edit = _edit_pattern if site.kind == "attention" else _edit
+
+        def hooked(x, hook, place=place, edit=edit):
+            run.fired.add(number)
+            try:
+                return edit(x, intervention, place, run, number)
+            except (IndexError, RuntimeError) as error:
+                if site.kind != "hook":
+                    raise
+                raise ValueError(
+                    f"what passes there is {list(x.shape)}, which does not fit: {intervention}."
+                ) from error
+
+        if site.kind == "stream" and site.places[place] % 2:
+            hooked = _between(about, site.places[place], hooked, between)
+        hooks.append((name, hooked))
+    return hooks
+
+
+def _check_parts(about: Anatomy, intervention: Intervention) -> None:
+    kind, parts, change = intervention.site.kind, intervention.parts, intervention.change
+    n_heads = about.n_kv_heads if kind in ("key", "value") else about.n_heads
+    n, what = (n_heads, "head") if intervention.site.of_heads else (about.d_model, "channel")
+    if kind == "hook":
+        return
+    if parts is not None and not 0 <= min(parts) <= max(parts) < n:
+        wrong = min(parts) if min(parts) < 0 else max(parts)
+        raise ValueError(f"{what} {wrong} does not exist; there are {what}s 0 to {n - 1} in {intervention.site}.")
+    if not isinstance(change, Given):
+        return
+    size = n if parts is None else len(parts)
+    wanted = [size, about.d_head][: _part_dims(intervention.site)]
+    got = list(change.values.shape[2:])
+    if any(g not in (1, w) for g, w in zip(got, wanted, strict=True)):
+        raise ValueError(f"the values are {got}, but {intervention.site} takes {wanted}.")
+    count = intervention.positions
+    n_positions = len(count.same) if count.same is not None else sum(map(len, count.by_window or ()))
+    if change.values.shape[1] not in (1, n_positions):
+        raise ValueError(f"there are values for {change.values.shape[1]} positions, but it is {n_positions} of them.")
+
+
+def _edit(x: Tensor, intervention: Intervention, place: int, run: _Run, number: int) -> Tensor:
+    """Change a tensor [window, position, *part]."""
+    index, order = intervention.positions.index(run.windows(intervention, x), run.offset, x.shape[1])
+    if index is None:
+        return x
+    run.reached.add(number)
+    index = tuple(i.to(x.device) if isinstance(i, Tensor) else i for i in index)
+    x = x.clone()
+    chosen, parts = x[index], intervention.parts
+    if parts is None:
+        x[index] = intervention.change(chosen, place, order)
+        return x
+    axis = -_part_dims(intervention.site)
+    parts = torch.tensor(parts, device=x.device)
+    x[index] = chosen.index_copy(
+        axis, parts, intervention.change(chosen.index_select(axis, parts), place, order).contiguous()
+    )
+    return x
+
+
+def _edit_pattern(x: Tensor, intervention: Intervention, place: int, run: _Run, number: int) -> Tensor:
+    """Change a pattern [window, head, query, key] at some keys, and let each query's attention add up to 1 again."""
+    first = run.offset + x.shape[2] - x.shape[3]  # a cache with a sliding window has let go of the earliest keys
+    index, order = intervention.positions.index(run.windows(intervention, x), first, x.shape[3])
+    if index is None:
+        return x
+    run.reached.add(number)
+    keys = torch.zeros(len(x), x.shape[3], dtype=torch.bool, device=x.device)
+    keys[tuple(i.to(x.device) if isinstance(i, Tensor) else i for i in index)] = True
+    heads = slice(None) if intervention.parts is None else torch.tensor(intervention.parts, device=x.device)
+    old = x[:, heads]
+    new = torch.where(keys[:, None, None], intervention.change(old, place, order), old)
+    total = new.sum(-1, keepdim=True)
+    changed = (new != old).any(-1, keepdim=True) & (total > 0)
+    x = x.clone()
+    x[:, heads] = torch.where(changed, new / total, old)
+    return x
+
+
+def _between(about: Anatomy, point: int, hooked: Callable, between: list) -> Callable:
+    """A change of the stream between a layer's attention and its FFN, as one of what the attention writes."""
+    seen = {}
+    between.append((about.layer_hooks[point // 2], lambda x, hook: seen.update(stream=x)))
+
+    def written(write, hook):
+        before = seen["stream"] + write
+        after = hooked(before, hook)
+        return write if after is before else torch.where(after != before, after - seen["stream"], write)
+
+    return written

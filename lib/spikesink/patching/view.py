@@ -1,0 +1,79 @@
+"""One prompt, as it is and under interventions: what a picture of it needs, and what the model would say next."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.claims import escape
+from spikesink.models import anatomy
+from spikesink.patching.interventions import Intervention, checked, one_prompt, patched
+from spikesink.trace import received
+
+TOP = 8  # next tokens shown
+
+
+@dataclass(frozen=True)
+class View:
+    """One prompt, as it is ("clean") and under interventions ("patched"): the first index of each tensor."""
+
+    what: str  # the interventions, in words
+    tokens: tuple[str, ...]
+    magnitude: Float[
+        Tensor, "run layer token"
+    ]  # max |h| over channels, as the stream enters layers and leaves the last
+    attention: Float[Tensor, "run layer head token"]  # what each token gets of the queries that see it
+    top: tuple[tuple[str, float, float], ...]  # next tokens, the likeliest first, and their probability in either run
+
+
+@torch.inference_mode()
+def view(model: TransformerBridge, tokens: Int[Tensor, " length"], *interventions: Intervention) -> View:
+    """Run one prompt with and without interventions, and keep what a picture of it needs.
+
+    Args:
+        model: as `load` returns it.
+        tokens: one prompt, such as `model.to_tokens(prompt)[0]`.
+        interventions: what to do, in order.
+
+    Raises:
+        ValueError: as `evaluate` does.
+    """
+    about = anatomy(model)
+    prompt = checked(model, one_prompt(tokens), interventions)
+    magnitude = torch.zeros(2, about.n_layers + 1, prompt.shape[1])
+    attention = torch.zeros(2, about.n_layers, about.n_heads, prompt.shape[1])
+    next_token = []
+    for run, cut in enumerate(((), interventions)):
+
+        def on_layer(value, hook, run=run):
+            magnitude[run, about.layer_hooks.index(hook.name)] = value[0].abs().amax(-1).float().cpu()
+
+        def on_pattern(value, hook, run=run):
+            layer = about.pattern_hooks.index(hook.name)
+            attention[run, layer] = received(value[0].float(), about.sight[layer]).cpu()
+
+        watch = [
+            *((name, on_layer) for name in about.layer_hooks),
+            *((name, on_pattern) for name in about.pattern_hooks),
+        ]
+        with patched(model, *cut), model.hooks(fwd_hooks=watch):
+            next_token.append(model(prompt.to(model.cfg.device))[0, -1].float().softmax(-1).cpu())
+    decode = model.tokenizer.decode
+    best = torch.maximum(*next_token).argsort(descending=True)[:TOP].tolist()
+    best = sorted(best, key=lambda i: -float(next_token[1][i]))
+    return View(
+        what="; then ".join(map(str, interventions)) or "as it is",
+        tokens=tuple(decode([i]) for i in prompt[0].tolist()),
+        magnitude=magnitude,
+        attention=attention,
+        top=tuple((decode([i]), float(next_token[0][i]), float(next_token[1][i])) for i in best),
+    )
+
+
+def next_tokens(seen: View) -> str:
+    """A view's next-token table, as Markdown."""
+    lines = ["| next token | clean | patched |", "|---|---|---|"]
+    lines += [f"| `{escape(text)!r}` | {clean:.1%} | {changed:.1%} |" for text, clean, changed in seen.top]
+    return "\n".join(lines)
