@@ -47,7 +47,7 @@ def test_the_static_path_is_what_a_token_alone_goes_through_in_every_family(fami
     for block in (1, 2, 5, 6):
         found = firsttoken.static_path(weights_of(model), tokens, block)
         torch.testing.assert_close(found, alone(model, tokens, block), rtol=1e-4, atol=1e-5)
-    assert torch.equal(found[0], found[4])
+    torch.testing.assert_close(found[0], found[4], rtol=1e-5, atol=1e-6)  # rows of a product may round apart
 
 
 def shake(model):
