@@ -13,6 +13,7 @@ from spikesink.claims import NotApplicable, judge
 from spikesink.lifecycle import find_spikes, is_spike
 from spikesink.patching import behaviour, chain
 from spikesink.patching.outcome import CLEAN
+from tests.test_patching import seen
 
 CHANNELS = (9, 30)
 
@@ -31,11 +32,7 @@ def parts(planted_model, trigger_tokens, life):
 
 
 def at(model, tokens, names, cuts, rows=None):
-    found = {}
-    hooks = [(name, lambda value, hook: found.update({hook.name: value.clone()})) for name in names]
-    with patching.patched(model, *cuts, rows=rows), model.hooks(fwd_hooks=hooks):
-        model(tokens)
-    return found
+    return seen(model, tokens, names, *cuts, rows=rows)[0]
 
 
 def test_spikes_of_any_prompt_are_found_by_the_rule_that_found_the_cycle(planted_model, trigger_tokens, life):
@@ -98,57 +95,57 @@ def test_each_cut_changes_what_it_names_and_nothing_before_it(parts, planted_mod
     ]
     names += ["blocks.3.attn.hook_pattern", "blocks.3.ln1.hook_normalized", "ln_final.hook_normalized"]
     clean = at(planted_model, broken.tokens, names, ())
-    seen = {name: at(planted_model, broken.tokens, names, cut, range(3)) for name, cut in cuts.items()}
+    changed = {name: at(planted_model, broken.tokens, names, cut, range(3)) for name, cut in cuts.items()}
     write, stream, keys = "blocks.1.mlp.hook_out", "blocks.2.hook_in", "blocks.3.attn.k.hook_out"
-    assert float(seen["skipped"][write][spike].abs().max()) == 0
-    assert float(seen["skipped_elsewhere"][write][other].abs().max()) == 0
-    assert torch.equal(seen["skipped_elsewhere"][write][spike], clean[write][spike])
-    assert float(seen["skipped_others"]["blocks.2.mlp.hook_out"][spike].abs().max()) == 0
-    assert torch.equal(seen["skipped_others"][write], clean[write])
-    assert float(seen["decoupled"]["blocks.4.mlp.hook_out"][spike].abs().max()) == 0
-    both = seen["skipped_and_zeroed"]
+    assert float(changed["skipped"][write][spike].abs().max()) == 0
+    assert float(changed["skipped_elsewhere"][write][other].abs().max()) == 0
+    assert torch.equal(changed["skipped_elsewhere"][write][spike], clean[write][spike])
+    assert float(changed["skipped_others"]["blocks.2.mlp.hook_out"][spike].abs().max()) == 0
+    assert torch.equal(changed["skipped_others"][write], clean[write])
+    assert float(changed["decoupled"]["blocks.4.mlp.hook_out"][spike].abs().max()) == 0
+    both = changed["skipped_and_zeroed"]
     assert float(both[write][spike].abs().max()) == float(both[stream][spike][:, CHANNELS].abs().max()) == 0
     rest = [c for c in range(64) if c not in CHANNELS]
-    assert float(seen["rest_zeroed"][stream][spike][:, rest].abs().max()) == 0
-    assert torch.equal(seen["rest_zeroed"][stream][spike][:, CHANNELS], clean[stream][spike][:, CHANNELS])
-    assert float(seen["zeroed"][stream][spike][:, CHANNELS].abs().max()) == 0
-    torch.testing.assert_close(seen["zeroed"][stream][~spike], clean[stream][~spike])
-    torch.testing.assert_close(seen["mean"][stream][spike][:, CHANNELS], known.stream[list(CHANNELS)].expand(3, -1))
-    torch.testing.assert_close(seen["whole"][stream][spike], known.stream.expand(3, -1))
+    assert float(changed["rest_zeroed"][stream][spike][:, rest].abs().max()) == 0
+    assert torch.equal(changed["rest_zeroed"][stream][spike][:, CHANNELS], clean[stream][spike][:, CHANNELS])
+    assert float(changed["zeroed"][stream][spike][:, CHANNELS].abs().max()) == 0
+    torch.testing.assert_close(changed["zeroed"][stream][~spike], clean[stream][~spike])
+    torch.testing.assert_close(changed["mean"][stream][spike][:, CHANNELS], known.stream[list(CHANNELS)].expand(3, -1))
+    torch.testing.assert_close(changed["whole"][stream][spike], known.stream.expand(3, -1))
     size = known.stream[list(CHANNELS)].norm()
-    turned = seen["another_way"][stream][spike] - seen["zeroed"][stream][spike]
+    turned = changed["another_way"][stream][spike] - changed["zeroed"][stream][spike]
     torch.testing.assert_close(turned.norm(dim=-1), size.expand(3), rtol=1e-4, atol=0)
     assert float(functional.cosine_similarity(turned[0], clean[stream][spike][0], dim=0).abs()) < 0.5
     for name in ("random_channels", "strongest_channels"):
-        gone = (seen[name][stream][spike] == 0).all(0).nonzero()[:, 0].tolist()
+        gone = (changed[name][stream][spike] == 0).all(0).nonzero()[:, 0].tolist()
         assert len(gone) == 2
         assert not set(gone) & set(CHANNELS)
-    assert set((seen["strongest_channels"][stream][spike] == 0).all(0).nonzero()[:, 0].tolist()) == set(
+    assert set((changed["strongest_channels"][stream][spike] == 0).all(0).nonzero()[:, 0].tolist()) == set(
         known.ordinary_channels[:2]
     )
-    assert float(seen["other_position"][stream][other][:, CHANNELS].abs().max()) == 0
+    assert float(changed["other_position"][stream][other][:, CHANNELS].abs().max()) == 0
     reads = "blocks.3.ln1.hook_normalized"
     for name, group in (("constant_read", known.reads), ("others_read", known.other_reads)):
-        got = seen[name][reads][spike]
+        got = changed[name][reads][spike]
         torch.testing.assert_close(got.norm(dim=-1), torch.full((3,), 8.0))
         assert float(functional.cosine_similarity(got[0], group.mean(0), dim=0)) > 0.99999
-    torch.testing.assert_close(seen["others_read_ffn"][reads], seen["others_read_ffn"][reads])
-    assert float((seen["others_read_ffn"][reads][spike] - seen["others_read"][reads][spike]).abs().max()) > 0.1
-    assert torch.equal(seen["others_read_attention"][reads][spike], seen["others_read"][reads][spike])
-    torch.testing.assert_close(seen["ordinary_key"][keys][spike], known.other_keys[3].expand(3, -1, -1))
+    torch.testing.assert_close(changed["others_read_ffn"][reads], changed["others_read_ffn"][reads])
+    assert float((changed["others_read_ffn"][reads][spike] - changed["others_read"][reads][spike]).abs().max()) > 0.1
+    assert torch.equal(changed["others_read_attention"][reads][spike], changed["others_read"][reads][spike])
+    torch.testing.assert_close(changed["ordinary_key"][keys][spike], known.other_keys[3].expand(3, -1, -1))
     torch.testing.assert_close(
-        seen["turned_key"][keys][spike].norm(dim=-1), known.keys[3].norm(dim=-1).expand(3, -1), rtol=1e-4, atol=0
+        changed["turned_key"][keys][spike].norm(dim=-1), known.keys[3].norm(dim=-1).expand(3, -1), rtol=1e-4, atol=0
     )
-    torch.testing.assert_close(seen["turned_key_elsewhere"][keys][other], seen["turned_key"][keys][spike])
+    torch.testing.assert_close(changed["turned_key_elsewhere"][keys][other], changed["turned_key"][keys][spike])
     pattern = "blocks.3.attn.hook_pattern"
     for window, position in spike.nonzero().tolist():
-        assert float(seen["masked"][pattern][window, :, position:, position].max()) == 0
-        assert float(seen["masked_elsewhere"][pattern][window, :, position:, position].max()) > 0
-    held = seen["decoupled"]
+        assert float(changed["masked"][pattern][window, :, position:, position].max()) == 0
+        assert float(changed["masked_elsewhere"][pattern][window, :, position:, position].max()) > 0
+    held = changed["decoupled"]
     assert float(held["blocks.3.hook_in"][spike][:, CHANNELS].abs().max()) == 0
     torch.testing.assert_close(held[keys][spike], known.keys[3].expand(3, -1, -1))
     torch.testing.assert_close(held["ln_final.hook_normalized"][spike], known.readout.expand(3, -1))
-    open_ = seen["decoupled_open"]["ln_final.hook_normalized"]
+    open_ = changed["decoupled_open"]["ln_final.hook_normalized"]
     assert float((open_[spike] - known.readout).abs().max()) > 0.1
     torch.testing.assert_close(open_[~spike], held["ln_final.hook_normalized"][~spike])
 

@@ -1,6 +1,7 @@
 """Interventions against the model computed by hand, hooks that are gone afterwards, and generation under them."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,11 @@ from transformer_lens.hook_points import HookPoint
 
 import spikesink
 from spikesink import patching
-from spikesink.models import Anatomy
 from spikesink.patching import prefix
 from spikesink.patching.interventions import Positions, batches
 from tests import planted
 from tests.test_families import FAMILIES, SIZES, tiny
+from tests.test_lifecycle import ANATOMY
 
 
 @pytest.fixture(scope="module")
@@ -531,33 +532,16 @@ class Lab(HookedRootModule):
         )  # fmt: skip
         self.cfg = SimpleNamespace(device="cpu")
         layers = range(2)
-        self.anatomy = Anatomy(
+        self.anatomy = replace(
+            ANATOMY,
             family="lab",
             n_layers=2,
-            n_heads=1,
-            n_kv_heads=1,
             d_model=8,
-            d_head=8,
-            d_mlp=8,
             d_vocab=20,
             context=16,
-            norm="RMS",
-            norm_placement="pre",
-            norm_scale_offset=0.0,
-            norm_eps=1e-6,
-            gate_activation="silu",
-            qk_norm=False,
-            parallel=False,
-            n_experts=0,
-            residual_multiplier=1.0,
             attention_norm=None,
             ffn_norm=None,
             sight=(None, None),
-            softcap=None,
-            query_scale=1.0,
-            sees_rotation=False,
-            prepends_bos=False,
-            bos_token=None,
             layer_hooks=(*(f"blocks.{i}.hook_in" for i in layers), "blocks.1.hook_out"),
             write_hooks=tuple(f"blocks.{i}.{hook}" for i in layers for hook in ("hook_attn_out", "hook_mlp_out")),
             pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),

@@ -161,12 +161,19 @@ def _spike_tokens(
     """
     sign = entry[largest].sign()
     above = above & (entry * sign > 0)
-    per_window = [(entry * sign)[above & (rows.window == w)].max() for w in rows.window[above].unique()]
-    size = _median(torch.stack(per_window))
-    ordinary = entry[rows.drawn].abs().median()
-    is_spike = above & (entry * sign >= torch.maximum(step * size, (size * ordinary).sqrt()))
+    size, least = _size_and_least(rows, entry * sign, above, step)
+    is_spike = above & (entry * sign >= least)
     is_spike[largest] = True
     return is_spike, sign * size
+
+
+def _size_and_least(
+    rows: Rows, entry: Float[Tensor, " row"], among: Bool[Tensor, " row"], step: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """A cycle's size, and the least entry of a spike token: `step` of it, and nearer to it than to an ordinary one."""
+    size = _median(torch.stack([entry[among & (rows.window == w)].max() for w in rows.window[among].unique()]))
+    ordinary = entry[rows.drawn].abs().median()
+    return size, torch.maximum(step * size, (size * ordinary).sqrt())
 
 
 def _spike_channels(trace: Trace, is_spike: Bool[Tensor, " row"], point: int) -> tuple[int, ...]:
@@ -562,17 +569,16 @@ def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "
     cycle, trace = life.main, life.trace
     if cycle is None:
         return found
-    spikes, ordinary = trace.rows[cycle.is_spike], trace.rows[trace.rows.drawn]
-    index = index_of(life, cycle.channel)
-    held = spikes.stream[:, cycle.peak, index] * math.copysign(1, cycle.value)
-    size = _median(torch.stack([held[spikes.window == w].max() for w in spikes.window.unique()]))
-    least = torch.maximum(STEP * size, (size * ordinary.stream[:, cycle.peak, index].abs().median()).sqrt())
+    sign = math.copysign(1, cycle.value)
+    held = trace.rows.stream[:, cycle.peak, index_of(life, cycle.channel)] * sign
+    _, least = _size_and_least(trace.rows, held, cycle.is_spike, STEP)
     for i, window in enumerate(tokens):
 
         def on_stream(point: int, h: Float[Tensor, "token d_model"], i: int = i) -> None:
             if point == cycle.peak:
-                entry = h[:, cycle.channel] * math.copysign(1, cycle.value)
-                found[i] = (entry >= torch.maximum(least, SPIKE_OVER_MEDIAN * h.abs().median())).cpu()
+                found[i] = (
+                    h[:, cycle.channel] * sign >= torch.maximum(least, SPIKE_OVER_MEDIAN * h.abs().median())
+                ).cpu()
 
         follow(model, trace.anatomy, window, on_stream)
     return found

@@ -21,6 +21,7 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from platformdirs import user_cache_path
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -174,6 +175,14 @@ def load(
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
     return bridge
+
+
+def check_tokens(about: Anatomy, tokens: Tensor) -> None:
+    """Raise ValueError unless these are windows [n, length] of a model's own tokens."""
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < about.d_vocab:
+        raise ValueError(f"a token is not in this model's vocabulary, which has ids 0 to {about.d_vocab - 1}.")
 
 
 def anatomy(model: TransformerBridge) -> Anatomy:

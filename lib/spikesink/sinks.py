@@ -26,7 +26,7 @@ from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.collapse import Collapse
 from spikesink.firsttoken import normalise
 from spikesink.lifecycle import Lifecycle, check_windows, is_spike, plateau_layers, right_after
-from spikesink.models import Anatomy, anatomy
+from spikesink.models import Anatomy, anatomy, check_tokens
 from spikesink.progress import progress
 from spikesink.trace import follow, received
 from spikesink.weights import Weights
@@ -128,10 +128,7 @@ def _checked(epsilon: float) -> float:
 
 
 def _length(tokens: Int[Tensor, "n length"], length: int | None, about: Anatomy) -> int:
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < about.d_vocab:
-        raise ValueError(f"a token is not in this model's vocabulary, which has ids 0 to {about.d_vocab - 1}.")
+    check_tokens(about, tokens)
     if tokens.shape[1] < 2:
         raise ValueError("windows of one token have nobody to attend to; cut longer ones.")
     length = tokens.shape[1] if length is None else length

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy
+from spikesink.models import Anatomy, anatomy, check_tokens
 from spikesink.progress import progress
 
 SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (DESIGN: claim LC4)
@@ -113,8 +113,7 @@ def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], see
         FloatingPointError: an activation overflows, as spikes do in float16.
     """
     about = anatomy(model)
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
+    check_tokens(about, tokens)
     if tokens.shape[1] > about.context:
         raise ValueError(f"windows of {tokens.shape[1]} tokens are longer than the model's context of {about.context}.")
     first = _Pass(model, about, (), seed).over(tokens[:1], "finding channels")

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import NotApplicable, where_applicable
 from spikesink.lifecycle import Lifecycle, find_spikes
-from spikesink.patching.chain import CUTS, Broken, Constants, aim, cuts_on
+from spikesink.patching.chain import Broken, Constants, aim, cuts_on, named
 from spikesink.patching.interventions import patched
 from spikesink.patching.outcome import CLEAN, Outcome, compare
 from spikesink.progress import progress
@@ -200,7 +200,7 @@ def behaviour_table(found: Behaviour | NotApplicable) -> pd.DataFrame | NotAppli
         losses = found.by_position[name]
         rows.append(
             {
-                "cut": CUTS[name].name if name in CUTS else "the clean run",
+                "cut": named(name),
                 f"loss, positions {found.edges[0]} to {found.edges[1] - 1}": float(losses[0]),
                 f"loss, positions {found.edges[-2]} on": float(losses[-1]),
                 "first copy": found.first_copy.get(name, math.nan),
@@ -214,7 +214,7 @@ def behaviour_table(found: Behaviour | NotApplicable) -> pd.DataFrame | NotAppli
     return pd.DataFrame(rows).set_index("cut")
 
 
-def writing(found: Behaviour | NotApplicable) -> str | NotApplicable:
+def writing(found: Behaviour | NotApplicable) -> str:
     """What the model writes after the first prompt, as it is and under each cut, as Markdown."""
     if isinstance(found, NotApplicable):
         return f"*Not applicable here: {found.reason}.*"
@@ -222,7 +222,5 @@ def writing(found: Behaviour | NotApplicable) -> str | NotApplicable:
     def quoted(text: str) -> str:
         return "`" + text.replace("`", "'").replace("\n", "\\n").replace("{", "(").replace("}", ")") + "`"
 
-    lines = [
-        f"- {CUTS[name].name if name in CUTS else 'as it is'}: {quoted(text)}" for name, text in found.written.items()
-    ]
+    lines = [f"- {named(name, 'as it is')}: {quoted(text)}" for name, text in found.written.items()]
     return "\n".join([f"After {quoted(found.prompt[-60:])} it writes:", "", *lines])

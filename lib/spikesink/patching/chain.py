@@ -6,6 +6,7 @@ What is put in the place of something is measured on other windows than those it
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import pandas as pd
 import torch
@@ -39,6 +40,7 @@ FACTORS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 INDIFFERENT = 0.02  # a change of perplexity that is none to speak of: AB2's own limit
 SAME = 1e-6  # nats: rounding
 FEW_SINKS = 0.1  # AB5's limit: what it must come down to
+NONE_TO_JUDGE = "no token of the windows to judge on spikes; measure more windows"
 NO_SINK = "hardly any head sinks on the first token to begin with"
 _SPIKE_CONTROLS = ("random_channels", "strongest_channels", "other_position", "another_way")
 
@@ -143,14 +145,15 @@ def decoupled(known: Constants, where: Where, readout: bool = True) -> tuple[Int
     about, cycle = known.about, known.cycle
     first = min(cycle.step_up, default=cycle.peak)
     layers = range((first + 1) // 2, about.n_layers)
-    held = [
+    cuts = [skip(known.steps, where)] if known.steps else []
+    cuts += [
         zero(stream(range(first + first % 2, about.n_blocks + 1, 2)), where, cycle.channels),
         set_to(key(layers), known.keys[layers.start :], where),
         set_to(value(layers), known.values[layers.start :], where),
     ]
-    if known.steps:
-        held.insert(0, skip(known.steps, where))
-    return (*held, set_to(read(about.n_blocks + 1), known.readout, where)) if readout else tuple(held)
+    if readout:
+        cuts.append(set_to(read(about.n_blocks + 1), known.readout, where))
+    return tuple(cuts)
 
 
 def decouple(
@@ -234,7 +237,7 @@ class Cut:
     elsewhere: bool = False  # whether it is aimed at other tokens, of which a window may have none
 
 
-def _random(known: Constants, at: Targets, *size: int) -> Tensor:
+def _random(at: Targets, *size: int) -> Tensor:
     """A random direction of unit length."""
     return functional.normalize(torch.randn(*size, generator=torch.Generator().manual_seed(at.seed)), dim=-1)
 
@@ -248,7 +251,7 @@ def _random_channels(known: Constants, at: Targets) -> list[int]:
 def _another_way(known: Constants, at: Targets) -> list[Intervention]:
     """The spike channels' part of the vector, as long, in a random direction."""
     size = known.stream[list(known.cycle.channels)].norm()
-    turned = size * _random(known, at, known.about.d_model)
+    turned = size * _random(at, known.about.d_model)
     site = stream(known.point)
     return [zero(site, at.spike, known.cycle.channels), add(site, turned, at.spike)]
 
@@ -256,25 +259,18 @@ def _another_way(known: Constants, at: Targets) -> list[Intervention]:
 def _turned_keys(known: Constants, at: Targets, where: Where) -> list[Intervention]:
     """Keys as long as those of spike tokens, in a random direction of each head's own."""
     keys = known.keys[known.layers.start : known.layers.stop]
-    return [set_to(key(known.layers), keys.norm(dim=-1, keepdim=True) * _random(known, at, *keys.shape), where)]
+    return [set_to(key(known.layers), keys.norm(dim=-1, keepdim=True) * _random(at, *keys.shape), where)]
 
 
-def _others_read(known: Constants, at: Targets, kinds: Sequence[int] = (0, 1)) -> list[Intervention]:
-    """What blocks of some kinds (1 attention, 0 FFN) read at the spike tokens is the mean of all others."""
-    chosen = [(i, b) for i, b in enumerate(known.reading) if b % 2 in kinds]
-    if known.other_reads is None or not chosen:
+def _read_instead(
+    known: Constants, at: Targets, means: Float[Tensor, "block d_model"] | None, kinds: Sequence[int] = (0, 1)
+) -> list[Intervention]:
+    """What blocks of some kinds (1 attention, 0 FFN) read at the spike tokens is one vector, as long as any h~."""
+    blocks = [block for block in known.reading if block % 2 in kinds]
+    if means is None or not blocks:
         return []
-    mean = known.other_reads.mean(0)
-    mean = mean * (known.about.d_model**0.5 / mean.norm())
-    return [set_to(read([b for _, b in chosen]), mean, at.spike)]
-
-
-def _constant_read(known: Constants, at: Targets) -> list[Intervention]:
-    """What the blocks of the plateau read at the spike tokens is one vector."""
-    if known.reads is None:
-        return []
-    mean = known.reads.mean(0)
-    return [set_to(read(known.reading), mean * (known.about.d_model**0.5 / mean.norm()), at.spike)]
+    mean = means.mean(0)
+    return [set_to(read(blocks), mean * (known.about.d_model**0.5 / mean.norm()), at.spike)]
 
 
 def _following(known: Constants) -> list[int]:
@@ -331,12 +327,14 @@ CUTS: Mapping[str, Cut] = {
         True,
         True,
     ),
-    "constant_read": Cut("what blocks read: one vector", "RMSNorm", _constant_read),
-    "others_read": Cut("what blocks read: others' mean", "RMSNorm", _others_read),
+    "constant_read": Cut("what blocks read: one vector", "RMSNorm", lambda k, at: _read_instead(k, at, k.reads)),
+    "others_read": Cut("what blocks read: others' mean", "RMSNorm", lambda k, at: _read_instead(k, at, k.other_reads)),
     "others_read_attention": Cut(
-        "only what attention reads: others' mean", "RMSNorm", lambda k, at: _others_read(k, at, (1,))
+        "only what attention reads: others' mean", "RMSNorm", lambda k, at: _read_instead(k, at, k.other_reads, (1,))
     ),
-    "others_read_ffn": Cut("only what FFNs read: others' mean", "RMSNorm", lambda k, at: _others_read(k, at, (0,))),
+    "others_read_ffn": Cut(
+        "only what FFNs read: others' mean", "RMSNorm", lambda k, at: _read_instead(k, at, k.other_reads, (0,))
+    ),
     "turned_key": Cut("keys turned at random", "key", lambda k, at: _turned_keys(k, at, at.spike)),
     "ordinary_key": Cut(
         "keys set to others' mean",
@@ -370,6 +368,11 @@ CUTS: Mapping[str, Cut] = {
         "the same, own prediction left alone", "both", lambda k, at: decoupled(k, at.spike, readout=False)
     ),
 }
+
+
+def named(key: str, clean: str = "the clean run") -> str:
+    """The short name of a cut, or of the run without any."""
+    return CUTS[key].name if key in CUTS else clean
 
 
 @dataclass(frozen=True)
@@ -414,7 +417,7 @@ def break_chain(
         ValueError: there is no such cut.
     """
     if not where.any():
-        return NotApplicable("no token of the windows to judge on spikes; measure more windows")
+        return NotApplicable(NONE_TO_JUDGE)
     targets = aim(where, seed)
     return Broken(known, targets, tokens, compare(model, tokens, cuts_on(known, targets, names)))
 
@@ -512,7 +515,7 @@ def block_map(
 ) -> BlockMap | NotApplicable:
     """For every block of the model, let it write nothing at the spike tokens. Takes what `break_chain` does."""
     if not where.any():
-        return NotApplicable("no token of the windows to judge on spikes; measure more windows")
+        return NotApplicable(NONE_TO_JUDGE)
     found = compare(model, tokens, {b: skip(b, where) for b in range(1, known.about.n_blocks + 1)})
     return BlockMap(known.cycle, found.pop(CLEAN), tuple(found.values()), where)
 
@@ -546,7 +549,7 @@ def links(broken: Broken | NotApplicable, *only: str) -> pd.DataFrame | NotAppli
             continue
         rows.append(
             {
-                "cut": f"{cut.name}{' (control)' if cut.control else ''}" if cut else "the clean run",
+                "cut": f"{named(name)}{' (control)' if cut and cut.control else ''}",
                 "perplexity": outcome.perplexity,
                 "95% interval": "{:.3g} to {:.3g}".format(*outcome.interval()),
                 "KL, nats": f"{outcome.kl:.2f}",
@@ -558,11 +561,22 @@ def links(broken: Broken | NotApplicable, *only: str) -> pd.DataFrame | NotAppli
     return pd.DataFrame(rows).set_index("cut")
 
 
-def _outcomes(broken: Broken, *names: str) -> list[Outcome] | NotApplicable:
-    missing = [name for name in names if name not in broken.outcomes]
-    if missing:
-        return NotApplicable(f"this model does not have what is cut here ({CUTS[missing[0]].name})")
-    return [broken.outcomes[name] for name in names]
+def _made_of(*names: str, of_sinks: bool = False):
+    """A measure of some cuts: it gets their outcomes, where a model has them all, and sinks if it is about those."""
+
+    def made(measure):
+        @where_applicable
+        @wraps(measure)
+        def measured(broken: Broken) -> Evidence | NotApplicable:
+            if of_sinks and broken.clean.sink_ratio <= FEW_SINKS:
+                return NotApplicable(NO_SINK)
+            if missing := [name for name in names if name not in broken.outcomes]:
+                return NotApplicable(f"this model does not have what is cut here ({CUTS[missing[0]].name})")
+            return measure(broken, *(broken.outcomes[name] for name in names))
+
+        return measured
+
+    return made
 
 
 def _facts(broken: Broken) -> dict[str, int]:
@@ -570,8 +584,10 @@ def _facts(broken: Broken) -> dict[str, int]:
     return {"n_windows": n, "length": length, "n_spike_tokens": int(broken.targets.spike.sum())}
 
 
-@where_applicable
-def zeroing_breaks(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
+@_made_of("zeroed", "zeroed_and_masked", "rest_zeroed", *_SPIKE_CONTROLS)
+def zeroing_breaks(
+    broken: Broken, zeroed: Outcome, masked: Outcome, rest: Outcome, *controls: Outcome
+) -> Evidence | NotApplicable:
     """AB1: the spike channels zeroed at the spike tokens, right after the step-up.
 
     Beside it, with the spike tokens' keys masked as well: what of the damage goes through attention to them; and with
@@ -579,10 +595,6 @@ def zeroing_breaks(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
     as many random channels, as many of the next-strongest, the same channels at other tokens, and the spike turned in a
     random direction, as long as it was.
     """
-    found = _outcomes(broken, "zeroed", "zeroed_and_masked", "rest_zeroed", *_SPIKE_CONTROLS)
-    if isinstance(found, NotApplicable):
-        return found
-    zeroed, masked, rest, *controls = found
     silent = broken.outcomes.get("skipped_and_zeroed")
     return evidence(
         measured={
@@ -601,17 +613,13 @@ def zeroing_breaks(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
     )
 
 
-@where_applicable
-def mean_does_not(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
+@_made_of("mean", "whole", "another_way")
+def mean_does_not(broken: Broken, mean: Outcome, whole: Outcome, another_way: Outcome) -> Evidence | NotApplicable:
     """AB2: the spike channels set to their mean over other windows. Control: the same size in a random direction.
 
     Where that does nothing either, or the mean is what stands there anyway (a BOS token), the rule could not fail, and
     the claim is not applicable.
     """
-    found = _outcomes(broken, "mean", "whole", "another_way")
-    if isinstance(found, NotApplicable):
-        return found
-    mean, whole, another_way = found
     if abs(another_way.perplexity / broken.clean.perplexity - 1) <= INDIFFERENT:
         return NotApplicable("as large a vector in a random direction changes nothing either, so no mean could do harm")
     if max(float(of.divergence.max()) for of in (mean, whole)) < SAME:
@@ -629,20 +637,16 @@ def mean_does_not(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
     )
 
 
-@where_applicable
-def step_up_makes_the_sink(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
+@_made_of("skipped", "skipped_others", "skipped_elsewhere", of_sinks=True)
+def step_up_makes_the_sink(
+    broken: Broken, skipped: Outcome, others: Outcome, elsewhere: Outcome
+) -> Evidence | NotApplicable:
     """AB3: the step-up blocks write nothing at the spike tokens.
 
     `most_attended_other_key` is the largest share of attention, mean over windows, heads and the plateau's layers, that
     any key position of the first half gets but the first: whether the sink has moved to another early token. Controls:
     as many FFN blocks right after them, and the step-up blocks at other tokens.
     """
-    if broken.clean.sink_ratio <= FEW_SINKS:
-        return NotApplicable(NO_SINK)
-    found = _outcomes(broken, "skipped", "skipped_others", "skipped_elsewhere")
-    if isinstance(found, NotApplicable):
-        return found
-    skipped, others, elsewhere = found
     return evidence(
         measured={
             "step_up_blocks": list(broken.known.cycle.step_up),
@@ -664,28 +668,22 @@ def step_up_makes_the_sink(broken: Broken | NotApplicable) -> Evidence | NotAppl
     )
 
 
-@where_applicable
-def spike_without_which(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
+@_made_of("decoupled", "decoupled_open", "zeroed", of_sinks=True)
+def spike_without_which(broken: Broken, apart: Outcome, open_: Outcome, zeroed: Outcome) -> Evidence | NotApplicable:
     """AB4: no spike in the stream, and all that is read of the spike tokens held at constants (`decoupled`).
 
     `perplexity_own_prediction_open` leaves the spike tokens' own next-token predictions alone, and `elsewhere` is over
     all other positions: where they are the same as the clean run's, those predictions are all that it costs. Control:
     the spike taken out with nothing held.
     """
-    if broken.clean.sink_ratio <= FEW_SINKS:
-        return NotApplicable(NO_SINK)
-    found = _outcomes(broken, "decoupled", "decoupled_open", "zeroed")
-    if isinstance(found, NotApplicable):
-        return found
-    apart, open_, zeroed = found
     elsewhere = ~broken.targets.spike[:, :-1]
     return evidence(
         measured={
             "perplexity_clean": broken.clean.perplexity,
             "perplexity_decoupled": apart.perplexity,
             "perplexity_own_prediction_open": open_.perplexity,
-            "perplexity_clean_elsewhere": float(broken.clean.loss[elsewhere].mean().exp()),
-            "perplexity_decoupled_elsewhere": float(open_.loss[elsewhere].mean().exp()),
+            "perplexity_clean_elsewhere": broken.clean.perplexity_at(elsewhere),
+            "perplexity_decoupled_elsewhere": open_.perplexity_at(elsewhere),
             "kl_decoupled": apart.kl,
             "same_token_decoupled": apart.agreement,
             "sink_ratio_clean": broken.clean.sink_ratio,
@@ -699,8 +697,10 @@ def spike_without_which(broken: Broken | NotApplicable) -> Evidence | NotApplica
     )
 
 
-@where_applicable
-def sink_without_which(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
+@_made_of("masked", "masked_everywhere", "masked_elsewhere", "ordinary_key", of_sinks=True)
+def sink_without_which(
+    broken: Broken, masked: Outcome, everywhere: Outcome, elsewhere: Outcome, ordinary: Outcome
+) -> Evidence | NotApplicable:
     """AB5: the spike tokens' keys masked in the layers that read the plateau; the spike is left alone.
 
     `masked_everywhere`: in all layers, where another token may take its place (`largest_elsewhere` says whether one
@@ -708,12 +708,6 @@ def sink_without_which(broken: Broken | NotApplicable) -> Evidence | NotApplicab
     construction; what is measured is what is left of the sink elsewhere, and what it costs. Controls: other tokens
     masked; and the sink's key replaced by the mean of others, without a mask.
     """
-    if broken.clean.sink_ratio <= FEW_SINKS:
-        return NotApplicable(NO_SINK)
-    found = _outcomes(broken, "masked", "masked_everywhere", "masked_elsewhere", "ordinary_key")
-    if isinstance(found, NotApplicable):
-        return found
-    masked, everywhere, elsewhere, ordinary = found
     others = ~broken.targets.spike
     return evidence(
         measured={
@@ -750,17 +744,15 @@ def _on(broken: Broken, outcome: Outcome) -> float:
     return float((outcome.score[:, layers.start : layers.stop] > outcome.epsilon).float().mean())
 
 
-@where_applicable
-def wrong_places_do_nothing(broken: Broken | NotApplicable) -> Evidence | NotApplicable:
+@_made_of("random_channels", "other_position", "zeroed")
+def wrong_places_do_nothing(
+    broken: Broken, random: Outcome, other: Outcome, zeroed: Outcome
+) -> Evidence | NotApplicable:
     """AB6: the controls of AB1 and AB3 as a claim of their own: random channels, and other positions.
 
     `elsewhere` leaves out the changed tokens' own next-token predictions. Control: the cut itself; where that does
     nothing, there is nothing that the others could fall short of.
     """
-    found = _outcomes(broken, "random_channels", "other_position", "zeroed")
-    if isinstance(found, NotApplicable):
-        return found
-    random, other, zeroed = found
     if abs(zeroed.perplexity / broken.clean.perplexity - 1) <= INDIFFERENT:
         return NotApplicable("zeroing the spike changes nothing either, so the controls have nothing to fall short of")
     kept = ~broken.targets.other[:, :-1]
@@ -769,8 +761,8 @@ def wrong_places_do_nothing(broken: Broken | NotApplicable) -> Evidence | NotApp
             "perplexity_clean": broken.clean.perplexity,
             "perplexity_random_channels": random.perplexity,
             "perplexity_other_position": other.perplexity,
-            "perplexity_clean_elsewhere": float(broken.clean.loss[kept].mean().exp()),
-            "perplexity_other_position_elsewhere": float(other.loss[kept].mean().exp()),
+            "perplexity_clean_elsewhere": broken.clean.perplexity_at(kept),
+            "perplexity_other_position_elsewhere": other.perplexity_at(kept),
             "n_channels": len(broken.known.cycle.channels),
         },
         control={"perplexity_zeroed": zeroed.perplexity},
@@ -789,7 +781,7 @@ def dose_and_response(found: Doses | NotApplicable) -> Evidence | NotApplicable:
         measured={
             "factors": list(found.factors),
             "perplexities": [of.perplexity for of in found.outcomes],
-            "perplexities_elsewhere": [float(of.loss[elsewhere].mean().exp()) for of in found.outcomes],
+            "perplexities_elsewhere": [of.perplexity_at(elsewhere) for of in found.outcomes],
             "lows": [low for low, _ in intervals],
             "highs": [high for _, high in intervals],
             "sink_ratios": [of.sink_ratio for of in found.outcomes],

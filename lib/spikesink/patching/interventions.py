@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy
+from spikesink.models import Anatomy, anatomy, check_tokens
 from spikesink.progress import progress
 
 Places = int | Iterable[int]
@@ -468,10 +468,9 @@ def one_prompt(tokens: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
     """A single prompt, also out of a batch of one.
 
     Raises:
-        ValueError: no tensor, or several prompts.
+        ValueError: no token ids, or several prompts.
     """
-    if not isinstance(tokens, Tensor):
-        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
+    _check_ids(tokens)
     if tokens.ndim == 2 and len(tokens) == 1:
         return tokens[0]
     if tokens.ndim != 1:
@@ -545,27 +544,32 @@ def checked(
     """
     if not hasattr(model, "hook_dict"):
         raise ValueError(f"{model!r} is no model; give what load returned.")
-    if not isinstance(tokens, Tensor) or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
-    if wrong := [one for one in interventions if not isinstance(one, Intervention)]:
-        raise ValueError(f"{wrong[0]!r} is no intervention; of a list of them, give each by itself: *cuts.")
+    _check_ids(tokens)
+    _check_interventions(interventions)
     about = anatomy(model)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or 0 in tokens.shape:
-        raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
+    check_tokens(about, tokens)
     n, length = tokens.shape
     if length > about.context:
         raise ValueError(f"{length} tokens are longer than the model's context of {about.context}.")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < about.d_vocab:
-        raise ValueError(f"a token is not in this model's vocabulary, which has ids 0 to {about.d_vocab - 1}.")
     for intervention in interventions:
         positions = intervention.positions
         if positions.last() >= length:
             raise ValueError(f"position {positions.last()} does not exist; there are positions 0 to {length - 1}.")
         if positions.by_window is not None and len(positions.by_window) != n:
             raise ValueError(f"the positions are of {len(positions.by_window)} windows, but there are {n}.")
-        _bound(model, about, 0, intervention, _Run(None), [])
+        _hooks_of(model, about, intervention)
     return tokens
+
+
+def _check_ids(tokens: Tensor) -> None:
+    if not isinstance(tokens, Tensor) or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
+
+
+def _check_interventions(interventions: Sequence[Intervention]) -> None:
+    if wrong := [one for one in interventions if not isinstance(one, Intervention)]:
+        raise ValueError(f"{wrong[0]!r} is no intervention; of a list of them, give each by itself: *cuts.")
 
 
 def batches(about: Anatomy, tokens: Int[Tensor, "n length"]) -> list[range]:
@@ -612,57 +616,50 @@ def patched(model: TransformerBridge, *interventions: Intervention, rows: range 
         ValueError: a block, layer, head, channel or hook that this model does not have, or values of the wrong size.
         RuntimeError: on leaving, if one never took effect though the model ran.
     """
-    run = _Run(rows)
-    with _patching(model, interventions, run, ()):
-        yield
+    _check_interventions(interventions)
+    run, about, edits, between = _Run(rows), anatomy(model), [], []
     for i, intervention in enumerate(interventions):
-        if run.n_runs and i not in run.fired:
-            raise RuntimeError(
-                f"a hook of this {anatomy(model).family} model never fired, so nothing came of: {intervention}."
-            )
-        if run.n_runs and rows is None and i not in run.reached:
-            raise RuntimeError(f"no token stood at any of its positions, so nothing came of: {intervention}.")
-
-
-@contextmanager
-def _patching(model, interventions: Sequence[Intervention], run: _Run, also: Sequence[tuple]) -> Iterator[None]:
-    """The same, with further hooks `also` that see what the interventions leave."""
-    about, edits, between = anatomy(model), [], []
-    for i, intervention in enumerate(interventions):
-        if not isinstance(intervention, Intervention):
-            raise ValueError(f"{intervention!r} is no intervention; of a list of them, give each by itself: *cuts.")
         edits += _bound(model, about, i, intervention, run, between)
     body = getattr(getattr(model, "original_model", None), "base_model", model)
     handle = body.register_forward_pre_hook(run.before, with_kwargs=True)
     try:
-        with warnings.catch_warnings(), model.hooks(fwd_hooks=[*edits, *between, *also]):
+        with warnings.catch_warnings(), model.hooks(fwd_hooks=[*edits, *between]):
             warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for
             yield
     finally:
         handle.remove()
+    for i, intervention in enumerate(interventions):
+        if run.n_runs and i not in run.fired:
+            raise RuntimeError(f"a hook of this {about.family} model never fired, so nothing came of: {intervention}.")
+        if run.n_runs and rows is None and i not in run.reached:
+            raise RuntimeError(f"no token stood at any of its positions, so nothing came of: {intervention}.")
 
 
-def _bound(model, about: Anatomy, number: int, intervention: Intervention, run: _Run, between: list) -> list[tuple]:
-    """An intervention's hooks on one model; checked, so that what is wrong is said before it runs."""
-    site, hooks = intervention.site, []
-    names = site.hooks(about)
+def _hooks_of(model, about: Anatomy, intervention: Intervention) -> tuple[str, ...]:
+    """The hooks that an intervention edits; checked, so that what is wrong is said before anything runs."""
+    names = intervention.site.hooks(about)
     for name in names:
         if name not in model.hook_dict:
             raise ValueError(f"this {about.family} model has no hook {name}; model.hook_dict lists those it has.")
     _check_parts(about, intervention)
-    for place, name in enumerate(names):
-        edit = _edit_pattern if site.kind == "attention" else _edit
+    return names
 
-        def hooked(x, hook, place=place, edit=edit):
+
+def _bound(model, about: Anatomy, number: int, intervention: Intervention, run: _Run, between: list) -> list[tuple]:
+    """An intervention's hooks on one model; `between` gets those that its changes between attention and FFN need."""
+    site, hooks = intervention.site, []
+    edit = _edit_pattern if site.kind == "attention" else _edit
+    for place, name in enumerate(_hooks_of(model, about, intervention)):
+
+        def hooked(x, hook, place=place):
             run.fired.add(number)
             try:
                 return edit(x, intervention, place, run, number)
             except (IndexError, RuntimeError) as error:
                 if site.kind != "hook":
                     raise
-                raise ValueError(
-                    f"what passes there is {list(x.shape)}, which does not fit: {intervention}."
-                ) from error
+                message = f"what passes there is {list(x.shape)}, which does not fit: {intervention}."
+                raise ValueError(message) from error
 
         if site.kind == "stream" and site.places[place] % 2:
             hooked = _between(about, site.places[place], hooked, between)

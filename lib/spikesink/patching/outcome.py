@@ -69,6 +69,10 @@ class Outcome:
         """The largest entry of the stream, median over windows of each one's largest."""
         return float(self.largest.amax(1).quantile(0.5))
 
+    def perplexity_at(self, where: Bool[Tensor, "window position"]) -> float:
+        """exp of the mean loss over some predictions only."""
+        return float(self.loss[where].mean().exp())
+
     def interval(self, what: str = "perplexity", level: float = 0.95, seed: int = 0) -> tuple[float, float]:
         """A bootstrap interval over windows (percentile method); not numbers where there is only one window.
 
@@ -161,11 +165,11 @@ def compare(
     for rows, key in progress(todo, "patching" if listed else "running", "run"):
         batch = tokens[rows.start : rows.stop].to(model.cfg.device)
         if key == CLEAN:
-            clean = _run(model, about, batch, (), rows, keep=set(starts.values()))
+            clean = run(model, about, batch, (), rows, keep=set(starts.values()))
             sums[CLEAN].add(batch, clean, clean)
         else:
             start = starts[key] if form is not None else 0
-            sums[key].add(batch, _run(model, about, batch, listed[key], rows, start, bool(form), clean), clean)
+            sums[key].add(batch, run(model, about, batch, listed[key], rows, start, bool(form), clean), clean)
     words = {CLEAN: "the clean run", **{key: "; then ".join(map(str, cut)) for key, cut in listed.items()}}
     return {key: total.outcome(words[key]) for key, total in sums.items()}
 
@@ -197,22 +201,35 @@ def table(outcomes: Mapping[Hashable, Outcome], over: str = "cut") -> pd.DataFra
 
 
 @dataclass(frozen=True)
-class _Ran:
-    """One batch, run once; predictions of all positions but the last."""
+class Ran:
+    """One batch, run once."""
 
-    logits: Float[Tensor, "window position vocabulary"]
-    total: Float[Tensor, "window position"]  # log of the sum of exp(logits)
-    best: Int[Tensor, "window position"]  # the likeliest next token
+    output: Float[Tensor, "window token vocabulary"]
     received: list[Float[Tensor, "window head key"]]  # by layer
     sizes: list[Float[Tensor, "window token"]]  # max |h|, by layer hook
     entered: dict[int, Float[Tensor, "window position d_model"]]  # the stream that enters some layers
+
+    @property
+    def logits(self) -> Float[Tensor, "window position vocabulary"]:
+        """The predictions that can be judged: all but the last token's."""
+        return self.output[:, :-1]
+
+    @cached_property
+    def total(self) -> Float[Tensor, "window position"]:
+        """Log of the sum of exp(logits), window by window: what is as large as all logits is slow to allocate."""
+        return torch.stack([of.logsumexp(-1) for of in self.logits])
+
+    @cached_property
+    def best(self) -> Int[Tensor, "window position"]:
+        """The likeliest next token."""
+        return self.logits.argmax(-1)
 
     @cached_property
     def p(self) -> list[Float[Tensor, "position vocabulary"]]:
         """What it predicts, window by window."""
         return [(of - total[:, None]).exp_() for of, total in zip(self.logits, self.total, strict=True)]
 
-    def divergence(self, other: "_Ran") -> Float[Tensor, "window position"]:
+    def divergence(self, other: "Ran") -> Float[Tensor, "window position"]:
         """KL divergence of another run's prediction from this one's, in nats."""
         expected = [
             torch.einsum("pv,pv->p", p, mine - theirs)
@@ -222,7 +239,7 @@ class _Ran:
 
 
 @torch.inference_mode()
-def _run(
+def run(
     model: TransformerBridge,
     about: Anatomy,
     batch: Int[Tensor, "window position"],
@@ -230,9 +247,9 @@ def _run(
     rows: range,
     start: int = 0,
     in_a_tuple: bool = False,
-    clean: _Ran | None = None,
+    clean: Ran | None = None,
     keep: set[int] = frozenset(),
-) -> _Ran:
+) -> Ran:
     """Run a batch under interventions, from layer `start` on; what the layers before it did is the clean run's."""
     scores = dict(enumerate(clean.received[:start])) if clean else {}
     sizes = dict(enumerate(clean.sizes[:start])) if clean else {}
@@ -257,11 +274,9 @@ def _run(
             stack.enter_context(model.hooks(fwd_hooks=[prefix.injected(about, start, clean.entered[start])]))
         stack.enter_context(patched(model, *cut, rows=rows))
         stack.enter_context(model.hooks(fwd_hooks=watch))
-        logits = model(batch)[:, :-1].float()
-    # Window by window: what is as large as all logits is slow to allocate.
-    total = torch.stack([of.logsumexp(-1) for of in logits])
+        output = model(batch).float()
     seen = ([of for _, of in sorted(by_layer.items())] for by_layer in (scores, sizes))
-    return _Ran(logits, total, logits.argmax(-1), *seen, entered)
+    return Ran(output, *seen, entered)
 
 
 class _Sums:
@@ -271,7 +286,7 @@ class _Sums:
         self.about, self.epsilon = about, epsilon
         self.parts: list[tuple[Tensor, ...]] = []
 
-    def add(self, batch: Int[Tensor, "window position"], ran: _Ran, clean: _Ran) -> None:
+    def add(self, batch: Int[Tensor, "window position"], ran: Ran, clean: Ran) -> None:
         target = batch[:, 1:, None].to(ran.logits.device)
         loss = ran.total - ran.logits.gather(-1, target)[..., 0]
         divergence = torch.zeros_like(loss) if ran is clean else clean.divergence(ran)

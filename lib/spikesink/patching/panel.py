@@ -8,6 +8,7 @@ from html import escape
 import ipywidgets
 from transformer_lens.model_bridge import TransformerBridge
 
+from spikesink import plots
 from spikesink.lifecycle import Lifecycle
 from spikesink.models import Anatomy, anatomy
 from spikesink.patching.interventions import Intervention, mask_key, scale, stream
@@ -98,8 +99,6 @@ class Panel(ipywidgets.VBox):
 
     def redraw(self, change: object = None) -> None:
         """Run the prompt anew and show it; what is wrong is said in the panel."""
-        from spikesink import plots
-
         try:
             tokens = self.model.to_tokens(self.prompt.value)[0]
             if not 0 < len(tokens) <= MOST_TOKENS:

@@ -9,8 +9,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import escape
 from spikesink.models import anatomy
-from spikesink.patching.interventions import Intervention, checked, one_prompt, patched
-from spikesink.trace import received
+from spikesink.patching.interventions import Intervention, checked, one_prompt
+from spikesink.patching.outcome import run
 
 TOP = 8  # next tokens shown
 
@@ -21,14 +21,11 @@ class View:
 
     what: str  # the interventions, in words
     tokens: tuple[str, ...]
-    magnitude: Float[
-        Tensor, "run layer token"
-    ]  # max |h| over channels, as the stream enters layers and leaves the last
+    magnitude: Float[Tensor, "run layer token"]  # max |h|, as the stream enters layers and leaves the last
     attention: Float[Tensor, "run layer head token"]  # what each token gets of the queries that see it
     top: tuple[tuple[str, float, float], ...]  # next tokens, the likeliest first, and their probability in either run
 
 
-@torch.inference_mode()
 def view(model: TransformerBridge, tokens: Int[Tensor, " length"], *interventions: Intervention) -> View:
     """Run one prompt with and without interventions, and keep what a picture of it needs.
 
@@ -40,34 +37,18 @@ def view(model: TransformerBridge, tokens: Int[Tensor, " length"], *intervention
     Raises:
         ValueError: as `evaluate` does.
     """
-    about = anatomy(model)
     prompt = checked(model, one_prompt(tokens), interventions)
-    magnitude = torch.zeros(2, about.n_layers + 1, prompt.shape[1])
-    attention = torch.zeros(2, about.n_layers, about.n_heads, prompt.shape[1])
-    next_token = []
-    for run, cut in enumerate(((), interventions)):
-
-        def on_layer(value, hook, run=run):
-            magnitude[run, about.layer_hooks.index(hook.name)] = value[0].abs().amax(-1).float().cpu()
-
-        def on_pattern(value, hook, run=run):
-            layer = about.pattern_hooks.index(hook.name)
-            attention[run, layer] = received(value[0].float(), about.sight[layer]).cpu()
-
-        watch = [
-            *((name, on_layer) for name in about.layer_hooks),
-            *((name, on_pattern) for name in about.pattern_hooks),
-        ]
-        with patched(model, *cut), model.hooks(fwd_hooks=watch):
-            next_token.append(model(prompt.to(model.cfg.device))[0, -1].float().softmax(-1).cpu())
+    batch = prompt.to(model.cfg.device)
+    ran = [run(model, anatomy(model), batch, cut, range(1)) for cut in ((), interventions)]
+    next_token = [of.output[0, -1].softmax(-1).cpu() for of in ran]
     decode = model.tokenizer.decode
     best = torch.maximum(*next_token).argsort(descending=True)[:TOP].tolist()
     best = sorted(best, key=lambda i: -float(next_token[1][i]))
     return View(
         what="; then ".join(map(str, interventions)) or "as it is",
         tokens=tuple(decode([i]) for i in prompt[0].tolist()),
-        magnitude=magnitude,
-        attention=attention,
+        magnitude=torch.stack([torch.cat(of.sizes) for of in ran]),
+        attention=torch.stack([torch.cat(of.received) for of in ran]),
         top=tuple((decode([i]), float(next_token[0][i]), float(next_token[1][i])) for i in best),
     )
 

@@ -1,15 +1,16 @@
 """The figures of notebooks 08 and 11: what becomes of spike, sink and model where the chain is broken."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spikesink.claims import brief
 from spikesink.patching.behaviour import Behaviour
-from spikesink.patching.chain import CUTS, BlockMap, Broken, Doses
+from spikesink.patching.chain import CUTS, BlockMap, Broken, Doses, named
 from spikesink.patching.outcome import CLEAN
 from spikesink.patching.view import View
 from spikesink.plots.style import (
@@ -25,7 +26,6 @@ from spikesink.plots.style import (
     quoted,
     span,
     styled,
-    thousands,
     token_text,
     whole,
 )
@@ -41,7 +41,20 @@ SHOWN_KEYS = 12
 
 
 def _name(key: str) -> str:
-    return CUTS[key].name if key in CUTS else "as it is"
+    return named(key, "as it is")
+
+
+def _is_control(key: str) -> bool:
+    return key in CUTS and CUTS[key].control
+
+
+def _log_ticks(ax) -> None:
+    """Numbers on a logarithmic axis, as many as its span has room for: one tick says nothing of a scale."""
+    low, high = ax.get_ylim()
+    subs = (1,) if high > 1000 * low else (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 3, 5, 7)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: brief(float(v))))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 @drawn_where_applicable
@@ -56,14 +69,14 @@ def broken_chain(broken: Broken) -> Figure:
     perplexity = [broken.outcomes[name].perplexity for name in names]
     panels = ((spike, SPIKE, "largest entry at the spike tokens,\n% of the clean run"), (sink, SINK, "sink ratio"))
     for ax, (values, colour, label) in zip(axes, panels, strict=False):
-        colours = [ORDINARY if name in CUTS and CUTS[name].control else colour for name in names]
+        colours = [ORDINARY if _is_control(name) else colour for name in names]
         ax.barh(y, values, color=colours, height=0.62)
         ax.axvline(values[0], color="black", lw=0.8, ls=":")
         ax.set_xlabel(label)
     last = axes[2]
     for i, name in enumerate(names):
         low, high = broken.outcomes[name].interval()
-        colour = ORDINARY if name in CUTS and CUTS[name].control else "black"
+        colour = ORDINARY if _is_control(name) else "black"
         last.plot([low, high], [i, i], color=colour, lw=1.2)
         last.plot(perplexity[i], i, color=colour, marker="s" if colour == ORDINARY else "o", ms=5)
         last.annotate(
@@ -77,9 +90,9 @@ def broken_chain(broken: Broken) -> Figure:
         )
     last.axvline(perplexity[0], color="black", lw=0.8, ls=":")
     last.set(xscale="log", xlabel="perplexity (line: 95% over windows)", xlim=(None, 30 * max(perplexity)))
-    axes[0].set_yticks(y, [f"{_name(name)}" for name in names], fontsize=9)
+    axes[0].set_yticks(y, [_name(name) for name in names], fontsize=9)
     for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
-        label.set_color(ORDINARY if name in CUTS and CUTS[name].control else "black")
+        label.set_color(ORDINARY if _is_control(name) else "black")
     axes[0].invert_yaxis()
     for i in range(1, len(names)):
         if links[i] != links[i - 1]:
@@ -106,8 +119,7 @@ def dose_response(found: Doses) -> Figure:
     left.plot(list(found.control), control, color=ORDINARY, marker="s", ms=5, lw=0, label="as many random channels")
     left.set(yscale="log", xlabel="spike multiplied by", ylabel="perplexity (band: 95% over windows)")
     left.legend(fontsize=9)
-    thousands(left)
-    left.yaxis.set_minor_formatter(NullFormatter())
+    _log_ticks(left)
     right.plot(x, [of.sink_ratio for of in found.outcomes], color=SINK, marker="o", ms=5)
     controls = [of.sink_ratio for of in found.control.values()]
     right.plot(list(found.control), controls, color=ORDINARY, marker="s", ms=5, lw=0)
@@ -161,7 +173,7 @@ def near_and_far(found: Behaviour) -> Figure:
         change = found.by_position[name] - found.by_position[CLEAN]
         axes[0].plot(x, change, color=colour, marker=marker, ls=style, ms=5, label=_name(name))
     axes[0].axhline(0, color="black", lw=0.8)
-    axes[0].set_xticks(x, [f"{a}–{b - 1}" for a, b in zip(found.edges, found.edges[1:], strict=False)])
+    axes[0].set_xticks(x, [f"{a}–{b - 1}" for a, b in pairwise(found.edges)])
     axes[0].set(xlabel="position that predicts", ylabel="loss over the clean run's, nats")
     y = np.arange(len(names))
     colours = [LOOKS.get(name, (ORDINARY,))[0] for name in names]
@@ -208,9 +220,7 @@ def causal_map(found: BlockMap) -> Figure:
         span(ax, found.cycle, label=ax is axes[0])
     axes[1].set_ylim(0, 1)
     axes[2].set(yscale="log", xlabel="block that writes nothing at the spike tokens (circles: attention, squares: FFN)")
-    thousands(axes[2])
-    axes[2].yaxis.set_minor_formatter(NullFormatter())
-    axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    _log_ticks(axes[2])
     worst, least = int(ratio.argmax()) + 1, int(found.spike().argmin()) + 1
     left, times = brief(100 * float(found.spike().min())), brief(float(ratio.max()))
     text = f"Without block {least}, {left}% of the spike is left; without block {worst}, {times} times the perplexity"
@@ -230,7 +240,7 @@ def patched_view(seen: View, head: int | None = None) -> Figure:
         image = axes[run].imshow(
             size[run].T, aspect="auto", cmap=SPIKE_MAP, norm=LogNorm(**limits), interpolation="nearest"
         )
-        axes[run].set_title(f"largest entry, {name}", fontsize=10)
+        axes[run].set_title(f"largest entry |h|, {name}", fontsize=10)
         axes[run].set_xlabel("layer it enters")
         blue = axes[2 + run].imshow(
             attention[run].T, aspect="auto", cmap=SINK_MAP, vmin=0, vmax=1, interpolation="nearest"
@@ -242,7 +252,7 @@ def patched_view(seen: View, head: int | None = None) -> Figure:
         ax.set_yticks(y, names if not i else [""] * len(names), fontsize=8)
         whole(ax)
         ax.spines[:].set_visible(False)
-    fig.colorbar(image, ax=axes[1], pad=0.02, label="max |h| over channels")
+    fig.colorbar(image, ax=axes[1], pad=0.02)
     fig.colorbar(blue, ax=axes[3], pad=0.02, label="attention, mean over queries")
     first = [max(seen.top, key=lambda row: row[run])[0] for run in (1, 2)]
     largest = [brief(float(seen.magnitude[run].max())) for run in (0, 1)]
