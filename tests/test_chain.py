@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 import spikesink
-from spikesink import patching
+from spikesink import patching, plots
 from spikesink.claims import NotApplicable, judge
 from spikesink.lifecycle import find_spikes, is_spike
 from spikesink.patching import behaviour, chain
@@ -393,3 +393,19 @@ def test_copies_and_answers_are_read_at_their_own_predictions(random_model, monk
     at = behaviour.recall_prompts(planted_model, 2)[1]
     assert found.recall[CLEAN] == pytest.approx(sum((p.start + p.stop - 1) / 2 for p in at[:2]) / 2)
     assert found.no_answer[CLEAN] == pytest.approx(sum((p.start + p.stop - 1) / 2 for p in at[2:]) / 2)
+
+
+def test_one_window_has_no_interval_and_can_be_recorded(planted_model, trigger_tokens, life, parts):
+    where = is_spike(life, life.main)
+    broken = chain.break_chain(planted_model, parts[0], trigger_tokens[2:3], where[2:3])
+    dosed = chain.doses(planted_model, broken, (0, 1, 2))
+    zeroing, dose = chain.zeroing_breaks(broken), chain.dose_and_response(dosed)
+    assert "interval_clean" not in zeroing.measured
+    assert "lows" not in dose.measured
+    for key, found in (("AB1", zeroing), ("AB7", dose)):
+        assert judge(key, found, "08").verdict in ("holds", "differs")
+    assert set(chain.links(broken)["95% interval"]) == {""}
+    for fig in (plots.broken_chain(broken), plots.dose_response(dosed)):
+        fig.draw_without_rendering()
+    both = chain.zeroing_breaks(parts[1]).measured
+    assert both["interval_clean"] == list(parts[1].clean.interval())

@@ -4,6 +4,7 @@ What is put in the place of something is measured on other windows than those it
 `CUTS` lists the cuts, `break_chain` makes them, `decouple` and `unsink` are the two that keep one without the other.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -551,7 +552,7 @@ def links(broken: Broken | NotApplicable, *only: str) -> pd.DataFrame | NotAppli
             {
                 "cut": f"{named(name)}{' (control)' if cut and cut.control else ''}",
                 "perplexity": outcome.perplexity,
-                "95% interval": "{:.3g} to {:.3g}".format(*outcome.interval()),
+                "95% interval": " to ".join(f"{end:.3g}" for end in outcome.interval() if math.isfinite(end)),
                 "KL, nats": f"{outcome.kl:.2f}",
                 "same token": f"{outcome.agreement:.0%}",
                 "sink ratio": f"{outcome.sink_ratio:.2f}",
@@ -584,6 +585,11 @@ def _facts(broken: Broken) -> dict[str, int]:
     return {"n_windows": n, "length": length, "n_spike_tokens": int(broken.targets.spike.sum())}
 
 
+def _intervals(**ends: Sequence[float]) -> dict[str, list[float]]:
+    """Ends of intervals by name; nothing where there is only one window, and so no interval."""
+    return {name: list(values) for name, values in ends.items() if all(map(math.isfinite, values))}
+
+
 @_made_of("zeroed", "zeroed_and_masked", "rest_zeroed", *_SPIKE_CONTROLS)
 def zeroing_breaks(
     broken: Broken, zeroed: Outcome, masked: Outcome, rest: Outcome, *controls: Outcome
@@ -600,8 +606,7 @@ def zeroing_breaks(
         measured={
             "perplexity_clean": broken.clean.perplexity,
             "perplexity_zeroed": zeroed.perplexity,
-            "interval_clean": list(broken.clean.interval()),
-            "interval_zeroed": list(zeroed.interval()),
+            **_intervals(interval_clean=broken.clean.interval(), interval_zeroed=zeroed.interval()),
             "sink_ratio_clean": broken.clean.sink_ratio,
             "sink_ratio_zeroed": zeroed.sink_ratio,
             "perplexity_zeroed_and_masked": masked.perplexity,
@@ -776,14 +781,14 @@ def dose_and_response(found: Doses | NotApplicable) -> Evidence | NotApplicable:
     `perplexities_elsewhere` leave out the spike tokens' own next-token predictions. Controls:
     as many random channels, by the smallest factor and the largest.
     """
-    intervals, elsewhere = [of.interval() for of in found.outcomes], ~found.where[:, :-1]
+    lows, highs = zip(*(of.interval() for of in found.outcomes), strict=True)
+    elsewhere = ~found.where[:, :-1]
     return evidence(
         measured={
             "factors": list(found.factors),
             "perplexities": [of.perplexity for of in found.outcomes],
             "perplexities_elsewhere": [of.perplexity_at(elsewhere) for of in found.outcomes],
-            "lows": [low for low, _ in intervals],
-            "highs": [high for _, high in intervals],
+            **_intervals(lows=lows, highs=highs),
             "sink_ratios": [of.sink_ratio for of in found.outcomes],
         },
         control={f"perplexity_random_channels_{f:g}": of.perplexity for f, of in found.control.items()},

@@ -81,7 +81,7 @@ def broken_chain(broken: Broken) -> Figure:
         last.plot(perplexity[i], i, color=colour, marker="s" if colour == ORDINARY else "o", ms=5)
         last.annotate(
             brief(perplexity[i]),
-            (max(high, perplexity[i]), i),
+            (np.nanmax([high, perplexity[i]]), i),
             (6, 0),
             "data",
             "offset points",
