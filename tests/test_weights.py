@@ -44,36 +44,48 @@ def test_the_weights_give_what_the_block_writes_in_every_gated_family(family, tm
         torch.testing.assert_close(normed, added, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", GATED)
+def same(ours, theirs) -> bool:
+    """Whether two FFNs or attentions are the same to the bit."""
+    return all(
+        (value is None) == (vars(theirs)[name] is None)
+        and (not isinstance(value, torch.Tensor) or torch.equal(value, vars(theirs)[name]))
+        for name, value in vars(ours).items()
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_from_files_is_what_is_loaded(family, tmp_path):
     directory = tiny(family, tmp_path)
     loaded, read = weights_of(spikesink.load(directory)), open_weights(directory)
-    assert read.anatomy.n_layers == loaded.anatomy.n_layers
+    assert read.anatomy == loaded.anatomy
     for layer in (2, 0):
-        ours, theirs = vars(read.ffn(layer)), vars(loaded.ffn(layer))
-        for name in ("gate", "up", "down", "gate_bias", "up_bias", "post_scale", "down_bias"):
-            assert (ours[name] is None) == (theirs[name] is None)
-            assert ours[name] is None or torch.equal(ours[name], theirs[name]), name
+        assert same(read.attention(layer), loaded.attention(layer))
+        assert all(torch.equal(a, b) for a, b in zip(read.keys(layer), loaded.keys(layer), strict=True))
+        if family in GATED:
+            assert same(read.ffn(layer), loaded.ffn(layer))
+        if family == "mixtral":
+            ours, theirs = read.experts(layer), loaded.experts(layer)
+            assert list(ours) == list(theirs) == ["0", "1", "2", "3"]
+            assert all(same(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(read.embed(torch.arange(9)), loaded.embed(torch.arange(9)))
 
 
 def test_a_sharded_model_is_read_from_all_its_files(planted_directory, planted_model, tmp_path):
-    shutil.copytree(planted_directory, tmp_path / "sharded")
-    whole = load_file(tmp_path / "sharded" / "model.safetensors")
-    (tmp_path / "sharded" / "model.safetensors").unlink()
-    for part, names in enumerate((sorted(whole)[::2], sorted(whole)[1::2])):
-        save_file({name: whole[name] for name in names}, tmp_path / "sharded" / f"model-{part}.safetensors")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(planted_directory)
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    planted.tokenizer().save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 4
     assert torch.equal(open_weights(tmp_path / "sharded").ffn(3).up, weights_of(planted_model).ffn(3).up)
 
 
-def test_files_that_lack_a_matrix_are_named(planted_directory, tmp_path):
+@pytest.mark.parametrize("way", [spikesink.load, open_weights])
+def test_files_that_lack_a_matrix_are_named(way, planted_directory, tmp_path):
     shutil.copytree(planted_directory, tmp_path / "lacking")
     whole = load_file(tmp_path / "lacking" / "model.safetensors")
     del whole["model.layers.2.mlp.up_proj.weight"]
-    save_file(whole, tmp_path / "lacking" / "model.safetensors")
-    weights = open_weights(tmp_path / "lacking")
-    weights.ffn(1)
-    with pytest.raises(LoadError, match=r"no weights named model\.layers\.2\.mlp\.up_proj\.weight"):
-        weights.ffn(2)
+    save_file(whole, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"lacks 1 of its weights, the first is model\.layers\.2\.mlp\.up_proj\.weight"):
+        way(tmp_path / "lacking")
 
 
 @pytest.mark.parametrize("layer", [-1, 6])
@@ -97,7 +109,7 @@ def test_biases_of_all_three_matrices_count(tmp_path):
     assert read.down_bias.abs().min() > 0
 
 
-def test_one_layer_of_a_shell_outlives_the_next(planted_directory):
+def test_one_layer_outlives_the_next(planted_directory):
     weights = open_weights(planted_directory)
     first = weights.ffn(0)
     kept = {name: getattr(first, name).clone() for name in ("gate", "up", "down")}

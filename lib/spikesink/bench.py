@@ -176,8 +176,9 @@ def operations(weights: Weights, block: int) -> int:
         attention = weights.attention(layer)
         total += 2 * (attention.value.numel() + attention.out.numel())
         if 2 * layer + 2 <= block:
-            parts = [p for p in weights.block(layer, False).mlp.parameters() if p.ndim == 2]
-            total += 2 * sum({p.data_ptr(): p.numel() for p in parts}.values())
+            with weights.block(layer, "mlp") as one:
+                parts = [p for p in one.mlp.parameters() if p.ndim == 2]
+                total += 2 * sum({p.data_ptr(): p.numel() for p in parts}.values())
     return total
 
 

@@ -125,16 +125,16 @@ def _feed(weights: Weights, layer: int, dtype: torch.dtype, device) -> Callable[
 
 def _feed_through(weights: Weights, layer: int) -> Callable[[Tensor, Tensor], None]:
     """The same by the model's own modules, where the FFN is not one gated FFN."""
-    about, block = weights.anatomy, weights.block(layer, False)
-    parts = dict(block.named_children())
-    like = next(block.mlp.parameters())
+    about, names = weights.anatomy, (weights.anatomy.ffn_norm, "mlp", "ln2_post")
 
     def feed(x: Tensor, into: Tensor) -> None:
-        h = x[:, None].to(like.device, like.dtype)
-        for name in (about.ffn_norm, "mlp", "ln2_post"):
-            if name in parts:
-                h = parts[name](h)
-                h = h[0] if isinstance(h, tuple) else h  # a mixture of experts returns its router's choice as well
+        with weights.block(layer, *names) as block:
+            parts, like = dict(block.named_children()), next(block.mlp.parameters())
+            h = x[:, None].to(like.device, like.dtype)
+            for name in names:
+                if name in parts:
+                    h = parts[name](h)
+                    h = h[0] if isinstance(h, tuple) else h  # some experts return their router's choice as well
         into.add_(h[:, 0].to(into.device, into.dtype), alpha=about.residual_multiplier)
 
     return feed

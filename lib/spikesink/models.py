@@ -7,16 +7,18 @@ once into a cache keyed by the file's hash; `anatomy` is the one place that know
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from accelerate.utils import convert_file_size_to_int, get_max_memory
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -30,6 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from spikesink.specs import BUILTINS, DEFAULT_MODEL, Builtin, slug
+
+SPREAD = ("auto", "disk")  # placements that accelerate makes, part by part
 
 
 class LoadError(RuntimeError):
@@ -144,36 +148,62 @@ def load(
     spec: str | os.PathLike = DEFAULT_MODEL,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> TransformerBridge:
     """Load a causal language model and wrap it in a TransformerBridge, ready to be hooked.
 
     Args:
         spec: "smollm2-135m" (built in), a `.gguf` file, a local directory, or a hub id such as "Qwen/Qwen2.5-0.5B".
-        device: "cpu" (default), "cuda", "cuda:1", …, or "auto" to spread the model with accelerate.
+        device: "cpu" (default), "cuda", "cuda:1", …; "auto" to let accelerate spread the model over all GPUs, the
+            CPU's memory and the disk; or "disk" to leave all of it on disk, from where each part is read when it runs.
         dtype: "float32" (default), "bfloat16", "float16", or a torch dtype.
+        max_memory: with "auto", what the model may take of a device, as accelerate has it: {0: "20GB", "cpu": "8GB"};
+            by default $SPIKESINK_MAX_MEMORY ("0=20GB cpu=8GB"), and what is free of the devices it does not name.
 
     Returns:
         The bridge, in eval mode, without gradients, with eager attention and a `source` (`Source`) attribute.
 
     Raises:
-        LoadError: one sentence that names what was wrong with `spec`, `device` or `dtype` and what would do.
+        LoadError: one sentence that names what was wrong with `spec`, `device`, `dtype` or `max_memory`, and what
+            would do.
     """
     ready = prepare(spec, device, dtype)
+    budget = _budget(max_memory) if ready.device == "auto" else None
     name = str(ready.source.directory)
+    spread, offloaded = ready.device in SPREAD, None
     with _named_errors(ready.source.spec, ready.source.directory), _quiet():
-        placement = {"device_map": "auto"} if ready.device == "auto" else {}
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            name, config=ready.config, dtype=ready.dtype, attn_implementation="eager", **placement
+        placement = {}
+        if spread:
+            offloaded = _offload_directory()
+            placement = {"device_map": "auto", "max_memory": budget, "offload_folder": offloaded.name}
+            if ready.device == "disk":
+                placement |= {"device_map": {"": "disk"}, "max_memory": None}
+        hf_model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=ready.config,
+            dtype=ready.dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **placement,
         )
-        if not placement:
+        if missing := sorted(found["missing_keys"]):
+            # transformers would make them up at random.
+            raise LoadError(
+                f"{ready.source.spec} lacks {len(missing)} of its weights, the first is {missing[0]}; get it again."
+            )
+        if not spread:
             hf_model = hf_model.to(ready.device)
         hf_model.eval().requires_grad_(False)
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=ready.tokenizer, dtype=ready.dtype
         )
+    if spread:
+        # The bridge takes the device of the first parameter, which is nowhere when it is offloaded.
+        bridge.cfg.device = _main_device(hf_model.hf_device_map)
     # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
+    bridge.offloaded = offloaded  # goes with the model
     return bridge
 
 
@@ -259,17 +289,55 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def _device(device: str | torch.device | None) -> str | torch.device:
-    if device is None or device == "auto":
+    if device is None or device in SPREAD:
         return device or "cpu"
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise LoadError(f"device {device!r} is not one that torch knows; give cpu, cuda, cuda:N or auto.") from None
+        known = ", ".join(("cpu", "cuda", "cuda:N", *SPREAD))
+        raise LoadError(f"device {device!r} is not one that torch knows; give one of {known}.") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"device {str(device)!r} was asked for, but torch sees no CUDA device here; give cpu.")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise LoadError(f"device {str(device)!r} does not exist; torch sees {torch.cuda.device_count()} CUDA devices.")
     return found
+
+
+def _budget(given: Mapping[int | str, int | str] | None) -> dict[int | str, int | str] | None:
+    """How much of each device a model may take: all that is free, but where something else is said."""
+    asked = os.environ.get("SPIKESINK_MAX_MEMORY", "")
+    if given is None and asked.split():
+        pairs = [pair.partition("=")[::2] for pair in asked.split()]
+        given = {int(name) if name.isdecimal() else name: size for name, size in pairs}
+    if given is None:
+        return None
+    try:
+        there = get_max_memory()
+        sizes = {name: convert_file_size_to_int(size) for name, size in given.items()}
+    except (AttributeError, ValueError):
+        raise LoadError(f"max_memory {given} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.") from None
+    if unknown := [name for name in sizes if name not in there]:
+        raise LoadError(f"max_memory names {unknown[0]!r}, which is no device here; there are {list(there)}.")
+    return there | sizes
+
+
+def _offload_directory() -> tempfile.TemporaryDirectory:
+    """A place for what must be written anew to be read part by part (experts, mostly); it goes with the model."""
+    cache = cache_directory()
+    with _writing_to(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".offload-", dir=cache, ignore_cleanup_errors=True)
+
+
+def _main_device(places: Mapping[str, int | str]) -> str:
+    """Where a model that is spread takes its tokens: the first GPU that holds a part of it, or the CPU."""
+    gpus = [place for place in places.values() if place not in ("cpu", "disk")]
+    return str(torch.device(gpus[0])) if gpus else "cpu"
+
+
+def is_offloaded(model: TransformerBridge) -> bool:
+    """Whether some of a model's weights are where they are only when they are needed."""
+    return any(parameter.is_meta for parameter in model.original_model.parameters())
 
 
 def _locate(spec: str) -> Source:
@@ -373,7 +441,7 @@ def _dequantized(file: Path) -> Path:
     target = cache / _sha256(file)[:32]
     if _is_whole(target):
         return target
-    try:
+    with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{target.name}.lock"):
             if not _is_whole(target):
@@ -383,12 +451,19 @@ def _dequantized(file: Path) -> Path:
                 with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
                     _write_dequantized(file, Path(scratch) / "model")
                     os.replace(Path(scratch) / "model", target)
+    return target
+
+
+@contextlib.contextmanager
+def _writing_to(cache: Path) -> Iterator[None]:
+    """Turn what the system says while something is written to the cache into one sentence."""
+    try:
+        yield
     except OSError as error:
         raise LoadError(
             f"the cache {cache} could not be written ({error.strerror or error}); make room there or set "
             "SPIKESINK_CACHE to another directory."
         ) from None
-    return target
 
 
 def _is_whole(directory: Path) -> bool:
@@ -428,14 +503,16 @@ def _write_dequantized(file: Path, directory: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bar for what takes a second, and no advice of other libraries in between."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity, dispatch = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
+    bars, level = transformers_logging.is_progress_bar_enabled(), dispatch.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    dispatch.setLevel(logging.ERROR)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        dispatch.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
 

@@ -1,29 +1,26 @@
 """A model's weights, one layer at a time: out of a loaded model, or straight from its safetensors.
 
-What only needs weights need not hold a model. `open_weights` makes a shell of it, one layer deep, into which each layer
-is read when it is asked for, so that memory does not grow with the number of layers.
+What only needs weights need not hold a model. `open_weights` leaves it on disk, from where each layer is read when it
+is asked for, so that memory does not grow with the number of layers.
 
 Everywhere the norm's learned scale is folded into the matrices that read through it, so that what enters them is h~,
 the normalised stream without that scale, whose norm is sqrt(d_model).
 """
 
-import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from spikesink.models import DEFAULT_MODEL, Anatomy, LoadError, anatomy, prepare
+from spikesink.models import DEFAULT_MODEL, Anatomy, anatomy, load
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,12 @@ class Attention:
 class Weights:
     """Where weights come from.
 
-    `block(i, attention)` is the TransformerLens block of layer i, with its weights in it (attention's only if asked
-    for). The blocks of a shell are one and the same object: what was taken from one is gone when the next is asked for.
-    `embed(ids)` is the residual stream as it enters layer 0, of tokens that are each at position 0.
+    `block(i, *parts)` is a context in which those parts ("mlp", "ln2", ...) of layer i's TransformerLens block have
+    their weights in them. `embed(ids)` is the stream as it enters layer 0, of tokens that are each at position 0.
     """
 
     anatomy: Anatomy
-    block: Callable[[int, bool], torch.nn.Module]
+    block: Callable[..., AbstractContextManager[torch.nn.Module]]
     embed: Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 
     def ffn(self, layer: int) -> FFN:
@@ -87,21 +83,27 @@ class Weights:
         self._check(layer)
         if (reason := no_form(about)) is not None:
             raise ValueError(f"{reason}.")
-        block = self.block(layer, False)
-        parts = {name: dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")}
-        gate, up, down = (_floats(parts[name].weight) for name in ("gate", "in", "out"))
-        gate_bias, up_bias = (_floats(parts[name].bias, gate.shape[0]) for name in ("gate", "in"))
-        scale, shift = self._norm(block, about.ffn_norm)
-        return FFN(
-            gate=gate * scale,
-            up=up * scale,
-            down=down.clone(),  # a shell's own is overwritten by the next layer
-            gate_bias=gate_bias + gate @ shift,
-            up_bias=up_bias + up @ shift,
-            activation=ACT2FN[about.gate_activation],
-            post_scale=self._post_scale(block, "ln2_post"),
-            down_bias=None if parts["out"].bias is None else _floats(parts["out"].bias).clone(),
-        )
+        with self._of_ffn(layer) as block:
+            parts = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
+            return self._gated(block, [part.weight for part in parts], [part.bias for part in parts])
+
+    def experts(self, layer: int) -> dict[str, FFN]:
+        """The gated FFNs of a layer (from 0) of a mixture of experts, float32 on the CPU, by their names.
+
+        "0", "1", ... are those that the router chooses from; a name from the model's own code is an expert that every
+        token passes; and where a layer has one FFN and no router, it is named "mlp".
+
+        Raises:
+            ValueError: the model has no such layer, or keeps its experts in a way that is not known here.
+        """
+        self._check(layer)
+        with self._of_ffn(layer) as block:
+            found = {}
+            for name, weights, biases in _gated_parts(block.mlp.original_component):
+                found[name] = self._gated(block, weights, biases)
+        if not found:
+            raise ValueError(f"layer {layer} of this {self.anatomy.family} model holds its experts in no known way.")
+        return found
 
     def attention(self, layer: int) -> Attention:
         """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
@@ -110,19 +112,18 @@ class Weights:
             ValueError: the model has no such layer.
         """
         about = self.anatomy
-        self._check(layer)
-        block = self.block(layer, True)
-        value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
-        heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))  # d_model, K/V head, query head, d_head
-        summed = heads.sum(2).flatten(1)
-        scale, shift = self._norm(block, about.attention_norm)
-        matrix, value_bias = _folded(value, scale, shift)
-        return Attention(
-            value=matrix,
-            out=summed,
-            bias=summed @ value_bias + _floats(out.bias, about.d_model),
-            post_scale=self._post_scale(block, "ln1_post"),
-        )
+        with self._of_attention(layer, "ln1_post") as block:
+            value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
+            heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))
+            summed = heads.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
+            scale, shift = self._norm(block, about.attention_norm)
+            matrix, value_bias = _folded(value, scale, shift)
+            return Attention(
+                value=matrix,
+                out=summed,
+                bias=summed @ value_bias + _floats(out.bias, about.d_model),
+                post_scale=self._post_scale(block, "ln1_post"),
+            )
 
     def keys(self, layer: int) -> tuple[Float[Tensor, "d_kv d_model"], Float[Tensor, " d_kv"]]:
         """W_K of a layer (from 0), head after head, and b_K, in float32 on the CPU: a key is W_K h~ + b_K.
@@ -132,10 +133,9 @@ class Weights:
         Raises:
             ValueError: the model has no such layer.
         """
-        self._check(layer)
-        block = self.block(layer, True)
-        scale, shift = self._norm(block, self.anatomy.attention_norm)
-        return _folded(dict(block.attn.named_children())["k"], scale, shift)
+        with self._of_attention(layer) as block:
+            scale, shift = self._norm(block, self.anatomy.attention_norm)
+            return _folded(dict(block.attn.named_children())["k"], scale, shift)
 
     def norm_scale(self, layer: int) -> Float[Tensor, " d_model"]:
         """The learned scale of the norm that a layer's attention reads through; ones where it reads the stream itself.
@@ -144,7 +144,30 @@ class Weights:
             ValueError: the model has no such layer.
         """
         self._check(layer)
-        return self._norm(self.block(layer, False), self.anatomy.attention_norm)[0]
+        with self.block(layer, self.anatomy.attention_norm) as block:
+            return self._norm(block, self.anatomy.attention_norm)[0].clone()
+
+    def _of_ffn(self, layer: int) -> AbstractContextManager[torch.nn.Module]:
+        return self.block(layer, "mlp", self.anatomy.ffn_norm, "ln2_post")
+
+    def _of_attention(self, layer: int, *parts: str) -> AbstractContextManager[torch.nn.Module]:
+        self._check(layer)
+        return self.block(layer, "attn", self.anatomy.attention_norm, *parts)
+
+    def _gated(self, block: torch.nn.Module, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FFN:
+        gate, up, down = map(_floats, weights)
+        gate_bias, up_bias = (_floats(bias, gate.shape[0]) for bias in biases[:2])
+        scale, shift = self._norm(block, self.anatomy.ffn_norm)
+        return FFN(
+            gate=gate * scale,
+            up=up * scale,
+            down=down,
+            gate_bias=gate_bias + gate @ shift,
+            up_bias=up_bias + up @ shift,
+            activation=ACT2FN[self.anatomy.gate_activation],
+            post_scale=self._post_scale(block, "ln2_post"),
+            down_bias=None if biases[2] is None else _floats(biases[2]),
+        )
 
     def _check(self, layer: int) -> None:
         if not 0 <= layer < self.anatomy.n_layers:
@@ -173,111 +196,55 @@ def no_form(about: Anatomy) -> str | None:
 
 
 def weights_of(model: TransformerBridge) -> Weights:
-    """The weights of a loaded model."""
-    return Weights(anatomy(model), lambda layer, attention: model.blocks[layer], lambda ids: _embedded(model, ids))
+    """The weights of a loaded model; of an offloaded one, each layer is read when it is asked for."""
+    return Weights(
+        anatomy(model), lambda layer, *parts: _present(model.blocks[layer], *parts), lambda ids: _embedded(model, ids)
+    )
 
 
-def open_weights(spec: str | os.PathLike = DEFAULT_MODEL) -> Weights:
-    """The weights of a model that is not loaded; each layer is read when it is asked for, and replaces the one before.
+def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dtype | None = None) -> Weights:
+    """The weights of a model that stays on disk; each layer is read when it is asked for, and then let go.
 
     Args:
-        spec: as `load` takes it.
+        spec, dtype: as `load` takes them.
 
     Raises:
-        LoadError: as `load` does, or when the files name the weights otherwise than the model does.
+        LoadError: as `load` does.
     """
-    ready = prepare(spec)
-    config = copy.deepcopy(ready.config)
-    n_layers = config.num_hidden_layers
-    config.num_hidden_layers = 1
-    config.vocab_size, config.pad_token_id = 8, None  # the shell is asked for its layer only
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = kinds[:1]
-    hf_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    shell = TransformerBridge.boot_transformers(
-        str(ready.source.directory),
-        hf_model=hf_model.eval().requires_grad_(False),
-        tokenizer=ready.tokenizer,
-        dtype=torch.float32,
-    )
-    about = replace(anatomy(shell), n_layers=n_layers, d_vocab=ready.config.vocab_size)
-    files = _where(ready.source.directory)
-    layer_of = shell.blocks[0].original_component
-    prefix = _prefix(files, shell, layer_of)
-    of_attention = {id(parameter) for parameter in shell.blocks[0].attn.parameters()}
-    parameters = {_in_files(layer_of, name): parameter for name, parameter in layer_of.named_parameters()}
+    return weights_of(load(spec, "disk", dtype))
 
-    @torch.no_grad()
-    def block(layer: int, attention: bool) -> torch.nn.Module:
-        wanted = {n: p for n, p in parameters.items() if attention or id(p) not in of_attention}
-        keys = {name: f"{prefix}{layer}.{name}" for name in wanted}
-        filled = set()
-        for name, key in keys.items():
-            if key in files:
-                wanted[name].copy_(_read(files, key))
-                filled.add(wanted[name].untyped_storage().data_ptr())
-        # Where a family fuses matrices, the bridge's parts are views of what the file holds.
-        for name, key in keys.items():
-            if wanted[name].untyped_storage().data_ptr() not in filled:
-                raise LoadError(f"{ready.source.spec} has no weights named {key}; load the whole model instead.")
-        return shell.blocks[0]
 
-    @lru_cache
-    def with_embedding() -> TransformerBridge:
-        """The shell, once the model's embedding has taken the place of its own, which has a few random rows."""
-        of_shell = shell.original_model.get_input_embeddings()
-        name = next(n for n, p in shell.original_model.named_parameters() if p is of_shell.weight)
-        name = name.replace("_original_component.", "")
-        key = name if name in files else name.split(".", 1)[1]
-        if key not in files:
-            raise LoadError(f"{ready.source.spec} has no weights named {name}; load the whole model instead.")
-        of_shell.weight = torch.nn.Parameter(_read(files, key).float(), requires_grad=False)
-        return shell
+@contextmanager
+def _present(block: torch.nn.Module, *parts: str | None) -> Iterator[torch.nn.Module]:
+    """A block with some of its parts' weights in them, also where accelerate keeps them elsewhere in the meantime."""
+    children = dict(block.named_children())
+    with ExitStack() as stack:
+        for module in [m for part in parts if part in children for m in children[part].modules()]:
+            stack.enter_context(align_module_device(module))
+        yield block
 
-    return Weights(about, block, lambda ids: _embedded(with_embedding(), ids))
+
+Part = tuple[str, Sequence[Tensor], Sequence[Tensor | None]]  # name; gate, up and down; their biases
+
+
+def _gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
+    """The gated FFNs in a layer's FFN module, in the two forms that transformers keeps them in."""
+    for name, module in mlp.named_modules():
+        both, down = (getattr(module, part, None) for part in ("gate_up_proj", "down_proj"))
+        if isinstance(both, Tensor) and both.ndim == 3:
+            if getattr(module, "is_transposed", False) or any("bias" in n for n, _ in module.named_parameters()):
+                return  # another order of the matrix, or an activation that is not the plain one
+            for expert in range(len(both)):
+                yield str(expert), (*both[expert].chunk(2), down[expert]), (None, None, None)
+        elif all(hasattr(getattr(module, part, None), "weight") for part in ("gate_proj", "up_proj", "down_proj")):
+            linears = [getattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")]
+            yield name.split(".")[-1] or "mlp", [part.weight for part in linears], [part.bias for part in linears]
 
 
 @torch.no_grad()
 def _embedded(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
     return _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
-
-
-def _in_files(layer: torch.nn.Module, name: str) -> str:
-    """A parameter's name as transformers saves it: without the bridge's wrapping, and by the module's own name.
-
-    Where a family fuses queries, keys and values, the bridge puts its modules in place of the model's, under its own
-    names; each still says what it was called.
-    """
-    path, _, kind = name.replace("._original_component", "").rpartition(".")
-    parent, _, last = path.rpartition(".")
-    wrapper, _, inside = name.rpartition("._original_component.")
-    if parent and inside == kind:
-        called = layer.get_submodule(wrapper).name or last
-        path = f"{parent}.{called.rpartition('.')[2]}"
-    return f"{path}.{kind}"
-
-
-def _read(files: dict[str, Path], key: str) -> Tensor:
-    with safe_open(files[key], framework="pt") as file:
-        return file.get_tensor(key)
-
-
-def _where(directory: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
-
-
-def _prefix(files: dict[str, Path], shell: TransformerBridge, layer: torch.nn.Module) -> str:
-    """What stands before a layer's number in its weights' names; files of a bare model lack the first part of it."""
-    name = next(name for name, module in shell.original_model.named_modules() if module is layer)
-    prefix = name.replace("._original_component", "").removesuffix("0")
-    return prefix if any(key.startswith(prefix) for key in files) else prefix.split(".", 1)[1]
 
 
 def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

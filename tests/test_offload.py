@@ -1,0 +1,119 @@
+"""A model that is spread over memory and disk gives the numbers of one that is loaded whole."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+import spikesink
+from spikesink import amplifier, collapse, firsttoken, patching, sinks
+from spikesink.models import LoadError, cache_directory, is_offloaded
+from spikesink.weights import weights_of
+from tests.test_families import FAMILIES, tiny
+
+HALF = {"cpu": "120KB"}  # of the tiny models' 400 to 700 KB
+
+
+@pytest.mark.parametrize(
+    "placement", [{"device": "disk"}, {"device": "auto", "max_memory": HALF}], ids=["disk", "auto"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_models_of_every_family_compute_the_same(family, placement, tmp_path):
+    directory = tiny(family, tmp_path)
+    whole, spread = spikesink.load(directory), spikesink.load(directory, **placement)
+    assert is_offloaded(spread)
+    assert not is_offloaded(whole)
+    tokens = spikesink.windows(whole, "house", 2, 24)
+    assert torch.equal(whole(tokens), spread(tokens))
+    ours, theirs = (spikesink.trace_windows(model, tokens) for model in (spread, whole))
+    for name in ("top_stream", "top_writes", "medians", "attention_to_first"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    path = [firsttoken.static_path(weights_of(model), torch.arange(50), 6) for model in (spread, whole)]
+    assert torch.equal(*path)
+
+
+@pytest.fixture(scope="module")
+def spread_model(planted_directory):
+    return spikesink.load(planted_directory, device="auto", max_memory={"cpu": "300KB"})
+
+
+def test_a_part_is_in_memory_and_a_part_on_disk(spread_model):
+    places = spread_model.original_model.hf_device_map.values()
+    assert set(places) == {"cpu", "disk"}
+    assert spread_model.cfg.device == "cpu"
+
+
+def test_every_link_of_the_chain_measures_the_same_when_offloaded(spread_model, planted_model, trigger_tokens):
+    """Life cycle, amplifier, first token, collapse, sinks and cuts, each by one number that needs all of it."""
+    found = []
+    for model in (spread_model, planted_model):
+        weights = weights_of(model)
+        life = spikesink.find_lifecycle(spikesink.trace_windows(model, trigger_tokens))
+        reading = amplifier.read(model, weights, trigger_tokens, life)
+        probe = firsttoken.probe(weights, life)
+        cut = patching.zero(patching.stream(life.main.plateau[0]), positions=0, parts=life.main.channels)
+        compared = patching.compare(model, trigger_tokens, {"cut": cut})
+        collapsed = collapse.collapse(model, trigger_tokens, life)
+        found.append(
+            {
+                "plateau": torch.tensor(life.main.value),
+                "census": amplifier.census(weights).gain,
+                "write": reading.write,
+                "own": reading.own,
+                "eigenvalues": reading.pairs.values,
+                "probe": probe.value,
+                "collapse": collapsed.spike.mean,
+                "scores": sinks.score(model, trigger_tokens).at,
+                "geometry": sinks.look(model, trigger_tokens, life, collapsed).geometry.cosine["spike"],
+                "clean": compared["clean"].loss,
+                "cut": compared["cut"].loss,
+            }
+        )
+    for name, value in found[0].items():
+        assert torch.equal(value.nan_to_num(), found[1][name].nan_to_num()), name
+
+
+def test_generation_is_the_same_when_offloaded(spread_model, planted_model):
+    cut = patching.mask_key(0, range(2, 5))
+    said = []
+    for model in (spread_model, planted_model):
+        with patching.patched(model, cut):
+            said.append(model.generate("The old", max_new_tokens=6, do_sample=False, verbose=False))
+    assert said[0] == said[1]
+
+
+def test_what_was_written_for_offloading_goes_with_the_model(tmp_path, monkeypatch):
+    """Experts are kept in files otherwise than in the model, so they are written anew where they can be read."""
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
+    model = spikesink.load(tiny("mixtral", tmp_path), device="disk")
+    assert cache_directory() == tmp_path / "cache"
+    assert any(Path(model.offloaded.name).iterdir())
+    del model
+    gc.collect()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cpu": "much"}, "max_memory {'cpu': 'much'} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB."),
+        ({"cpu": None}, "max_memory {'cpu': None} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB."),
+        ({"attic": "8GB"}, "max_memory names 'attic', which is no device here; there are ['cpu']."),
+    ],
+)
+def test_a_budget_that_is_none_is_one_sentence(given, said, random_directory):
+    if torch.cuda.is_available():
+        pytest.skip("the devices are named in the sentence")
+    with pytest.raises(LoadError) as error:
+        spikesink.load(random_directory, device="auto", max_memory=given)
+    assert str(error.value) == said
+
+
+def test_the_budget_can_be_in_the_environment(random_directory, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu=300KB")
+    assert is_offloaded(spikesink.load(random_directory, device="auto"))
+    monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu")
+    with pytest.raises(LoadError, match="holds no size"):
+        spikesink.load(random_directory, device="auto")
+    assert not is_offloaded(spikesink.load(random_directory, device="cpu"))
