@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test lab bench store help clean
+.PHONY: figures test lab bench scan plan store help clean
 
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
 	@$(BIN)/python -m spikesink.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
@@ -29,8 +29,14 @@ test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of noteb
 lab: $(READY)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-bench: $(READY)  ## how fast it is, as ratios within one run: a table here and in figures/bench.json
-	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)"
+bench: $(READY)  ## how fast it is and what memory it takes, as ratios within one run: a table here and in figures/bench.json
+	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
+
+scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models larger than memory
+	@$(BIN)/python -m spikesink.scan --model "$(MODEL)" --figures "$(FIGURES)"
+
+plan: $(READY)  ## only what a scan of MODEL would take, from its configuration alone
+	@$(BIN)/python -m spikesink.scan --model "$(MODEL)" --plan
 
 store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
 	@$(BIN)/python -m spikesink.reproduce --store
@@ -42,8 +48,8 @@ help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
 	@echo
 	@echo "make figures takes, with these defaults:"
-	@echo "  MODEL=$(MODEL)  built-in name, .gguf file, directory or hub id"
-	@echo "  DEVICE=$(DEVICE)  cpu, cuda, cuda:N or auto    DTYPE=$(DTYPE)  float32, bfloat16 or float16"
+	@echo "  MODEL=$(MODEL)  built-in name, .gguf file, directory or hub id; several with commas: MODEL=a,b.gguf"
+	@echo "  DEVICE=$(DEVICE)  cpu, cuda, cuda:N, auto (GPUs, memory and disk) or disk    DTYPE=$(DTYPE)  float32, bfloat16 or float16"
 	@echo "  TEXT=$(TEXT)  house, pydoc, a file or datasets:NAME"
 	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"

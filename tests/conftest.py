@@ -1,4 +1,6 @@
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,13 @@ def planted_directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def planted_model(planted_directory):
     return spikesink.load(planted_directory)
+
+
+@pytest.fixture(scope="session")
+def family_directory(tmp_path_factory) -> Callable[[str], Path]:
+    """The directory of a model of one of `planted.FAMILIES`, which is made once."""
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda family: planted.save(planted.planted_family(family), folder / family))
 
 
 @pytest.fixture(scope="session")

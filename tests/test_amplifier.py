@@ -55,9 +55,9 @@ def test_with_the_identity_for_an_activation_the_block_is_its_quadratic_form():
     torch.testing.assert_close(amplifier.write(ffn, h), forms)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 4096])
-def test_gains_are_the_norms_of_the_forms_that_they_do_not_make(chunk, monkeypatch):
-    monkeypatch.setattr(amplifier, "CHUNK", chunk)
+@pytest.mark.parametrize("held", [1, 100, 2**22])
+def test_gains_are_the_norms_of_the_forms_that_they_do_not_make(held, monkeypatch):
+    monkeypatch.setattr(amplifier, "KERNEL", held)
     ffn = random_ffn()
     expected = torch.stack([brute_force(ffn, k).norm() for k in range(D)])
     torch.testing.assert_close(amplifier.gains(ffn), expected)

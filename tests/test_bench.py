@@ -1,15 +1,21 @@
 """The bench compares ways that give the same answer, and writes what it found."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import spikesink
-from spikesink import bench
+from spikesink import bench, memory, plots
 from spikesink.weights import weights_of
+from tests.test_models import tiny_gguf
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +34,11 @@ def test_both_ways_of_every_row_agree(found):
         "one sweep",
         "one sweep",
         "clean and under a cut",
+        "trace",
     ]
     assert found.rows[1].agree == "the same entries spike"
     assert "(from 8)" in found.rows[2].against
-    for row in (found.rows[0], *found.rows[2:7]):
+    for row in (found.rows[0], *found.rows[2:7], found.rows[8]):
         assert float(row.agree.split()[1]) < 1e-4
         assert row.ratio == row.against_seconds / row.seconds > 0
 
@@ -47,7 +54,7 @@ def test_what_was_found_is_written(found, tmp_path):
     data = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert data["model"] == "planted-llama"
     assert data["rows"][0]["ratio"] == found.rows[0].ratio
-    assert found.table().row_count == len(found.rows) == 8
+    assert found.table().row_count == len(found.rows) == 9
 
 
 def test_a_slower_way_is_a_smaller_ratio():
@@ -77,3 +84,65 @@ def test_what_is_timed_on_some_channels_is_scaled_up_to_all(monkeypatch):
     monkeypatch.setattr(bench, "in_turns", lambda ways, turns: ([1.0, 2.0], [way() for way in ways]))
     row = bench.census(bench.random_ffn(32), turns=1, some=4)
     assert (row.seconds, row.against_seconds) == (1, 2 * 32 / 4)
+
+
+def test_a_model_that_is_dequantized_is_loaded_cold_and_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
+    row = bench.loading(str(tiny_gguf(tmp_path / "tiny.gguf")))
+    assert row.agree == "to 0"
+    assert row.ratio > 1
+    assert os.environ["SPIKESINK_CACHE"] == str(tmp_path / "cache")
+
+
+def test_a_directory_is_read_as_it_is(planted_directory):
+    assert bench.loading(str(planted_directory)) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_memory_is_measured_in_processes_of_their_own(planted_directory):
+    ours, theirs = (memory._in_a_process(f"census, {way}", str(planted_directory)) for way in ("streamed", "whole"))
+    assert ours["gave"] == theirs["gave"] > 0
+    assert min(ours["peak"], theirs["peak"]) > 0
+    script = (
+        "from spikesink import memory; memory._reset_peak(); before = memory._resident('VmRSS'); x = bytearray(10**8)"
+    )
+    script += "; del x; print(memory._resident('VmHWM') - before, memory._resident('VmRSS') - before)"
+    peak, now = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    assert 0.95e8 < peak < 1.2e8
+    assert now < 0.5e8
+
+
+def some_growth() -> memory.Growth:
+    return memory.Growth(256, (2, 4, 8), (1.0, 2.0, 4.2), (50e6, 51e6, 52e6))
+
+
+def test_growth_is_drawn_with_what_was_found():
+    fig = plots.growth(some_growth())
+    assert [ax.get_title("left") for ax in fig.axes] == [
+        "4 times the windows: 4.2 times the time",
+        "and 1.0 times the memory",
+    ]
+    assert fig.axes[1].lines[0].get_ydata().tolist() == [50, 51, 52]
+
+
+def test_the_table_goes_to_its_place_in_the_readme(found, tmp_path):
+    held = memory.Memory("census", "read", 2e6, "loaded", 8e6, "to 0")
+    table = replace(found, memory=(held,), growth=some_growth()).markdown()
+    assert table.splitlines()[-1] == "| census | read | 2 MB | loaded | 8 MB | 4.0x | to 0 |"
+    assert len(table.splitlines()) == 2 + 9 + 1
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    for _ in range(2):
+        bench.into_readme(readme, table)
+        assert readme.read_text() == f"before\n<!-- bench -->\n{table}\n<!-- /bench -->\nafter\n"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="has no place for the table"):
+        bench.into_readme(readme, table)
+
+
+def test_the_readme_has_the_table_of_the_committed_bench():
+    data = json.loads((ROOT / "figures" / "bench.json").read_text())
+    rows = [bench.Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in data["rows"]]
+    held = [memory.Memory(**{k: v for k, v in row.items() if k != "ratio"}) for row in data["memory"]]
+    whole = bench.Bench("", 1, "", "", tuple(rows), None, tuple(held))
+    assert whole.markdown() in (ROOT / "README.md").read_text()

@@ -1,5 +1,6 @@
 """Tiny random models of many families: anatomy tells them apart, and what their blocks write adds up to the stream."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 
 import spikesink
+from spikesink import patching
 from tests import planted
 
 SIZES = {
@@ -39,10 +41,41 @@ FAMILIES = {
     ),
 }
 
+# Families that no other test goes through: built as one of those above, but for one thing.
+MORE = {
+    "olmo": ("Olmo", GROUPED, ("LN", "pre", 0, "silu", False, False)),  # its norms learn nothing
+    "falcon": (  # one K/V head for all
+        "Falcon",
+        {key: SIZES[key] for key in SIZES if key != "intermediate_size"} | {"ffn_hidden_size": 96},
+        ("LN", "pre", 0, None, True, False),
+    ),
+    "opt": (  # learned positions, and its own name for the FFN's width
+        "OPT",
+        {key: SIZES[key] for key in SIZES if key != "intermediate_size"} | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+        ("LN", "pre", 0, None, False, False),
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        ("RMS", "pre", 0, "silu", False, True),
+    ),
+    "gpt_oss": (  # a learned logit in every softmax, so that a first token does not attend to itself alone
+        "GptOss",
+        GROUPED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ("RMS", "pre", 0, "silu", False, False),
+    ),
+}
+
+
+def n_experts(family: str) -> int:
+    """How many FFNs a router chooses from; 0 without one."""
+    sizes = (FAMILIES | MORE)[family][1]
+    return sizes.get("num_local_experts", sizes.get("num_experts", 0))
+
 
 def tiny(family: str, folder: Path) -> Path:
     """The directory of a tiny random model of a family."""
-    name, sizes, _ = FAMILIES[family]
+    name, sizes, _ = (FAMILIES | MORE)[family]
     config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     torch.manual_seed(0)
@@ -50,10 +83,10 @@ def tiny(family: str, folder: Path) -> Path:
     return planted.save(getattr(transformers, class_name)(config).eval(), folder / family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MORE)
 def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
-    _, sizes, expected = FAMILIES[family]
+    _, sizes, expected = (FAMILIES | MORE)[family]
     about = spikesink.anatomy(model)
     found = (
         about.norm,
@@ -65,9 +98,17 @@ def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
     )
     assert found == expected
     assert (about.n_blocks, about.d_model, about.n_heads) == (6, 64, 4)
-    assert about.n_experts == (4 if family == "mixtral" else 0)
+    assert about.n_experts == n_experts(family)
+    widths = {"qwen3_moe": 48, "gpt2": 256}  # of one expert; four times d_model, as nothing else was said
+    assert about.d_mlp == widths.get(family, 96)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert about.residual_multiplier == (0.5 if family == "granite" else 1)
-    assert about.n_kv_heads == (2 if "num_key_value_heads" in sizes else 4)
-    trace = spikesink.trace_windows(model, spikesink.windows(model, "house", 2, 32))
+    assert about.n_kv_heads == (1 if family == "falcon" else 2 if "num_key_value_heads" in sizes else 4)
+    tokens = spikesink.windows(model, "house", 2, 32)
+    trace = spikesink.trace_windows(model, tokens)
     assert trace.closure < 1e-6
     assert spikesink.find_lifecycle(trace).main is None
+    with warnings.catch_warnings(), patching.patched(model, patching.mask_key(0, 1)):
+        warnings.simplefilter("ignore")  # where it goes nowhere, TransformerLens says so
+        masked = model(tokens)
+    assert about.edits_pattern == (not torch.equal(masked, model(tokens))) == (family != "opt")

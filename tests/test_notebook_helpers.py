@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from spikesink import claims, notebook
+from spikesink import across, claims, notebook, paper
 from spikesink.claims import Header, NotApplicable
 
 HEADER = Header("tiny", "tiny", "ab", "house", "cd", (2, 64), "float32", 0)
@@ -35,7 +35,7 @@ def test_a_model_joins_the_paper_s_table_2(tmp_path):
     )
     table = notebook.vocabularies(notebook.Ledger("05_first_token", tmp_path / "tiny", HEADER))
     assert table.loc["tiny"].tolist() == [90, 100, "90.00%", "here"]
-    assert len(table) == 1 + len(notebook.PAPER_TABLE_2)
+    assert len(table) == 1 + len(paper.TABLE_2)
     assert table.loc["Llama-3-8B", "share"] == "99.77%"  # as the paper prints it
     assert table.loc["Qwen3-8B", "share"] == "99.93%"
 
@@ -44,7 +44,7 @@ def test_rules_with_bars_do_not_break_the_ledger_s_table(tmp_path):
     evidence = claims.Evidence({"gain_rank": 1, "gain_over_median": 9.0}, {"other": 1.0})
     shown = notebook.Ledger("04_amplifier", tmp_path / "tiny", HEADER).record({"AM2": evidence}).data
     assert "\\|\\|U_k\\|\\|_F" in shown
-    claims.render(tmp_path)
+    across.render(tmp_path)
     row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| AM2"))
     assert row.replace("\\|", "").count("|") == 6
     assert json.loads((tmp_path / "tiny" / "claims.json").read_text())["claims"]["AM2"]["rule"].count("||U_k||_F") == 1

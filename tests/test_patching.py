@@ -664,7 +664,7 @@ def test_what_is_no_model_no_token_and_no_cut_is_said(random_model, tokens):
         (torch.zeros(2, 0, dtype=torch.long), r"tokens must be \[windows, length\] and not empty"),
         (torch.zeros(0, dtype=torch.long), "and not empty"),
         (torch.zeros(1, 1, dtype=torch.long), "one token predicts nothing"),
-        (torch.full((1, 4), 400), "a token is not in this model's vocabulary, which has ids 0 to 399"),
+        (torch.full((1, 4), 400), "token 400 does not exist; this model's vocabulary has ids 0 to 399"),
         (torch.zeros(1, 513, dtype=torch.long), "513 tokens are longer than the model's context of 512"),
     ],
 )

@@ -136,6 +136,64 @@ def test_an_interrupted_preparation_changes_nothing(project, monkeypatch):
     assert not (project.root / "build").exists()
 
 
+def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, monkeypatch):
+    """One cannot be had at all, one fails in its notebook, the third is whole; the last lines say which is which."""
+
+    def check(parameters):
+        if parameters["MODEL"] == "nosuch":
+            raise reproduce.NotebookError("there is no model nosuch")
+
+    monkeypatch.setattr(reproduce, "check", check)
+    notebook = project.root / "notebooks" / "01_one.ipynb"
+    notebook.write_text(notebook.read_text().replace("import json", "assert MODEL != 'bad'"))
+    console = Console(record=True, width=200)
+    figures = project.root / "figures"
+    models = [
+        {"MODEL": name, "TEXT": "house", "SEED": 0, "FIGURES": str(figures)} for name in ("nosuch", "bad", "tiny")
+    ]
+    code = reproduce.run_each([notebook], models, figures, project.root / "build", console)
+    said = console.export_text().splitlines()
+    assert code == 1
+    assert said.index("there is no model nosuch") < next(i for i, line in enumerate(said) if "running on" in line)
+    assert said[-3:-1] == ["1 of 3 models done: tiny", "nosuch not done: there is no model nosuch"]
+    assert said[-1].startswith("bad not done: [1/1] 01_one: failed. AssertionError")
+    assert [path.name for path in figures.iterdir() if path.is_dir()] == ["tiny"]
+    assert (figures / "claims.svg").is_file()
+
+
+def test_an_interrupted_model_stops_those_after_it(project, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "_execute", interrupted)
+    console = Console(record=True, width=200)
+    models = [{"MODEL": name, "TEXT": "house", "SEED": 0} for name in ("tiny", "other")]
+    notebooks = sorted((project.root / "notebooks").glob("*.ipynb"))
+    code = reproduce.run_each(notebooks, models, project.root / "figures", project.root / "build", console)
+    assert code == reproduce.INTERRUPTED
+    assert "running on other" not in console.export_text()
+
+
+def test_models_are_told_apart_by_commas_unless_a_path_has_them(random_directory, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "run_each", lambda notebooks, models, *_: asked.append([m["MODEL"] for m in models]))
+    with_comma = tmp_path / "a,b"
+    shutil.copytree(random_directory, with_comma)
+    for given in ("smollm2-135m", f"smollm2-135m, {random_directory},smollm2-135m,", str(with_comma), "a/b,c/d"):
+        reproduce.main(["--notebooks", str(ROOT / "notebooks"), "--model", given])
+    assert asked == [["smollm2-135m"], ["smollm2-135m", str(random_directory)], [str(with_comma)], ["a/b", "c/d"]]
+
+
+@pytest.mark.parametrize(("given", "said"), [(" , ", "names no model"), ("a/b,A/B", "would share the folder a--b")])
+def test_models_that_cannot_be_told_apart_are_one_sentence(given, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(["--model", given])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -174,35 +232,26 @@ def test_the_package_is_there_at_once_and_torch_comes_when_it_is_asked_for():
     assert ran.stdout.split() == ["False", "True", "True"]
 
 
-@pytest.mark.parametrize("kind", ["planted", "random"])
-def test_the_notebooks_run_on_another_model(kind, planted_directory, random_directory, tmp_path, capfd):
-    """The tiny model with a planted spike is measured as planted; on the one without, every claim says n/a."""
-    directory = {"planted": planted_directory, "random": random_directory}[kind]
-    arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
-    arguments += ["--build", str(tmp_path / "build"), "--model", str(directory)]
+def test_the_notebooks_run_on_another_model(planted_directory, tmp_path, capfd):
+    """A tiny model with a planted spike, through kernels and files; test_every_measure runs all of them without."""
+    chosen = ("01_step_up", "03_step_down")
+    for name in chosen:
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "notebooks")
+    arguments = ["--notebooks", str(tmp_path / "notebooks"), "--figures", str(tmp_path / "figures")]
+    arguments += ["--build", str(tmp_path / "build"), "--model", str(planted_directory)]
     text = tmp_path / "text.txt"
     text.write_text("The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40)
     code = reproduce.main([*arguments, "--text", str(text), "--n-prompts", "3", "--seq-len", "48"])
     assert code == 0, capfd.readouterr().out
-    data = claims.ledgers(tmp_path / "figures")[f"{kind}-llama"]
-    verdicts = {key: row["verdict"] for key, row in data["claims"].items()}
-    if kind == "random":
-        # That attention is one static map at position 0 needs no spike, nor does counting sinks, of which it has none.
-        assert {key: verdict for key, verdict in verdicts.items() if verdict != "n/a"} == {
-            "TK2": "holds",
-            "SK1": "differs",
-        }
-    else:
-        assert data["claims"]["LC1"]["measured"]["step_up_blocks"] == [4]
-        assert data["claims"]["LC3"]["measured"]["step_down_blocks"] == [10]
-        assert {verdicts[key] for key in ("LC1", "LC2", "LC3", "AM3", "AM5", "AM6", "TK2", "NM3", "NM4")} == {"holds"}
-        # One token spikes, always the same, and the model has no sinks.
-        assert {verdicts[key] for key in ("AB2", "AB3", "AB4", "AB5")} == {"n/a"}
-        assert {verdicts[key] for key in ("TK1", "TK3")} == {"differs"}  # one token spikes, and wherever it stands
-    pictures = sorted(p.name for p in (tmp_path / "figures" / f"{kind}-llama").glob("*.png"))
+    data = claims.ledgers(tmp_path / "figures")["planted-llama"]
+    assert set(data["claims"]) == {"LC1", "LC3", "LC4", "LC7"}
+    assert data["claims"]["LC1"]["measured"]["step_up_blocks"] == [4]
+    assert data["claims"]["LC3"]["measured"]["step_down_blocks"] == [10]
+    pictures = sorted(p.name for p in (tmp_path / "figures" / "planted-llama").glob("*.png"))
     committed = sorted(p.name for p in (ROOT / "figures" / "smollm2-135m").glob("*.png"))
-    assert pictures == committed
-    for notebook in (tmp_path / "build" / "figures" / f"{kind}-llama").glob("*.ipynb"):
+    assert pictures == [name for name in committed if name.startswith(("01-", "03-"))]
+    for notebook in (tmp_path / "build" / "figures" / "planted-llama").glob("*.ipynb"):
         content = notebook.read_text()
         assert str(tmp_path) not in "".join(
             str(output) for cell in json.loads(content)["cells"] for output in cell.get("outputs", [])

@@ -347,6 +347,8 @@ def test_a_bias_is_said_how_much_of_the_key_it_is(tmp_path, parts):
     bias = torch.full((matrix.shape[0],), 10.0)
 
     class Biased:
+        anatomy = life.trace.anatomy
+
         def keys(self, layer):
             return matrix, bias
 

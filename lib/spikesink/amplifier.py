@@ -9,6 +9,7 @@ S_k, with eigenvector s*, outweighs the others, it is lambda (s* . h~)^2 = lambd
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -20,11 +21,12 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
-from spikesink.lifecycle import Lifecycle, block_kind, block_layer, first_step_up, is_spike
+from spikesink.lifecycle import Lifecycle, block_kind, block_layer, check_model, check_windows, first_step_up, is_spike
+from spikesink.models import anatomy
 from spikesink.progress import progress
 from spikesink.weights import FFN, Weights, no_form
 
-CHUNK = 4096  # hidden neurons at a time, so that what is held is CHUNK x d_mlp
+KERNEL = 2**22  # entries of a d_mlp x d_mlp kernel that are held at a time
 
 
 def write(ffn: FFN, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -71,10 +73,12 @@ def eigenpairs(ffn: FFN, channel: int, n: int = 2) -> Eigenpairs:
         ValueError: the model has no such channel, or not so many eigenvalues.
     """
     d = ffn.gate.shape[1]
-    if not 0 < n < d:
+    if not isinstance(n, Integral) or isinstance(n, bool) or not 0 < n < d:
         raise ValueError(f"{n} eigenpairs were asked for, and Lanczos finds 1 to {d - 1} of {d}.")
-    start = np.random.default_rng(0).standard_normal(d)  # so that signs and last digits repeat
-    values, vectors = eigsh(operator(ffn, channel), k=n, which="LM", v0=start)
+    start, of = np.random.default_rng(0).standard_normal(d), operator(ffn, channel)  # so that signs and digits repeat
+    if not (of @ start).any():  # a channel that no neuron writes into, where Lanczos has nothing to begin with
+        return Eigenpairs(torch.zeros(n, dtype=torch.float64), torch.eye(d, n, dtype=torch.float64))
+    values, vectors = eigsh(of, k=n, which="LM", v0=start)
     order = np.argsort(-np.abs(values))
     return Eigenpairs(torch.from_numpy(values[order].copy()), torch.from_numpy(vectors[:, order].copy()))
 
@@ -82,14 +86,19 @@ def eigenpairs(ffn: FFN, channel: int, n: int = 2) -> Eigenpairs:
 def gains(ffn: FFN) -> Float[Tensor, " d_model"]:
     """||U_k||_F of every channel at once, without forming any of them.
 
-    ||U_k||_F^2 = w' ((G G') o (U U')) w with w = down[k, :]; CHUNK rows of the d_mlp x d_mlp kernel are made at a time.
+    ||U_k||_F^2 = w' ((G G') o (U U')) w with w = down[k, :]; some rows of the d_mlp x d_mlp kernel are made at a time.
     """
     squares = torch.zeros(ffn.down.shape[0], dtype=torch.float64)
-    for i in range(0, len(ffn.gate), CHUNK):
-        some = slice(i, i + CHUNK)
+    for some in _rows_of_kernel(ffn):
         kernel = (ffn.gate[some] @ ffn.gate.T).mul_(ffn.up[some] @ ffn.up.T)
         squares += (ffn.down[:, some] @ kernel).mul_(ffn.down).sum(1, dtype=torch.float64)
     return squares.clamp(min=0).sqrt()
+
+
+def _rows_of_kernel(ffn: FFN) -> list[slice]:
+    m = len(ffn.gate)
+    rows = max(1, KERNEL // m)
+    return [slice(i, i + rows) for i in range(0, m, rows)]
 
 
 def form_norms(ffn: FFN, channels: Sequence[int]) -> Float[Tensor, " channel"]:
@@ -97,8 +106,7 @@ def form_norms(ffn: FFN, channels: Sequence[int]) -> Float[Tensor, " channel"]:
     w = ffn.down[[_checked(ffn, channel) for channel in channels]].double()
     gate, up = ffn.gate.double(), ffn.up.double()
     squares = torch.zeros(len(w), dtype=torch.float64)
-    for i in range(0, len(gate), CHUNK):
-        some = slice(i, i + CHUNK)
+    for some in _rows_of_kernel(ffn):
         kernel = (gate[some] @ gate.T).mul_(up[some] @ up.T)
         kernel += (up[some] @ gate.T).mul_(gate[some] @ up.T)
         squares += (w[:, some] @ kernel).mul_(w).sum(1)
@@ -158,22 +166,24 @@ class Census:
         Raises:
             ValueError: the census has no such block or channel.
         """
+        return int((self.gain > self._of(block, channel)[channel]).sum()) + 1
+
+    def rank_in_block(self, block: int, channel: int) -> int:
+        """The place of a channel within its block, 1 for the largest gain; raises what `rank` does."""
+        of_block = self._of(block, channel)
+        return int((of_block > of_block[channel]).sum()) + 1
+
+    def over_median(self, block: int, channel: int) -> float:
+        """A channel's gain over the median gain of its block; raises what `rank` does."""
+        of_block = self._of(block, channel)
+        return float(of_block[channel] / of_block.median())
+
+    def _of(self, block: int, channel: int) -> Float[Tensor, " d_model"]:
         if block not in self.blocks.tolist() or not 0 <= channel < self.gain.shape[1]:
             raise ValueError(
                 f"block {block}, channel {channel} is not among the FFN blocks 2, 4, ..., {int(self.blocks[-1])} "
                 f"with channels 0 to {self.gain.shape[1] - 1}."
             )
-        return int((self.gain > self._of(block)[channel]).sum()) + 1
-
-    def rank_in_block(self, block: int, channel: int) -> int:
-        """The place of a channel within its block, 1 for the largest gain."""
-        return int((self._of(block) > self._of(block)[channel]).sum()) + 1
-
-    def over_median(self, block: int, channel: int) -> float:
-        """A channel's gain over the median gain of its block."""
-        return float(self._of(block)[channel] / self._of(block).median())
-
-    def _of(self, block: int) -> Float[Tensor, " d_model"]:
         return self.gain[self.blocks.tolist().index(block)]
 
 
@@ -188,8 +198,11 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | No
         The census, or why there is none: the model's FFN is not one gated FFN.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: these are no weights, or the model has no such layer.
+        FloatingPointError: a weight is not finite.
     """
+    if not isinstance(weights, Weights):
+        raise ValueError(f"a census is of weights, not of a {type(weights).__name__}; give weights_of(model).")
     if (reason := no_form(weights.anatomy)) is not None:
         return NotApplicable(reason)
     layers = range(weights.anatomy.n_layers) if layers is None else layers
@@ -209,6 +222,7 @@ def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_mo
 
 def _block_to_read(weights: Weights, life: Lifecycle) -> int | NotApplicable:
     """The first step-up block; or why there is none to take apart."""
+    check_model(life, weights.anatomy)
     reason = no_form(weights.anatomy)
     return first_step_up(life) if reason is None else NotApplicable(reason)
 
@@ -266,9 +280,11 @@ def read(
         The reading, or why there is none: no spike, no gate, or no FFN block that writes it.
 
     Raises:
-        ValueError: `block` is no FFN block of this model.
+        ValueError: `block` is no FFN block of this model, or `life` was found in other windows or in another model.
     """
     about, main = weights.anatomy, life.main
+    check_model(life, anatomy(model))
+    check_windows(life, tokens)
     if block is not None and not (block_kind(block) == "FFN" and 0 < block <= about.n_blocks):
         raise ValueError(f"block {block} is not among the FFN blocks 2, 4, ..., {about.n_blocks}.")
     first = _block_to_read(weights, life)
@@ -278,7 +294,7 @@ def read(
     ffn = weights.ffn(block_layer(block))
     pairs = eigenpairs(ffn, main.channel)
     seen: dict[str, list[Tensor]] = {}
-    spiking = is_spike(life, main)
+    spiking, drawn = is_spike(life, main), life.trace.channels[life.trace.ordinary].tolist()
     for window, where in zip(progress(tokens, "reading the step-up block", "window"), spiking, strict=True):
         [(h, own)] = _passing(model, about.ffn_norm, [block_layer(block)], window)
         found = _measures(ffn, main.channel, pairs, h)
@@ -293,7 +309,7 @@ def read(
         ffn=ffn,
         pairs=pairs,
         spike=directions(ffn, (main.channel, *(c for c in main.channels if c != main.channel))),
-        ordinary=directions(ffn, life.trace.channels[life.trace.ordinary].tolist()),
+        ordinary=directions(ffn, [c for c in drawn if ffn.down[c].any()]),  # a row of zeros has no direction
         is_spike=spiking,
         h=torch.cat(seen.pop("h")),
         **{name: torch.stack(values) for name, values in seen.items()},
@@ -656,9 +672,13 @@ def hits(
         on spike tokens and on all others, the largest |cos(s*, h~)|, |h~' S_k h~| and |write|. Where the form is small,
         no token points that way; where the form is large and the write small, the gates are shut. (All are before any
         norm of the block's output.)
+
+    Raises:
+        ValueError: these are not the windows that `life` was found in, nor the first of them.
     """
     if isinstance(found, NotApplicable):
         return found
+    check_windows(life, tokens, part=True)
     top = found.top(n)
     spiking = torch.zeros(tokens.shape, dtype=torch.bool)
     if life.main is not None:
@@ -728,6 +748,6 @@ def _along(reading: Reading, channels: Sequence[int]) -> Float[Tensor, " channel
 
 
 def _checked(ffn: FFN, channel: int) -> int:
-    if not 0 <= channel < ffn.down.shape[0]:
-        raise ValueError(f"channel {channel} does not exist; this model has channels 0 to {ffn.down.shape[0] - 1}.")
+    if not isinstance(channel, Integral) or not 0 <= channel < ffn.down.shape[0]:
+        raise ValueError(f"channel {channel!r} does not exist; this model has channels 0 to {ffn.down.shape[0] - 1}.")
     return channel

@@ -1,15 +1,19 @@
-"""How fast it is, as ratios within one run: what `make bench` calls.
+"""How fast it is and how much memory it takes, as ratios within one run: what `make bench` calls.
 
 A second on one machine says nothing about another, and little about the same one an hour later; so each row sets two
-ways to the same answer side by side, timed in turns, and says how many times faster the one is.
+ways to the same answer side by side, timed in turns, and says how many times faster the one is. Memory is that of
+processes of their own: the most that was resident, above what the libraries take.
 """
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,16 +22,18 @@ from rich.table import Table
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink import amplifier, firsttoken, patching
-from spikesink.claims import NotApplicable, brief, write_atomically
+from spikesink import amplifier, firsttoken, patching, plots
+from spikesink.claims import NotApplicable, brief, escape, write_atomically
 from spikesink.lifecycle import Lifecycle, block_layer, find_lifecycle, first_step_up
-from spikesink.models import LoadError, anatomy, load
+from spikesink.memory import Growth, Memory, growth, megabytes, memory
+from spikesink.models import LoadError, anatomy, load, prepare
 from spikesink.specs import DEFAULT_MODEL
 from spikesink.texts import TextError, windows
 from spikesink.trace import trace_windows
 from spikesink.weights import FFN, Weights, no_form, weights_of
 
 TURNS = 3
+COLUMNS = ("what", "one way", "takes", "the other", "takes", "ratio", "same answer")
 DOSES = tuple(0.2 * i for i in range(10))
 SWEPT = (12, 64)  # windows and tokens that a sweep is timed on
 WIDE = 2048  # the width at which Lanczos and a dense solve are compared besides the model's own
@@ -61,20 +67,35 @@ class Bench:
     torch: str
     rows: tuple[Row, ...]
     peak_share: float | None  # of the measured float32 matrix-product peak that the probe reaches; None: no probe
+    memory: tuple[Memory, ...] = ()
+    growth: Growth | None = None
 
     def write(self, path: Path) -> None:
         """Write it as JSON, atomically."""
-        rows = [asdict(row) | {"ratio": row.ratio} for row in self.rows]
+        rows, memory = ([asdict(row) | {"ratio": row.ratio} for row in of] for of in (self.rows, self.memory))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(self) | {"rows": rows}, indent=2) + "\n")
+        write_atomically(path, json.dumps(asdict(self) | {"rows": rows, "memory": memory}, indent=2) + "\n")
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """Its rows as text: what, one way, what it took, the other way, what that took, ratio, same answer."""
+        timed = [
+            (row.what, row.way, f"{brief(row.seconds)} s", row.against, f"{brief(row.against_seconds)} s", row)
+            for row in self.rows
+        ]
+        held = [(m.what, m.way, megabytes(m.peak), m.against, megabytes(m.against_peak), m) for m in self.memory]
+        return [(*cells, f"{row.ratio:.1f}x", row.agree) for *cells, row in timed + held]
 
     def table(self) -> Table:
         """It as a table."""
-        table = Table("what", "one way", "s", "the other", "s", "ratio", "same answer")
-        for row in self.rows:
-            times = brief(row.seconds), brief(row.against_seconds)
-            table.add_row(row.what, row.way, times[0], row.against, times[1], f"{row.ratio:.1f}x", row.agree)
+        table = Table(*COLUMNS)
+        for line in self.lines():
+            table.add_row(*line)
         return table
+
+    def markdown(self) -> str:
+        """It as a table in Markdown."""
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *self.lines()]
+        return "\n".join("| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows)
 
 
 def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: int = WIDE) -> Bench:
@@ -97,6 +118,7 @@ def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: i
         rows += [census(ffn, turns), lanczos(ffn, life.main.channel, turns), lanczos(random_ffn(wide), 0, turns)]
     if life.main is not None:
         rows += sweeps(model, life, turns)
+    rows.append(traces(model, turns))
     return Bench(
         model=model.source.slug,
         threads=torch.get_num_threads(),
@@ -262,11 +284,68 @@ def random_ffn(width: int) -> FFN:
     return FFN(gate, up, down, zeros, zeros, torch.nn.functional.silu)
 
 
+def loading(spec: str) -> Row | None:
+    """A model from the cache, against dequantizing it first; None where it is read as it is."""
+    source = prepare(spec).source
+    if source.files[0].parent == source.directory:
+        return None
+    tokens = torch.arange(8)[None]
+    found = []
+
+    def cold() -> Tensor:
+        with tempfile.TemporaryDirectory() as empty, _environment(SPIKESINK_CACHE=empty):
+            return load(spec)(tokens)
+
+    (warm_seconds, cold_seconds), found = in_turns([lambda: load(spec)(tokens), cold], 1)
+    agree = f"to {brief(float((found[0] - found[1]).abs().max()))}"
+    return Row("loading", "from the cache", warm_seconds, "dequantized first", cold_seconds, agree)
+
+
+@contextmanager
+def _environment(**changed: str) -> Iterator[None]:
+    old = {key: os.environ.get(key) for key in changed}
+    os.environ |= changed
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def traces(model: TransformerBridge, turns: int = TURNS, n: int = 4, length: int = 256) -> Row:
+    """The trace, which keeps what it needs of each window, against run_with_cache, which keeps all of it."""
+    about = anatomy(model)
+    tokens = windows(model, "house", n, min(length, about.context))
+
+    def cached() -> Tensor:
+        found = []
+        for window in tokens:
+            _, cache = model.run_with_cache(window[None])
+            found.append(torch.stack([cache[hook][0].abs().median() for hook in about.layer_hooks]))
+        return torch.stack(found).mean(0)
+
+    ways = [lambda: trace_windows(model, tokens).medians[::2], cached]
+    (ours, theirs), (a, b) = in_turns(ways, max(1, turns - 1))
+    name = f"{n} windows of {tokens.shape[1]}"
+    return Row(name, "trace", ours, "run_with_cache", theirs, f"to {brief(float(((a - b) / b).abs().max()))}")
+
+
+def into_readme(readme: Path, table: str) -> None:
+    """Put the table between the two comments that mark its place."""
+    begin, end = "<!-- bench -->\n", "<!-- /bench -->"
+    head, found, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, also, tail = rest.partition(end)
+    if not found or not also:
+        raise ValueError(f"{readme} has no place for the table: {begin.strip()} and, below it, {end}.")
+    write_atomically(readme, f"{head}{begin}{table}\n{end}{tail}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench that `arguments` (by default the command line's) ask for."""
     parser = argparse.ArgumentParser(prog="python -m spikesink.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, .gguf file, directory or hub id")
     parser.add_argument("--figures", type=Path, default=Path("figures"))
+    parser.add_argument("--readme", type=Path, help="put the table of the default model there")
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file's lines need not be short
     try:
@@ -275,8 +354,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LoadError, TextError) as error:
         console.print(str(error), style="bold red")
         return 1
-    found = bench(model, life)
+    with console.status("timing"):
+        found = bench(model, life)
+    del model
+    with console.status("loading, and measuring memory in processes of their own"):
+        loaded = loading(chosen.model)
+        rows = (*([loaded] if loaded else []), *found.rows)
+        found = replace(found, rows=rows, memory=memory(chosen.model), growth=growth(chosen.model))
     found.write(chosen.figures / "bench.json")
+    if found.growth is not None:
+        plots.save(plots.growth(found.growth), chosen.figures, "bench")
+    if chosen.readme is not None and chosen.model == DEFAULT_MODEL:
+        into_readme(chosen.readme, found.markdown())
     console.print(found.table())
     if found.peak_share is not None:
         console.print(

@@ -9,10 +9,12 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,22 @@ class NotApplicable:
 
 def evidence(measured: Mapping[str, Any], control: Mapping[str, Any]) -> Evidence | NotApplicable:
     """Evidence without the controls that could not be measured; none at all, or a measure that is none, is a reason."""
-    missing = [name for name, value in measured.items() if isinstance(value, float) and not math.isfinite(value)]
+    missing = [name for name, value in measured.items() if not _finite(value)]
     if missing:
         return NotApplicable(
             f"{', '.join(missing)} could not be measured: there is no token or channel to measure it on"
         )
-    control = {key: value for key, value in control.items() if not isinstance(value, float) or math.isfinite(value)}
+    control = {key: value for key, value in control.items() if _finite(value)}
     if not control:
         return NotApplicable("no control could be measured: there is no ordinary token or channel to compare with")
     return Evidence(measured, control)
+
+
+def _finite(value: Any) -> bool:
+    """Whether no float in a value, or in the lists that it is made of, is none."""
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def where_applicable(measure):
@@ -196,6 +205,20 @@ RULES: dict[str, Rule] = {
         ">= 3 times other tokens'",
         lambda m: m["scale_over_median"] >= 10 and m["share_of_norm_spike"] >= 3 * m["share_of_norm_other"],
         "scale_over_median",
+    ),
+    "X-MX1": Rule(
+        "Where a router chooses, it sends spike tokens to one expert, and few others there.",
+        "ours; mixture of experts",
+        "the same first choice for >= 90% of spike tokens at the first step-up block, and for <= 50% of others",
+        lambda m: m["share_of_spike_tokens"] >= 0.9 and m["share_of_other_tokens"] <= 0.5,
+        "share_of_spike_tokens",
+    ),
+    "X-MX2": Rule(
+        "One expert writes the spike: the one with the highest gain in its channel.",
+        "ours; mixture of experts",
+        "one expert writes >= 80% of it, and no expert of the block has a larger ||U_k||_F in that channel",
+        lambda m: m["share_written"] >= 0.8 and m["gain_rank"] == 1,
+        "share_written",
     ),
     "TK1": Rule(
         "Nearly any token spikes when it stands first.",
@@ -407,16 +430,24 @@ def judge(claim_id: str, evidence: Evidence | NotApplicable, notebook: str) -> C
     """Put evidence to a claim's rule.
 
     Raises:
-        KeyError: no rule has this id.
-        ValueError: a measured or control value is not a finite number, a string, or a list or mapping of those.
+        ValueError: no rule has this id, or needs what was not measured; or a measured or control value is not a finite
+            number, a string, or a list or mapping of those.
     """
+    if claim_id not in RULES:
+        raise ValueError(f"there is no claim {claim_id!r}; claims.RULES lists those there are.")
     rule = RULES[claim_id]
     if isinstance(evidence, NotApplicable):
         return Claim(rule.statement, rule.source, "n/a", rule.words, {"reason": evidence.reason}, {}, notebook)
+    if not isinstance(evidence, Evidence):
+        raise ValueError(f"{claim_id} is judged by Evidence or NotApplicable, not by a {type(evidence).__name__}.")
     measured, control = _plain(evidence.measured, claim_id), _plain(evidence.control, claim_id)
     if not control:
         raise ValueError(f"{claim_id} has no control; measure one the same way.")
-    return Claim(rule.statement, rule.source, verdict(claim_id, measured), rule.words, measured, control, notebook)
+    try:
+        found = verdict(claim_id, measured)
+    except KeyError as missing:
+        raise ValueError(f"{claim_id} cannot be judged without {missing}; measure it too.") from None
+    return Claim(rule.statement, rule.source, found, rule.words, measured, control, notebook)
 
 
 def verdict(claim_id: str, measured: Mapping[str, Any]) -> str:
@@ -445,12 +476,15 @@ def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
 
     Claims already there stay if they were measured with the same header; otherwise they go, so that a file never
     mixes two measurements.
+
+    Raises:
+        ValueError: the file that is there is damaged.
+        OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "claims.json"
     head = json.loads(json.dumps(asdict(header)))
-    with FileLock(folder / ".claims.lock"):
-        old = json.loads(path.read_text()) if path.is_file() else {}
+    with writing_to(folder), FileLock(folder / ".claims.lock"):
+        old = _read(path) if path.is_file() else {}
         same = all(old.get(key) == value for key, value in head.items())
         merged = (old.get("claims", {}) if same else {}) | {key: asdict(claim) for key, claim in claims.items()}
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer-lens")}
@@ -462,15 +496,28 @@ def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
 
 def ledgers(figures: Path) -> dict[str, dict[str, Any]]:
     """Every `figures/*/claims.json`, by the model's name; the default model first, the others by name."""
-    found = [json.loads(path.read_text()) for path in figures.glob("*/claims.json")]
+    found = [_read(path) for path in figures.glob("*/claims.json")]
     return {data["model"]: data for data in sorted(found, key=lambda d: (d["model"] != DEFAULT_MODEL, d["model"]))}
 
 
-def headline(claim_id: str, claim: Mapping[str, Any]) -> str:
-    """A claim's verdict and the measured value that stands for it, as text."""
-    if claim["verdict"] == "n/a" or claim_id not in RULES:
-        return claim["verdict"]
-    return f"{claim['verdict']} ({brief(claim['measured'][RULES[claim_id].headline])})"
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A folder, made if it is not there; what the system says against writing to it, as one sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the folder {folder} cannot be written ({error.strerror or error}); make room there, or give another "
+            "place for figures."
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"the ledger {path} is damaged ({error}); remove it and run its notebooks again.") from None
 
 
 def brief(value: Any) -> str:
@@ -481,36 +528,6 @@ def brief(value: Any) -> str:
         short = f"{value:.3g}"
         return f"{float(short):,.0f}" if 1000 <= abs(float(short)) < math.inf else short
     return str(value)
-
-
-def render(figures: Path) -> Path:
-    """Write `figures/README.md` from all ledgers below it: claims x models, then every claim with its control."""
-    found = ledgers(figures)
-    ids = sorted({key for data in found.values() for key in data["claims"]}, key=_order)
-    lines = [
-        "# Claims, by model",
-        "",
-        "Each claim of the paper, what we measured on each model, and the verdict of a rule that is the same for all.",
-        "`differs` is a finding, not an error. Made from `claims.json` in each folder; do not edit by hand.",
-        "",
-        "| claim | " + " | ".join(found) + " |",
-        "|---|" + "---|" * len(found),
-    ]
-    for key in ids:
-        cells = [headline(key, data["claims"][key]) if key in data["claims"] else "" for data in found.values()]
-        statement = next(data["claims"][key]["statement"] for data in found.values() if key in data["claims"])
-        lines.append(f"| **{key}** {statement} | " + " | ".join(cells) + " |")
-    for name, data in found.items():
-        n, length = data["windows"]
-        lines += ["", f"## {name}", "", f"`{data['spec']}`, {n} windows of {length} tokens of `{data['text']}`, "]
-        lines[-1] += f"{data['dtype']}, seed {data['seed']}."
-        lines += ["", "| claim | verdict | measured | control | rule |", "|---|---|---|---|---|"]
-        for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
-            cells = [_cell(claim["measured"]), _cell(claim["control"]), escape(claim["rule"])]
-            lines.append(f"| {key} | {claim['verdict']} | " + " | ".join(cells) + " |")
-    path = figures / "README.md"
-    write_atomically(path, "\n".join(lines) + "\n")
-    return path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -527,25 +544,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
 
 
-def _order(claim_id: str) -> tuple[bool, int, str]:
-    ids = list(RULES)
-    return (claim_id not in RULES, ids.index(claim_id) if claim_id in RULES else 0, claim_id)
-
-
 def escape(text: str) -> str:
     """Text as it may stand in a cell of a Markdown table."""
     return text.replace("|", "\\|")
-
-
-def _cell(values: Mapping[str, Any]) -> str:
-    text = "; ".join(f"{key} {brief(value)}" for key, value in values.items())
-    return escape(text).replace("\n", "\\n")
 
 
 def _plain(values: Mapping[str, Any], claim_id: str) -> dict[str, Any]:
     """The same values as plain JSON, floats at six significant digits; refuses what JSON cannot say."""
 
     def plain(value: Any, name: str) -> Any:
+        value = value.item() if getattr(value, "shape", None) == () else value  # one number of numpy's or torch's
         if isinstance(value, bool | str):
             return value
         if isinstance(value, Mapping):
@@ -554,7 +562,7 @@ def _plain(values: Mapping[str, Any], claim_id: str) -> dict[str, Any]:
             return [plain(v, f"{name}[{i}]") for i, v in enumerate(value)]
         if isinstance(value, int):
             return value
-        if value is None or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"{claim_id}: {name} is {value}, which is no number that a ledger can hold.")
         return float(f"{float(value):.6g}")
 

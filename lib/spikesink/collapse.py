@@ -19,8 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.firsttoken import normalise
-from spikesink.lifecycle import Cycle, Lifecycle, check_windows, is_spike, plateau_layers, right_after
-from spikesink.models import Anatomy
+from spikesink.lifecycle import Cycle, Lifecycle, check_model, check_windows, is_spike, plateau_layers, right_after
+from spikesink.models import Anatomy, anatomy
 from spikesink.progress import progress
 from spikesink.trace import follow
 from spikesink.weights import Weights
@@ -97,9 +97,10 @@ def collapse(
         The measures, or why there are none: nothing spikes, or blocks read the stream with no norm before them.
 
     Raises:
-        ValueError: these are not the windows that `life` was found in.
+        ValueError: `life` was found in other windows or in another model.
     """
     about, cycle = life.trace.anatomy, life.main
+    check_model(life, anatomy(model))
     if cycle is None:
         return NotApplicable(life.reason)
     if about.attention_norm is None:
@@ -399,8 +400,9 @@ def replace(
         The measures, or why there are none: a half of the windows has no spike token, or no layer reads the plateau.
 
     Raises:
-        ValueError: these are not the windows that `life` was found in.
+        ValueError: `life` was found in other windows or in another model.
     """
+    check_model(life, anatomy(model))
     check_windows(life, tokens)
     layers = plateau_layers(found.cycle)
     where = is_spike(life, found.cycle)

@@ -8,6 +8,7 @@ whole vocabulary. `after_text` is the other path: the same tokens at the end of 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import pandas as pd
 import torch
@@ -18,9 +19,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.amplifier import step_up_direction
 from spikesink.claims import Evidence, NotApplicable, evidence
-from spikesink.lifecycle import STEP, Cycle, Lifecycle, first_step_up, is_spike
-from spikesink.models import Anatomy
+from spikesink.lifecycle import STEP, Cycle, Lifecycle, check_model, check_windows, first_step_up, is_spike
+from spikesink.models import Anatomy, check_tokens, check_vocabulary
 from spikesink.progress import progress
+from spikesink.trace import not_finite
 from spikesink.weights import Weights, no_form
 
 BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
@@ -52,36 +54,66 @@ def static_path(
 
     Raises:
         ValueError: the model has no such block, or no such token.
+        FloatingPointError: a weight is not finite, or the stream overflows.
     """
+    if not isinstance(weights, Weights):
+        raise ValueError(f"a static path is one of weights, not of a {type(weights).__name__}; give weights_of(model).")
     about = weights.anatomy
-    if not 0 <= block <= about.n_blocks:
-        raise ValueError(f"block {block} does not exist; this model has blocks 1 to {about.n_blocks}.")
+    if not isinstance(block, Integral) or not 0 <= block <= about.n_blocks:
+        raise ValueError(f"block {block!r} does not exist; this model has blocks 1 to {about.n_blocks}.")
     _check(tokens, about)
-    parts = [slice(i, i + BATCH) for i in range(0, len(tokens), BATCH)]
-    x = torch.cat([weights.embed(tokens[part]) for part in parts]).to(device)
-    watch = watch or (lambda point, part, stream: None)
-    for part in parts:
+    x = weights.embed(tokens).to(device)  # all at once: an embedding that is on disk is read for every call
+    for part in batches(len(tokens)) if watch else ():
         watch(0, part, x[part])
     for layer in progress(range((block + 1) // 2), "following the static path", "layer"):
-        attend = _attend(weights, layer, dtype, device)
-        feed = _feed(weights, layer, dtype, device) if 2 * layer + 2 <= block else None
-        for part in parts:
-            here = x[part]
-            entered = here.clone() if about.parallel else here
-            attend(here, here)
-            watch(2 * layer + 1, part, here)
-            if feed is not None:
-                feed(entered, here)
-                watch(2 * layer + 2, part, here)
+        through_layer(weights, layer, x, block, dtype, watch)
     return x
+
+
+def batches(n: int) -> list[slice]:
+    """BATCH tokens at a time."""
+    return [slice(i, i + BATCH) for i in range(0, n, BATCH)]
+
+
+@torch.inference_mode()
+def through_layer(
+    weights: Weights,
+    layer: int,
+    x: Float[Tensor, "token d_model"],
+    block: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    watch: Watch | None = None,
+) -> None:
+    """Send tokens that stand at position 0 through one layer: x, what enters it, becomes what leaves it.
+
+    Args:
+        weights: as for `static_path`.
+        layer: which, from 0.
+        x: the stream, in float32; changed in place.
+        block: the last block to run; by default the layer's own last one.
+        dtype, watch: as for `static_path`.
+    """
+    watch = watch or (lambda point, part, stream: None)
+    attend = _attend(weights, layer, dtype, x.device)
+    feed = _feed(weights, layer, dtype, x.device) if block is None or 2 * layer + 2 <= block else None
+    for part in batches(len(x)):
+        here = x[part]
+        entered = here.clone() if weights.anatomy.parallel else here
+        attend(here, here)
+        watch(2 * layer + 1, part, here)
+        if feed is not None:
+            feed(entered, here)
+            watch(2 * layer + 2, part, here)
+    if not x.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        advice = "get the model again" if dtype == torch.float32 else "use float32"
+        raise FloatingPointError(f"the static path is not finite after layer {layer} in {name}; {advice}.")
 
 
 def _check(tokens: Int[Tensor, " token"], about: Anatomy) -> None:
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError("tokens must be a one-dimensional tensor of token ids, and not empty.")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < about.d_vocab:
-        wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
-        raise ValueError(f"token {wrong} does not exist; this model's vocabulary has ids 0 to {about.d_vocab - 1}.")
+    check_vocabulary(about, tokens)
 
 
 def normalise(x: Float[Tensor, "*batch d_model"], about: Anatomy) -> Float[Tensor, "*batch d_model"]:
@@ -258,14 +290,17 @@ def probe(
         The probe, or why there is none: nothing spikes, or no block is step-up.
 
     Raises:
-        ValueError: a token that the vocabulary does not have.
+        ValueError: a token that the vocabulary does not have, or `life` was found in another model.
+        FloatingPointError: as `static_path` does.
     """
+    check_model(life, weights.anatomy)
     cycle = life.main
     if cycle is None:
         return NotApplicable(life.reason)
     if not cycle.step_up:
         return NotApplicable("no block is step-up, so there is no place to look for the spike")
     tokens = torch.arange(weights.anatomy.d_vocab) if tokens is None else tokens
+    _check(tokens, weights.anatomy)
     sign, first, last = math.copysign(1, cycle.value), cycle.step_up[0], cycle.step_up[-1]
     before = torch.zeros(len(tokens))
 
@@ -367,14 +402,21 @@ def one_static_map(
 
     Returns:
         The evidence; or why there is none: in bfloat16 and float16 rounding alone is larger than the tolerance.
+
+    Raises:
+        ValueError: `tokens` is not two-dimensional or empty, or a token is not in the model's vocabulary.
+        FloatingPointError: a weight or an activation is not finite.
     """
     about = weights.anatomy
+    check_tokens(about, tokens)
     if model.cfg.dtype != torch.float32:
         return NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
     seen: dict[str, Tensor] = {}
     names = (*about.layer_hooks[:-1], *about.write_hooks[::2])
     with model.hooks(fwd_hooks=[(n, lambda v, hook: seen.update({hook.name: v.float().cpu()})) for n in names]):
         model.original_model.base_model(tokens[:, :length].to(model.cfg.device), use_cache=False)
+    if not all(values.isfinite().all() for values in seen.values()):
+        raise FloatingPointError(not_finite(model, "the residual stream or what attention adds to it"))
     at_first, later = [], []
     for layer in range(about.n_layers):
         entered, wrote = seen[about.layer_hooks[layer]], seen[about.write_hooks[2 * layer]]
@@ -505,9 +547,9 @@ def prefixes(windows: Int[Tensor, "n length"], n: int, position: int) -> Int[Ten
     """What stands before a position in so many windows, one window after another, over and over.
 
     Raises:
-        ValueError: the windows are shorter than that.
+        ValueError: the windows are shorter than that, or it is no whole number.
     """
-    if not 0 <= position < windows.shape[1]:
+    if not isinstance(position, Integral) or not 0 <= position < windows.shape[1]:
         raise ValueError(f"position {position} is not in windows of {windows.shape[1]} tokens.")
     return windows[torch.arange(n) % len(windows), :position]
 
@@ -622,7 +664,11 @@ def looking(
         block: the last block to run, from 1.
         channel: which channel to read after it.
         sign: of the spike, so that values come out positive for it.
+
+    Raises:
+        ValueError: `tokens` is not two-dimensional or empty, or a token is not in the model's vocabulary.
     """
+    check_tokens(about, tokens)
     n_layers = (block + 1) // 2
     own, value = torch.zeros(n_layers, *tokens.shape), torch.zeros(tokens.shape)
     for row, window in enumerate(progress(tokens, "watching attention", "window")):
@@ -669,8 +715,13 @@ def delimiters(
         tokens: the windows that `life` was found in.
         life: as `find_lifecycle` returns it.
         cycle: whose spikes to look at: `life.main`, or a smaller one; None where there is no such cycle.
+
+    Raises:
+        ValueError: `life` was found in other windows or in another model.
     """
     about = weights.anatomy
+    check_model(life, about)
+    check_windows(life, tokens)
     if cycle is None:
         return NotApplicable(life.reason if life.main is None else "there is no smaller cycle")
     if not cycle.step_up:

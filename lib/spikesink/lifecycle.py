@@ -20,6 +20,7 @@ for every model, with `step` = 0.1 unless the reader changes it:
 import math
 from dataclasses import dataclass
 from itertools import combinations
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import Evidence, NotApplicable, evidence
+from spikesink.models import Anatomy, anatomy, check_ids, check_tokens
 from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Rows, Trace, follow
 
 STEP = 0.1
@@ -101,10 +103,12 @@ def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
         step: the share of a cycle's size that a write must reach to count as a step.
 
     Raises:
-        ValueError: `step` is not between 0 and 1.
+        ValueError: this is no trace, or `step` is not between 0 and 1.
     """
-    if not 0 < step < 1:
-        raise ValueError(f"step must lie between 0 and 1, but is {step}.")
+    if not isinstance(trace, Trace):
+        raise ValueError(f"a life cycle is found in what trace_windows returned, not in a {type(trace).__name__}.")
+    if not isinstance(step, Real) or not 0 < step < 1:
+        raise ValueError(f"step must lie between 0 and 1, but is {step!r}.")
     size = trace.rows.stream[..., : trace.n_followed].abs()  # row, point, channel
     spiking = size > SPIKE_OVER_MEDIAN * trace.window_medians[trace.rows.window][..., None]
     left = size * spiking
@@ -532,9 +536,21 @@ def first_step_up(life: Lifecycle) -> int | NotApplicable:
     return ffn[0]
 
 
-def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"]) -> None:
-    """Raise ValueError unless these are the windows that the life cycle was found in."""
-    if tokens.shape != life.trace.tokens.shape or not torch.equal(tokens.cpu(), life.trace.tokens):
+def check_model(life: Lifecycle, about: Anatomy) -> None:
+    """Raise ValueError where a life cycle was found in a model of another shape than this one's."""
+    theirs = life.trace.anatomy
+    if any(getattr(about, name) != getattr(theirs, name) for name in ("family", "n_layers", "d_model", "d_vocab")):
+        raise ValueError(
+            f"this life cycle was found in a {theirs.family} model of {theirs.n_layers} layers, {theirs.d_model} "
+            f"channels and {theirs.d_vocab} tokens, not in this {about.family} model; trace this one."
+        )
+
+
+def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"], part: bool = False) -> None:
+    """Raise ValueError unless these are the windows that a life cycle was found in, or a `part`: the first of them."""
+    check_ids(tokens)
+    theirs = life.trace.tokens[: len(tokens)] if part and tokens.ndim else life.trace.tokens
+    if not tokens.numel() or not torch.equal(tokens.cpu().to(theirs.dtype), theirs):
         raise ValueError("these are not the windows that this life cycle was found in; trace these, or give those.")
 
 
@@ -564,7 +580,13 @@ def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "
         model: the one that `life` was found in.
         life: as `find_lifecycle` returns it.
         tokens: windows or prompts of one length.
+
+    Raises:
+        ValueError: `tokens` is not two-dimensional or empty, a token is not in the model's vocabulary, or `life` was
+            found in another model.
     """
+    check_model(life, anatomy(model))
+    check_tokens(life.trace.anatomy, tokens)
     found = torch.zeros(tokens.shape, dtype=torch.bool)
     cycle, trace = life.main, life.trace
     if cycle is None:

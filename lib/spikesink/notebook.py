@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink import claims, plots, texts
+from spikesink import claims, paper, plots, texts
 from spikesink.claims import Evidence, NotApplicable
 
 ROUNDING = 1e-5  # relative errors of float32 arithmetic stay below it
@@ -105,30 +105,6 @@ def tidy(frame: pd.DataFrame | NotApplicable) -> Markdown:
     return Markdown("\n".join(lines))
 
 
-# The paper's table 1: model, number of blocks, step-up and step-down blocks.
-PAPER_TABLE_1 = (
-    ("Llama-2-7B", 64, (4,), (62,)),
-    ("Llama-2-13B", 80, (8,), (78, 79)),
-    ("Llama-3-8B", 64, (4,), (64,)),
-    ("Qwen2.5-7B", 56, (8, 10), (54, 55)),
-    ("Qwen2.5-14B", 96, (10,), (90, 92, 94, 95)),
-    ("Qwen3-8B", 72, (14,), (70, 72)),
-    ("Qwen3-14B", 80, (14,), (79,)),
-)
-
-# Its table 2: model, vocabulary entries that spike at position 0, vocabulary. (It prints 98.40% for both Qwen2.5
-# models, where its own counts give 98.37% and 98.41%.)
-PAPER_TABLE_2 = (
-    ("Llama-2-7B", 31_887, 32_000),
-    ("Llama-2-13B", 31_889, 32_000),
-    ("Llama-3-8B", 127_956, 128_256),
-    ("Qwen2.5-7B", 149_587, 152_064),
-    ("Qwen2.5-14B", 149_645, 152_064),
-    ("Qwen3-8B", 151_830, 151_936),
-    ("Qwen3-14B", 151_824, 151_936),
-)
-
-
 def vocabularies(ledger: Ledger) -> pd.DataFrame:
     """How much of the vocabulary spikes at position 0: of every model with a ledger beside this one, and in the paper.
 
@@ -140,7 +116,7 @@ def vocabularies(ledger: Ledger) -> pd.DataFrame:
         found = data["claims"].get("TK1", {}).get("measured", {})
         if "spiking" in found:
             rows.append((name, found["spiking"], found["vocabulary"], "here"))
-    rows += [(*row, "paper, table 2") for row in PAPER_TABLE_2]
+    rows += [(*row, "paper, table 2") for row in paper.TABLE_2]
     frame = pd.DataFrame(rows, columns=["model", "spiking", "vocabulary", "measured"]).set_index("model")
     frame.insert(2, "share", [f"{s / v:.2%}" for s, v in zip(frame["spiking"], frame["vocabulary"], strict=True)])
     return frame
@@ -157,7 +133,7 @@ def across_models(ledger: Ledger) -> list[tuple[str, int, tuple[int, ...], tuple
         up, down = (data["claims"].get(key, {}).get("measured", {}) for key in ("LC1", "LC3"))
         if "step_up_blocks" in up and "step_down_blocks" in down:
             rows.append((name, down["n_blocks"], tuple(up["step_up_blocks"]), tuple(down["step_down_blocks"]), False))
-    return rows + [(*row, True) for row in PAPER_TABLE_1]
+    return rows + [(*row, True) for row in paper.TABLE_1]
 
 
 class _Brief:

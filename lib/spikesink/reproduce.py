@@ -1,4 +1,4 @@
-"""Run the notebooks headlessly for one model: what `make figures` calls.
+"""Run the notebooks headlessly, for one model or several in turn: what `make figures` calls.
 
 A notebook runs again only when its cells, the library, a parameter, the model's file or the main libraries' versions
 have changed, or when something that it wrote is gone. What it writes is whole or not there, whenever it is stopped.
@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from spikesink import claims
-from spikesink.specs import DEFAULT_MODEL, slug
+from spikesink import across, claims
+from spikesink.specs import DEFAULT_MODEL, local, slug
 
 INTERRUPTED = 130
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at each start, and tells how it was stopped
@@ -27,7 +28,8 @@ QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what `arguments` (by default the command line's) ask for; the exit code is 0 when all notebooks ran."""
     parser = _Parser(prog="python -m spikesink.reproduce", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, .gguf file, directory or hub id")
+    what = "built-in name, .gguf file, directory or hub id; several with commas between them"
+    parser.add_argument("--model", type=_models, default=DEFAULT_MODEL, help=what)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--text", default="house", help="house, pydoc, a file or datasets:NAME")
@@ -49,10 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with console.status(notebook.stem):
                 store(notebook)
             console.print(f"{notebook.stem}: outputs stored")
-        claims.render(chosen.figures)
+        _publish(chosen.figures)
         return 0
     parameters = {
-        "MODEL": _absolute(chosen.model),
         "DEVICE": chosen.device,
         "DTYPE": chosen.dtype,
         "TEXT": _absolute(chosen.text),
@@ -62,57 +63,115 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "FIGURES": str(chosen.figures.resolve()),
     }
     # Folders of figures do not share what was done: the same model can be in two of them, with other settings.
-    return run(notebooks, parameters, chosen.figures, chosen.build / chosen.figures.name, console)
+    models = [{"MODEL": model, **parameters} for model in chosen.model]
+    return run_each(notebooks, models, chosen.figures, chosen.build / chosen.figures.name, console)
 
 
 def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console) -> int:
-    """Run the notebooks that are not up to date, say so as it goes, and render the table of claims.
+    """Run the notebooks that are not up to date for one model; `run_each` says how."""
+    return run_each(notebooks, [parameters], figures, build, console)
+
+
+def run_each(
+    notebooks: Sequence[Path], models: Sequence[Mapping[str, Any]], figures: Path, build: Path, console: Console
+) -> int:
+    """Run the notebooks that are not up to date, one model after the other, say so as it goes, and show all claims.
+
+    What is wrong with a model, or with the text for it, is said before any notebook runs; it does not stop the others.
 
     Args:
         notebooks: in the order to run them.
-        parameters: what papermill puts in place of each notebook's own parameters.
+        models: for each what papermill puts in place of a notebook's own parameters.
         figures, build: where results go, and the executed notebooks with the stamps of what was done.
         console: to print to.
 
     Returns:
-        An exit code: 0, 1 when a notebook failed, or 130 when interrupted.
+        An exit code: 0, 1 when a model or a notebook failed, or 130 when interrupted.
+    """
+    ready, failed = [], {}
+    for parameters in models:
+        name = slug(parameters["MODEL"])
+        try:
+            ready.append((name, parameters, _prepare(notebooks, parameters, figures, build, console)))
+        except KeyboardInterrupt:
+            console.print("interrupted; nothing was changed")
+            return INTERRUPTED
+        except NotebookError as error:
+            console.print(str(error), style="bold red")
+            failed[name] = str(error)
+    for name, parameters, stamps in ready:
+        try:
+            _run_one(name, parameters, stamps, figures, build, console)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except NotebookError as error:
+            console.print(str(error), style="bold red")
+            failed[name] = str(error)
+    if len(models) > 1:
+        done = [name for name, *_ in ready if name not in failed]
+        console.print(f"{len(done)} of {len(models)} models done: {', '.join(done) or 'none'}")
+        for name, message in failed.items():
+            console.print(f"{name} not done: {message}", style="bold red")
+    return 1 if failed else 0
+
+
+def _prepare(
+    notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console
+) -> list["Stamp"]:
+    """The stamps of a model's notebooks; if one of them has to run, after it is sure that it can.
+
+    Raises:
+        NotebookError: the model, the text or a folder is not to be used.
     """
     name = slug(parameters["MODEL"])
+    stamps = [Stamp(notebook, parameters, figures / name, build / name) for notebook in notebooks]
+    if not all(stamp.is_current() for stamp in stamps):
+        console.print(f"Preparing {name} and {parameters['TEXT']} ...")
+        check(parameters)
+        for folder in (figures, build):
+            _check_writable(folder)
+    return stamps
+
+
+def _run_one(
+    name: str, parameters: Mapping[str, Any], stamps: Sequence["Stamp"], figures: Path, build: Path, console: Console
+) -> None:
+    """Run a model's notebooks that are not up to date.
+
+    Raises:
+        NotebookError: a notebook failed; its message begins with which.
+        KeyboardInterrupt: after it was said what is kept.
+    """
     begun = time.monotonic()
-    try:
-        stamps = [Stamp(notebook, parameters, figures / name, build / name) for notebook in notebooks]
-        if not all(stamp.is_current() for stamp in stamps):
-            console.print(f"Preparing {name} and {parameters['TEXT']} ...")
-            check(parameters)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was changed")
-        return INTERRUPTED
-    except NotebookError as error:
-        console.print(str(error), style="bold red")
-        return 1
     for number, stamp in enumerate(stamps, 1):
-        head = f"[{number}/{len(notebooks)}] {stamp.notebook.stem}"
+        head = f"[{number}/{len(stamps)}] {stamp.notebook.stem}"
         if stamp.is_current():
             console.print(f"{head}: up to date")
             continue
-        left = len(notebooks) - number
-        console.print(f"{head}: running on {name}, {left} more after it")
+        console.print(f"{head}: running on {name}, {len(stamps) - number} more after it")
         started = time.monotonic()
         stamp.path.unlink(missing_ok=True)  # from here on, what is there is of no known run
         try:
             executed = _execute(stamp.notebook, parameters, build / name)
         except KeyboardInterrupt:
             console.print(f"{head}: interrupted; what was finished is kept, run the same command to go on")
-            return INTERRUPTED
+            raise
         except NotebookError as error:
-            console.print(f"{head}: failed. {error}", style="bold red")
-            return 1
+            _publish(figures)
+            raise NotebookError(f"{head}: failed. {error}") from None
         stamp.write()
-        claims.render(figures)
+        across.render(figures)
         console.print(f"{head}: done in {time.monotonic() - started:.0f} s ({executed})")
-    seconds, table = time.monotonic() - begun, claims.render(figures)
-    console.print(f"{len(notebooks)} notebooks in {seconds:.0f} s: {figures / name}, table in {table}")
-    return 0
+    table = _publish(figures)
+    seconds = time.monotonic() - begun
+    console.print(f"{len(stamps)} notebooks in {seconds:.0f} s: {figures / name}, table in {table}")
+
+
+def _publish(figures: Path) -> Path:
+    """Bring the table of all claims and its picture up to date."""
+    table = across.render(figures)
+    across.draw(figures)
+    return table
 
 
 def check(parameters: Mapping[str, Any]) -> None:
@@ -127,9 +186,20 @@ def check(parameters: Mapping[str, Any]) -> None:
     n, length, seed = (parameters[key] for key in ("N_PROMPTS", "SEQ_LEN", "SEED"))
     try:
         ready = prepare(parameters["MODEL"], parameters["DEVICE"], parameters["DTYPE"])
-        cut(parameters["TEXT"], ready.tokenizer, ready.prepends_bos, ready.context, n, length, seed)
+        cut(parameters["TEXT"], ready.tokenizer, ready.prepends_bos, ready.context, n, length, seed, ready.d_vocab)
     except (LoadError, TextError) as error:
         raise NotebookError(str(error)) from None
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise NotebookError(
+            f"the folder {folder} cannot be written ({error.strerror or error}); make room there, or give another."
+        ) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,6 +207,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{message} (see --help)\n")
+
+
+def _models(given: str) -> list[str]:
+    """The models that are asked for: one, or several with commas between them; a path may have commas of its own."""
+    parts = [given] if local(given) else [part.strip() for part in given.split(",")]
+    models = list(dict.fromkeys(_absolute(part) for part in parts if part))
+    folders: dict[str, str] = {}
+    for model in models:
+        other = folders.setdefault(slug(model), model)
+        if other != model:
+            raise argparse.ArgumentTypeError(
+                f"{other!r} and {model!r} would share the folder {slug(model)}; give one of them another name"
+            )
+    if not models:
+        raise argparse.ArgumentTypeError(f"{given!r} names no model")
+    return models
 
 
 def _at_least(least: int):
@@ -162,7 +248,8 @@ class Stamp:
         library = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".txt"))
         versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
         versions.append(sys.version)
-        named = [Path(str(parameters[key]).removeprefix("datasets:")) for key in ("MODEL", "TEXT")]
+        given = (local(str(parameters[key]).removeprefix("datasets:")) for key in ("MODEL", "TEXT"))
+        named = [path for path in given if path is not None]
         files = [f for path in named for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.is_file()]
         status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         seen = json.dumps([cells, dict(parameters), versions, status], sort_keys=True).encode()
@@ -241,8 +328,8 @@ def _execute(notebook: Path, parameters: Mapping[str, Any], build: Path) -> Path
 
 def _absolute(value: str) -> str:
     """A path as seen from the notebooks' folder; a name stays what it is."""
-    path = Path(value).expanduser()
-    return str(path.resolve()) if path.exists() else value
+    path = local(value)
+    return value if path is None else str(path.resolve())
 
 
 if __name__ == "__main__":

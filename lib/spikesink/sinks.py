@@ -9,7 +9,7 @@ tokens' normalised input is constant about their keys.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
-from numbers import Real
+from numbers import Integral, Real
 
 import pandas as pd
 import torch
@@ -25,8 +25,8 @@ from spikesink.amplifier import median
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.collapse import Collapse
 from spikesink.firsttoken import normalise
-from spikesink.lifecycle import Lifecycle, check_windows, is_spike, plateau_layers, right_after
-from spikesink.models import Anatomy, anatomy, check_tokens
+from spikesink.lifecycle import Lifecycle, check_model, check_windows, is_spike, plateau_layers, right_after
+from spikesink.models import Anatomy, anatomy, check_not_padding, check_tokens
 from spikesink.progress import progress
 from spikesink.trace import follow, received
 from spikesink.weights import Weights
@@ -105,16 +105,19 @@ def score(
         of: sets of key tokens to average over, such as `groups(life)`.
 
     Raises:
-        ValueError: epsilon is not between 0 and 1, `length` exceeds the windows or the model's context, or there is no
-            such key position.
+        ValueError: epsilon is not between 0 and 1, `length` exceeds the windows or the model's context, there is no
+            such key position, a token is not in the vocabulary, or a window holds nothing but padding.
+        FloatingPointError: as `follow` does.
     """
     about = anatomy(model)
     length = _length(tokens, length, about)
+    check_not_padding(model, tokens)
     if position not in range(length):
         raise ValueError(f"key position {position} is not in a window of {length} tokens; give 0 to {length - 1}.")
-    if wrong := [name for name, mine in (of or {}).items() if mine.shape != tokens.shape]:
+    if wrong := [name for name, mine in (of or {}).items() if mine.shape != tokens.shape or mine.dtype != torch.bool]:
         raise ValueError(
-            f"the set {wrong[0]!r} of key tokens must have the shape of the windows, {list(tokens.shape)}."
+            f"the set {wrong[0]!r} of key tokens must have the shape of the windows, {list(tokens.shape)}, and hold "
+            "truth values."
         )
     scores = _Scores(about, _checked(epsilon), length, position, of or {})
     _over(model, about, tokens[:, :length], [scores], "scoring attention")
@@ -122,7 +125,7 @@ def score(
 
 
 def _checked(epsilon: float) -> float:
-    if not isinstance(epsilon, Real) or not 0 < epsilon < 1:
+    if not isinstance(epsilon, Real) or isinstance(epsilon, bool) or not 0 < epsilon < 1:
         raise ValueError(f"epsilon must lie between 0 and 1, both excluded, but is {epsilon}.")
     return epsilon
 
@@ -132,7 +135,7 @@ def _length(tokens: Int[Tensor, "n length"], length: int | None, about: Anatomy)
     if tokens.shape[1] < 2:
         raise ValueError("windows of one token have nobody to attend to; cut longer ones.")
     length = tokens.shape[1] if length is None else length
-    if not isinstance(length, int):
+    if not isinstance(length, Integral) or isinstance(length, bool):
         raise ValueError(f"length must be a whole number of tokens, but is {length!r}.")
     if length > about.context:
         raise ValueError(f"{length} tokens are longer than the model's context of {about.context}.")
@@ -306,8 +309,9 @@ def look(
         seed: of the tokens that are matched with spike tokens.
 
     Raises:
-        ValueError: epsilon is not between 0 and 1, or these are not the windows that `life` was found in.
+        ValueError: epsilon is not between 0 and 1, or `life` was found in other windows or in another model.
     """
+    check_model(life, anatomy(model))
     check_windows(life, tokens)
     about, named = life.trace.anatomy, groups(life)
     scores = _Scores(about, _checked(epsilon), tokens.shape[1], 0, named)
@@ -759,7 +763,11 @@ def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) 
         weights: of the model (`weights_of`).
         life: as `find_lifecycle` returns it.
         found: as `collapse` returns it: h~ of some spike tokens and of as many others.
+
+    Raises:
+        ValueError: `life` was found in another model.
     """
+    check_model(life, weights.anatomy)
     layers, channels = plateau_layers(found.cycle), list(found.cycle.channels)
     if not layers:
         return NotApplicable("no layer reads the plateau")

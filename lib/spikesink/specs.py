@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODEL = "smollm2-135m"
+LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,17 @@ BUILTINS = {
 
 def slug(spec: str) -> str:
     """The folder name of a model: the file's or directory's own name, or the hub id with its slash doubled to --."""
-    path = Path(spec).expanduser()
-    name = path.stem if path.is_file() else path.resolve().name if path.is_dir() else spec.replace("/", "--")
-    if name.lower() in BUILTINS and spec not in BUILTINS:
-        name += "-file"  # another model of the same name must not take the built-in's folder
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
+    path = local(spec)
+    name = spec.replace("/", "--") if path is None else path.stem if path.is_file() else path.resolve().name
+    name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:LONGEST].strip("-.") or "model"
+    # Another model of the same name must not take the built-in's folder.
+    return f"{name}-file" if name in BUILTINS and spec not in BUILTINS else name
+
+
+def local(spec: str) -> Path | None:
+    """The file or directory that a spec names, or None where there is none, or it cannot be the name of one."""
+    try:
+        path = Path(spec).expanduser()
+        return path if spec and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a name, the home of nobody, a NUL in it
+        return None

@@ -1,9 +1,12 @@
 """Text to measure on: the project's own prose by default, or pydoc's, a file's or a data set's."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from spikesink.models import anatomy
 
 CHARACTERS_FROM_A_DATASET = 2_000_000
+SOURCES = "house, pydoc, a file's path, or datasets:NAME"
 
 
 class TextError(ValueError):
@@ -34,7 +38,7 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def read(source: str = "house") -> Text:
+def read(source: str | os.PathLike = "house") -> Text:
     """Read a text.
 
     Args:
@@ -46,6 +50,9 @@ def read(source: str = "house") -> Text:
     Raises:
         TextError: no such source, not UTF-8, or nothing in it.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TextError(f"a text is named by a string, not by {source!r}; give {SOURCES}.")
+    source = os.fspath(source)
     if source == "house":
         content = files("spikesink").joinpath("house.txt").read_text(encoding="utf-8")
     elif source == "pydoc":
@@ -54,13 +61,8 @@ def read(source: str = "house") -> Text:
         content = "\n\n".join(topics[name] for name in sorted(topics))
     elif source.startswith("datasets:"):
         content = _from_dataset(source)
-    elif Path(source).expanduser().is_file():
-        try:
-            content = Path(source).expanduser().read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise TextError(f"the file {source} is not UTF-8 text; convert it, or give another.") from None
     else:
-        raise TextError(f"there is no text {source!r}; give house, pydoc, a file's path, or datasets:NAME.")
+        content = _from_file(source)
     if not content.strip():
         raise TextError(f"the text {source!r} is empty; give one with some words in it.")
     return Text(source, content)
@@ -74,21 +76,21 @@ def windows(
     A window begins with BOS where the tokenizer adds one of its own accord (`anatomy(model).prepends_bos`).
 
     Raises:
-        TextError: the text is too short for the request, or a window is longer than the model's context.
+        TextError: the text is too short for the request, a window is longer than the model's context, or the tokenizer
+            makes ids of the text that the model has no embedding for.
     """
     about = anatomy(model)
-    return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed)
+    return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed, about.d_vocab)
 
 
 def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
     """How often each vocabulary entry occurs in a text.
 
     Raises:
-        TextError: as `read` does.
+        TextError: as `read` and `windows` do.
     """
-    text = source if isinstance(source, Text) else read(source)
-    ids = model.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
-    return torch.bincount(torch.tensor(ids), minlength=anatomy(model).d_vocab)
+    text, d_vocab = source if isinstance(source, Text) else read(source), anatomy(model).d_vocab
+    return torch.bincount(torch.tensor(_ids(text, model.tokenizer, d_vocab)), minlength=d_vocab)
 
 
 def cut(
@@ -99,15 +101,22 @@ def cut(
     n: int,
     length: int,
     seed: int,
+    d_vocab: int | None = None,
 ) -> Int[Tensor, "n length"]:
-    """What `windows` does, for a model whose weights are not read yet; it raises the same."""
+    """What `windows` does, for a model whose weights are not read yet; it raises the same.
+
+    With `d_vocab`, the number of embeddings: a tokenizer may have more ids than those, as long as the text needs none.
+    """
+    _check_whole(n=n, length=length, seed=seed)
     text = source if isinstance(source, Text) else read(source)
     bos = [tokenizer.bos_token_id] if prepends_bos else []
+    if seed < 0:
+        raise TextError(f"seed {seed} is negative; give a whole number of at least 0.")
     if n < 1 or length < 2 + len(bos):
         raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(bos)}.")
     if context is not None and length > context:
         raise TextError(f"a window of {length} tokens is longer than the model's context of {context}.")
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    ids = _ids(text, tokenizer, d_vocab)
     body = length - len(bos)
     there = len(ids) // body
     if there < n:
@@ -119,10 +128,46 @@ def cut(
     return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
 
 
+def _check_whole(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TextError(f"{name} must be a whole number, but is {value!r}.")
+
+
+def _ids(text: Text, tokenizer: PreTrainedTokenizerBase, d_vocab: int | None) -> list[int]:
+    """A text's token ids, without BOS."""
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    if d_vocab is not None and ids and (largest := max(ids)) >= d_vocab:
+        raise TextError(
+            f"the tokenizer makes token {largest} of the text {text.name!r}, but the model has embeddings for 0 to "
+            f"{d_vocab - 1} only; it seems to be another model's, so put this model's own tokenizer beside its weights."
+        )
+    return ids
+
+
+def _from_file(source: str) -> str:
+    path = Path(source).expanduser()
+    try:
+        found = path.is_file()
+    except OSError:  # longer than a name can be: somebody gave the text itself
+        found = False
+    if not found:
+        short = source if len(source) <= 80 else f"{source[:80]}…"
+        raise TextError(f"there is no text {short!r}; give {SOURCES}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TextError(f"the file {source} is not UTF-8 text; convert it, or give another.") from None
+    except OSError as error:
+        raise TextError(f"the file {source} cannot be read ({error.strerror or error}); give another.") from None
+
+
 def _from_dataset(source: str) -> str:
     from datasets import load_dataset
 
     name, config, split, column = (source.split(":")[1:] + [""] * 4)[:4]
+    if not name:
+        raise TextError(f"{source!r} names no data set; give datasets:NAME.")
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         content, size = [], 0

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy, check_tokens
+from spikesink.models import Anatomy, anatomy, check_ids, check_not_padding, check_tokens, check_vocabulary
 from spikesink.progress import progress
 
 SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (DESIGN: claim LC4)
@@ -109,13 +109,15 @@ def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], see
         seed: of the ordinary channels and tokens that serve as controls.
 
     Raises:
-        ValueError: `tokens` is not two-dimensional, is empty, or is longer than the model's context.
-        FloatingPointError: an activation overflows, as spikes do in float16.
+        ValueError: `tokens` is not two-dimensional, is empty, or is longer than the model's context; a token is not in
+            its vocabulary; or a window holds nothing but padding.
+        FloatingPointError: as `follow` does.
     """
     about = anatomy(model)
     check_tokens(about, tokens)
     if tokens.shape[1] > about.context:
         raise ValueError(f"windows of {tokens.shape[1]} tokens are longer than the model's context of {about.context}.")
+    check_not_padding(model, tokens)
     first = _Pass(model, about, (), seed).over(tokens[:1], "finding channels")
     followed = first.above(SPIKE_OVER_MEDIAN / 2)
     while True:
@@ -133,13 +135,16 @@ def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile
         tokens: the token ids of one prompt, without a batch dimension (`model.to_tokens(prompt)[0]`).
 
     Raises:
-        ValueError: no tokens, or more than the model's context.
+        ValueError: no tokens, more than the model's context, or one that is not in its vocabulary.
+        FloatingPointError: as `follow` does.
     """
     about = anatomy(model)
+    check_ids(tokens)
     if tokens.ndim != 1 or not 0 < len(tokens) <= about.context:
         raise ValueError(
             f"a prompt of shape {list(tokens.shape)} cannot be looked at; give 1 to {about.context} tokens."
         )
+    check_vocabulary(about, tokens)
     n_points, length = about.n_blocks + 1, len(tokens)
     magnitude = torch.zeros(n_points, length)
     channel = torch.zeros(n_points, length, dtype=torch.long)
@@ -218,7 +223,7 @@ def follow(
         also: further hooks, by TransformerLens's names; each is called with the hook's value, without its batch.
 
     Raises:
-        FloatingPointError: an activation overflows, as spikes do in float16.
+        FloatingPointError: an activation overflows, as spikes do in float16, or a weight is not finite.
         RuntimeError: a hook of this family never fires.
     """
     entered: dict[int, Tensor] = {}
@@ -230,10 +235,7 @@ def follow(
         entered.clear()
         entered[layer] = value[0].float()
         if not entered[layer].isfinite().all():
-            raise FloatingPointError(
-                f"the residual stream of this model is not finite as it enters layer {layer} in {model.cfg.dtype}; "
-                "load it in float32."
-            )
+            raise FloatingPointError(not_finite(model, f"the residual stream as it enters layer {layer}"))
         if on_stream is not None:
             on_stream(2 * layer, entered[layer])
 
@@ -268,6 +270,22 @@ def follow(
         model.original_model.base_model(tokens[None].to(model.cfg.device), use_cache=False)
     if silent := [name for name, _ in hooks if name not in fired]:
         raise RuntimeError(f"{len(silent)} hooks of this {about.family} model never fired, the first is {silent[0]}.")
+
+
+def not_finite(model: TransformerBridge, what: str) -> str:
+    """A sentence that says why something is not finite: a weight that is not, or else an overflow."""
+    said = f"{what} is not finite in {str(model.cfg.dtype).removeprefix('torch.')}"
+    whole = getattr(model, "original_model", model)
+    wrong = [name for name, w in whole.named_parameters() if not w.is_meta and not w.isfinite().all()]
+    narrow = model.cfg.dtype != torch.float32  # where rounding a weight or adding up can already overflow
+    if wrong:
+        name = wrong[0].replace("_original_component.", "")
+        others = f", the first of {len(wrong)}" if len(wrong) > 1 else ""
+        advice = "get the model again, or load it in float32" if narrow else "get the model again"
+        return f"{said}, because the weight {name}{others} is not; {advice}."
+    if narrow:
+        return f"{said}; load it in float32."
+    return f"{said}; its activations overflow, or weights that are on disk are not finite, so get the model again."
 
 
 class _Pass:

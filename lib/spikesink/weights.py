@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TypeVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -78,6 +80,7 @@ class Weights:
 
         Raises:
             ValueError: the model has no such layer, or its FFN is not one gated FFN.
+            FloatingPointError: its weights are not finite.
         """
         about = self.anatomy
         self._check(layer)
@@ -85,31 +88,32 @@ class Weights:
             raise ValueError(f"{reason}.")
         with self._of_ffn(layer) as block:
             parts = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
-            return self._gated(block, [part.weight for part in parts], [part.bias for part in parts])
+            found = self._gated(block, [part.weight for part in parts], [part.bias for part in parts])
+        return _finite(found, f"the FFN of layer {layer}")
 
     def experts(self, layer: int) -> dict[str, FFN]:
         """The gated FFNs of a layer (from 0) of a mixture of experts, float32 on the CPU, by their names.
 
         "0", "1", ... are those that the router chooses from; a name from the model's own code is an expert that every
-        token passes; and where a layer has one FFN and no router, it is named "mlp".
+        token passes; and where a layer has one FFN and no router, it is named "mlp". Experts that are kept in a way
+        that is not known here are not among them.
 
         Raises:
-            ValueError: the model has no such layer, or keeps its experts in a way that is not known here.
+            ValueError: the model has no such layer.
+            FloatingPointError: its weights are not finite.
         """
         self._check(layer)
         with self._of_ffn(layer) as block:
-            found = {}
-            for name, weights, biases in _gated_parts(block.mlp.original_component):
-                found[name] = self._gated(block, weights, biases)
-        if not found:
-            raise ValueError(f"layer {layer} of this {self.anatomy.family} model holds its experts in no known way.")
-        return found
+            parts = gated_parts(block.mlp.original_component)
+            found = {name: self._gated(block, weights, biases) for name, weights, biases in parts}
+        return {name: _finite(ffn, f"expert {name} of layer {layer}") for name, ffn in found.items()}
 
     def attention(self, layer: int) -> Attention:
         """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
 
         Raises:
             ValueError: the model has no such layer.
+            FloatingPointError: its weights are not finite.
         """
         about = self.anatomy
         with self._of_attention(layer, "ln1_post") as block:
@@ -118,12 +122,13 @@ class Weights:
             summed = heads.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
             scale, shift = self._norm(block, about.attention_norm)
             matrix, value_bias = _folded(value, scale, shift)
-            return Attention(
+            found = Attention(
                 value=matrix,
                 out=summed,
                 bias=summed @ value_bias + _floats(out.bias, about.d_model),
                 post_scale=self._post_scale(block, "ln1_post"),
             )
+        return _finite(found, f"the attention of layer {layer}")
 
     def keys(self, layer: int) -> tuple[Float[Tensor, "d_kv d_model"], Float[Tensor, " d_kv"]]:
         """W_K of a layer (from 0), head after head, and b_K, in float32 on the CPU: a key is W_K h~ + b_K.
@@ -132,10 +137,12 @@ class Weights:
 
         Raises:
             ValueError: the model has no such layer.
+            FloatingPointError: its weights are not finite.
         """
         with self._of_attention(layer) as block:
             scale, shift = self._norm(block, self.anatomy.attention_norm)
-            return _folded(dict(block.attn.named_children())["k"], scale, shift)
+            found = _folded(dict(block.attn.named_children())["k"], scale, shift)
+        return _finite(found, f"the keys of layer {layer}")
 
     def norm_scale(self, layer: int) -> Float[Tensor, " d_model"]:
         """The learned scale of the norm that a layer's attention reads through; ones where it reads the stream itself.
@@ -170,16 +177,18 @@ class Weights:
         )
 
     def _check(self, layer: int) -> None:
-        if not 0 <= layer < self.anatomy.n_layers:
-            raise ValueError(f"layer {layer} does not exist; this model has layers 0 to {self.anatomy.n_layers - 1}.")
+        if not isinstance(layer, Integral) or not 0 <= layer < self.anatomy.n_layers:
+            raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {self.anatomy.n_layers - 1}.")
 
     def _norm(self, block: torch.nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
-        """A norm's scale and its bias; ones and zeros where there is no norm."""
-        if name is None:
-            return torch.ones(self.anatomy.d_model), torch.zeros(self.anatomy.d_model)
-        norm = dict(block.named_children())[name]
-        bias = getattr(norm.original_component, "bias", None)
-        return _floats(norm.weight) + self.anatomy.norm_scale_offset, _floats(bias, self.anatomy.d_model)
+        """A norm's scale and its bias; ones and zeros where there is no norm, or one that learns nothing."""
+        norm = dict(block.named_children())[name].original_component if name is not None else None
+        scale, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
+        ones = torch.ones(self.anatomy.d_model)
+        return (
+            ones if scale is None else _floats(scale) + self.anatomy.norm_scale_offset,
+            _floats(bias, self.anatomy.d_model),
+        )
 
     def _post_scale(self, block: torch.nn.Module, name: str) -> Tensor | None:
         norm = dict(block.named_children()).get(name)
@@ -225,11 +234,14 @@ def _present(block: torch.nn.Module, *parts: str | None) -> Iterator[torch.nn.Mo
 
 
 Part = tuple[str, Sequence[Tensor], Sequence[Tensor | None]]  # name; gate, up and down; their biases
+Found = TypeVar("Found", FFN, Attention, tuple[Tensor, Tensor])
 
 
-def _gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
+def gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
     """The gated FFNs in a layer's FFN module, in the two forms that transformers keeps them in."""
     for name, module in mlp.named_modules():
+        if name.endswith("_original_component"):
+            continue  # the bridge's wrapper around it has the same parts
         both, down = (getattr(module, part, None) for part in ("gate_up_proj", "down_proj"))
         if isinstance(both, Tensor) and both.ndim == 3:
             if getattr(module, "is_transposed", False) or any("bias" in n for n, _ in module.named_parameters()):
@@ -241,10 +253,23 @@ def _gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
             yield name.split(".")[-1] or "mlp", [part.weight for part in linears], [part.bias for part in linears]
 
 
+def _finite(found: Found, what: str) -> Found:
+    """A layer's matrices as they are, unless some value in them is no finite number."""
+    for values in found if isinstance(found, tuple) else vars(found).values():
+        if isinstance(values, Tensor) and not values.isfinite().all():
+            raise FloatingPointError(
+                f"{what}, or the norm that it reads through, has weights that are not finite; get the model again."
+            )
+    return found
+
+
 @torch.no_grad()
 def _embedded(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
-    return _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
+    entering = _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
+    if len(wrong := ids[~entering.isfinite().all(-1).to(ids.device)]):
+        raise FloatingPointError(f"the embedding of token {int(wrong[0])} is not finite; get the model again.")
+    return entering
 
 
 def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

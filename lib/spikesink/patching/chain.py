@@ -284,6 +284,11 @@ def _up(known: Constants, blocks: Sequence[int], where: Where) -> list[Intervent
     return [skip(blocks, where)] if known.cycle.step_up and blocks else []
 
 
+def _masked(known: Constants, where: Where, layers: Sequence[int], *others: Intervention) -> list[Intervention]:
+    """Keys masked, after other interventions; nothing where the family's attention takes no change of its pattern."""
+    return [*others, mask_key(where, layers)] if known.about.edits_pattern else []
+
+
 CUTS: Mapping[str, Cut] = {
     "skipped": Cut("step-up blocks write nothing", "step-up", lambda k, at: _up(k, k.cycle.step_up, at.spike)),
     "skipped_others": Cut(
@@ -345,11 +350,11 @@ CUTS: Mapping[str, Cut] = {
     "turned_key_elsewhere": Cut(
         "keys of other tokens turned", "key", lambda k, at: _turned_keys(k, at, at.other), True, True
     ),
-    "masked": Cut("sink masked on the plateau", "sink", lambda k, at: [mask_key(at.spike, k.layers)]),
+    "masked": Cut("sink masked on the plateau", "sink", lambda k, at: _masked(k, at.spike, k.layers)),
     "masked_everywhere": Cut(
-        "sink masked in all layers", "sink", lambda k, at: [mask_key(at.spike, range(k.about.n_layers))]
+        "sink masked in all layers", "sink", lambda k, at: _masked(k, at.spike, range(k.about.n_layers))
     ),
-    "masked_elsewhere": Cut("other tokens masked", "sink", lambda k, at: [mask_key(at.other, k.layers)], True, True),
+    "masked_elsewhere": Cut("other tokens masked", "sink", lambda k, at: _masked(k, at.other, k.layers), True, True),
     "skipped_and_zeroed": Cut(
         "no step-up, and spike channels zeroed",
         "both",
@@ -362,7 +367,7 @@ CUTS: Mapping[str, Cut] = {
     "zeroed_and_masked": Cut(
         "spike zeroed, sink masked",
         "both",
-        lambda k, at: [zero(stream(k.point), at.spike, k.cycle.channels), mask_key(at.spike, k.layers)],
+        lambda k, at: _masked(k, at.spike, k.layers, zero(stream(k.point), at.spike, k.cycle.channels)),
     ),
     "decoupled": Cut("spike out, keys and values held", "both", lambda k, at: decoupled(k, at.spike)),
     "decoupled_open": Cut(

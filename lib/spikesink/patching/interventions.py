@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy, check_tokens
+from spikesink.models import Anatomy, anatomy, check_ids, check_tokens
 from spikesink.progress import progress
 
 Places = int | Iterable[int]
@@ -152,6 +152,12 @@ def _hook(kind: str, place: int | str, about: Anatomy) -> str:
         if norm is None:
             raise ValueError(f"the blocks of this {about.family} model read the stream itself, not through a norm.")
         return f"blocks.{(place - 1) // 2}.{norm}.hook_normalized"
+    if kind == "attention" and not about.edits_pattern:
+        # TransformerLens leaves such attention to the model itself: https://github.com/TransformerLensOrg/TransformerLens/pull/1673
+        raise ValueError(
+            f"the attention of this {about.family} model has read its pattern before a hook can change it; change its "
+            "keys (key) or what it writes (write) instead."
+        )
     return f"blocks.{place}.{HEADS[kind]}" if kind in HEADS else about.pattern_hooks[place]
 
 
@@ -470,7 +476,7 @@ def one_prompt(tokens: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
     Raises:
         ValueError: no token ids, or several prompts.
     """
-    _check_ids(tokens)
+    check_ids(tokens)
     if tokens.ndim == 2 and len(tokens) == 1:
         return tokens[0]
     if tokens.ndim != 1:
@@ -544,7 +550,7 @@ def checked(
     """
     if not hasattr(model, "hook_dict"):
         raise ValueError(f"{model!r} is no model; give what load returned.")
-    _check_ids(tokens)
+    check_ids(tokens)
     _check_interventions(interventions)
     about = anatomy(model)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
@@ -560,11 +566,6 @@ def checked(
             raise ValueError(f"the positions are of {len(positions.by_window)} windows, but there are {n}.")
         _hooks_of(model, about, intervention)
     return tokens
-
-
-def _check_ids(tokens: Tensor) -> None:
-    if not isinstance(tokens, Tensor) or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-        raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
 
 
 def _check_interventions(interventions: Sequence[Intervention]) -> None:

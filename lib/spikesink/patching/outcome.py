@@ -20,7 +20,7 @@ from spikesink.patching import prefix
 from spikesink.patching.interventions import Intervention, batches, checked, patched
 from spikesink.progress import progress
 from spikesink.sinks import EPSILON
-from spikesink.trace import received
+from spikesink.trace import not_finite, received
 
 CLEAN = "clean"
 RESAMPLES = 2000
@@ -129,6 +129,7 @@ def evaluate(
         ValueError: no tokens, too many or unknown ones; a block, layer, head, channel, hook or position that does not
             exist; values of the wrong size.
         RuntimeError: an intervention that never took effect.
+        FloatingPointError: the model's own predictions are not finite.
     """
     cut = {"": interventions} if interventions else {}
     return list(compare(model, tokens, cut, epsilon).values())[-1]
@@ -166,6 +167,8 @@ def compare(
         batch = tokens[rows.start : rows.stop].to(model.cfg.device)
         if key == CLEAN:
             clean = run(model, about, batch, (), rows, keep=set(starts.values()))
+            if not clean.total.isfinite().all():
+                raise FloatingPointError(not_finite(model, "what the model predicts when nothing is changed"))
             sums[CLEAN].add(batch, clean, clean)
         else:
             start = starts[key] if form is not None else 0

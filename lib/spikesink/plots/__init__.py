@@ -4,6 +4,7 @@ The same colour means the same thing in all of them: spike (vermilion), sink (bl
 finding, computed from the numbers that are drawn.
 """
 
+from spikesink.plots.across import verdicts
 from spikesink.plots.amplifier import alignment, gains, gates, shared_directions, spectra
 from spikesink.plots.collapse import collapse_of_size, collapsing, cosines, depth, implicit, learned_scale
 from spikesink.plots.firsttoken import fork, instead, vocabulary
@@ -21,6 +22,7 @@ from spikesink.plots.lifecycle import (
     skyline,
     waterfall,
 )
+from spikesink.plots.memory import growth
 from spikesink.plots.patching import broken_chain, causal_map, dose_response, near_and_far, patched_view, where_it_goes
 from spikesink.plots.sinks import (
     logits,
@@ -51,6 +53,7 @@ __all__ = [
     "fork",
     "gains",
     "gates",
+    "growth",
     "implicit",
     "instead",
     "learned_scale",
@@ -72,6 +75,7 @@ __all__ = [
     "sinks_over_depth",
     "skyline",
     "spectra",
+    "verdicts",
     "vocabulary",
     "waterfall",
     "where_it_goes",

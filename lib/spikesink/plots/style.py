@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from spikesink.claims import NotApplicable, write_atomically
+from spikesink.claims import NotApplicable, write_atomically, writing_to
 from spikesink.lifecycle import Cycle
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
@@ -62,8 +62,7 @@ def styled(draw):
 
 def save(fig: Figure, folder: Path, name: str) -> None:
     """Write `folder/name.png` and `.svg`, each atomically and without a date, so that equal figures are equal files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with writing_to(folder), plt.rc_context(STYLE):
         fig.draw_without_rendering()
         fig.set_layout_engine("none")  # laid out once; each further drawing would do it again
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

@@ -1,0 +1,380 @@
+"""What the ledgers of several models say together: claims x models, beside what the paper reports of its own models.
+
+`render` writes it as a table, `draw` as a picture, and both show the same `Board`. Why a claim differs somewhere is
+written by hand, in `reasons.md` beside them, with placeholders for numbers that the ledgers hold.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikesink import claims, paper
+from spikesink.claims import RULES, brief, escape
+
+LINKS = {
+    "LC": "The spike's life",
+    "AM": "The amplifier",
+    "MX": "The amplifier",
+    "TK": "The first token",
+    "NM": "RMSNorm",
+    "SK": "The sink",
+    "AB": "Cutting the chain",
+    "TR": "Trained variants",
+    "SV": "Serving",
+}
+OTHERS = "Further claims"
+NOT_MEASURED = "(not measured here)"
+NOT_LOOKED_INTO = "The reason was not looked into."
+PICTURE = "claims"
+
+# A claim in a few words, for a picture; one that has none is shown by its statement, cut short.
+SHORT = {
+    "LC1": "one to three early FFN blocks write it",
+    "LC2": "blocks in between hardly write",
+    "LC3": "late FFN blocks cancel it",
+    "LC4": "it lives in few channels",
+    "LC5": "in the same ones on all spike tokens",
+    "LC6": "at fixed ratios",
+    "LC7": "few tokens spike, the first nearly always",
+    "AM1": "the gate is near the identity",
+    "AM2": "the spike channel's gain is high",
+    "AM3": "its form is of rank one",
+    "AM4": "spike channels share s*",
+    "AM5": "the write is λ(s*·h̃)²",
+    "AM6": "spike tokens lie along s*",
+    "AM7": "weights alone find the blocks",
+    "X-AM8": "a norm after the block makes the spike",
+    "X-MX1": "the router sends spikes to one expert",
+    "X-MX2": "one expert writes the spike",
+    "TK1": "nearly any token spikes when first",
+    "TK2": "its attention is one static map",
+    "TK3": "the same tokens elsewhere do not spike",
+    "TK4": "spiking delimiters look at themselves",
+    "X-TK5": "so do those of a smaller cycle",
+    "NM1": "bounded by √d, and close to it",
+    "NM2": "sparse: hardly more than one channel",
+    "NM3": "one vector for all spike tokens",
+    "NM4": "one vector over the plateau",
+    "NM5": "a fixed vector can stand in its place",
+    "SK1": "many heads sink on the first token",
+    "SK2": "sinks sit on spike tokens",
+    "SK3": "sink keys fill one or two dimensions",
+    "SK4": "sink heads' queries favour that key",
+    "SK5": "sinks follow the spike over depth",
+    "SK6": "few rows of W_K make the key",
+    "SK7": "the sink's values are small",
+    "X-SK8": "a smaller cycle has sinks of its own",
+    "X-SK9": "secondary sinks: the same direction",
+    "AB1": "zeroing the spike breaks the model",
+    "AB2": "its mean in its place does not",
+    "AB3": "without the step-up the sink goes",
+    "AB4": "the spike can go, the sink stay",
+    "AB5": "the sink can go, the spike stay",
+    "AB6": "random channels, other places: nothing",
+    "AB7": "the more of the spike, the better",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A claim on one model: the verdict ("reported" where it is the paper's and no rule can be put to it), its value.
+
+    `value` is the measured value that stands for the claim; None where it does not apply.
+    """
+
+    verdict: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim across models: `cells` by the name of a model with a ledger, `reported` by that of one of the paper's."""
+
+    claim_id: str
+    link: str
+    statement: str
+    quantity: str  # what the values are
+    cells: Mapping[str, Cell]
+    reported: Mapping[str, Cell]
+
+    @property
+    def short(self) -> str:
+        """The claim in a few words."""
+        return SHORT.get(self.claim_id) or _shortened(self.statement.rstrip("."))
+
+    @property
+    def differs_on(self) -> list[str]:
+        """The models here that it differs on."""
+        return [name for name, cell in self.cells.items() if cell.verdict == "differs"]
+
+    @property
+    def put_to(self) -> list[str]:
+        """The models here that it could be put to."""
+        return [name for name, cell in self.cells.items() if cell.verdict in ("holds", "differs")]
+
+
+@dataclass(frozen=True)
+class Board:
+    """Claims x models. `models` have a ledger here, `others` are the paper's."""
+
+    models: Sequence[str]
+    others: Sequence[str]
+    rows: Sequence[Row]
+
+    @property
+    def judged(self) -> list[Row]:
+        """The claims that could be put to a model here."""
+        return [row for row in self.rows if row.put_to]
+
+    @property
+    def universal(self) -> list[Row]:
+        """Of those, the ones that hold wherever they could be put."""
+        return [row for row in self.judged if not row.differs_on]
+
+    @property
+    def nowhere(self) -> list[Row]:
+        """The ones that differ wherever they could be put."""
+        return [row for row in self.judged if row.differs_on == row.put_to]
+
+    def only_on(self, model: str) -> list[Row]:
+        """The ones that differ on this model and hold on all others that they could be put to, at least one."""
+        return [row for row in self.judged if row.differs_on == [model] != row.put_to]
+
+    @property
+    def on_several(self) -> list[Row]:
+        """The ones that differ on several models and hold on others."""
+        return [row for row in self.judged if 1 < len(row.differs_on) < len(row.put_to)]
+
+
+def board(found: Mapping[str, Mapping[str, Any]]) -> Board:
+    """Set ledgers side by side, in the order of the chain.
+
+    Args:
+        found: ledgers by model, as `claims.ledgers` returns them.
+    """
+    reported = paper.reported()
+    ids = sorted({key for data in found.values() for key in data["claims"]}, key=_order)
+    rows = []
+    for key in ids:
+        mine = {name: data["claims"][key] for name, data in found.items() if key in data["claims"]}
+        quantity = RULES[key].headline if key in RULES else ""
+        cells = {name: Cell(claim["verdict"], claim["measured"].get(quantity)) for name, claim in mine.items()}
+        theirs = {name: _reported(key, values[key]) for name, values in reported.items() if key in values}
+        statement = next(iter(mine.values()))["statement"]
+        rows.append(Row(key, link(key), statement, quantity.replace("_", " "), cells, theirs))
+    return Board(tuple(found), tuple(reported), tuple(rows))
+
+
+def _reported(claim_id: str, value: paper.Reported) -> Cell:
+    return Cell("reported" if value.measured is None else claims.verdict(claim_id, value.measured), value.value)
+
+
+def link(claim_id: str) -> str:
+    """Which link of the chain a claim is about."""
+    return LINKS.get(claim_id.removeprefix("X-")[:2], OTHERS)
+
+
+def _order(claim_id: str) -> tuple[int, bool, int, str]:
+    links, ids = [*dict.fromkeys(LINKS.values()), OTHERS], list(RULES)
+    known = claim_id in RULES
+    return links.index(link(claim_id)), not known, ids.index(claim_id) if known else 0, claim_id
+
+
+def _shortened(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def render(figures: Path) -> Path:
+    """Write `figures/README.md` from all ledgers below it: claims x models, why some differ, each with its control.
+
+    The file is left alone where it says all that already.
+
+    Raises:
+        ValueError: a ledger, or `reasons.md` beside it, is damaged.
+    """
+    found = claims.ledgers(figures)
+    whole = board(found)
+    lines = [
+        "# Claims, by model",
+        "",
+        "Each claim of the paper, what we measured on each model, and the verdict of a rule that is the same for all.",
+        "`differs` is a finding, not an error. Made from `claims.json` in each folder and from `reasons.md`; do not "
+        "edit by hand.",
+        "",
+        f"![Claims x models, coloured by verdict]({PICTURE}.png)",
+        "",
+        *_summary(whole),
+        *_table(whole),
+        *_reasons(figures, found, whole),
+    ]
+    for name, data in found.items():
+        lines += ["", *_one_model(name, data)]
+    path, text = figures / "README.md", "\n".join(lines) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with claims.writing_to(figures):
+            claims.write_atomically(path, text)
+    return path
+
+
+def draw(figures: Path) -> Path:
+    """Draw `figures/claims.png` and `.svg` from the same ledgers, unless they are younger than all of those."""
+    pictures = [figures / f"{PICTURE}.{kind}" for kind in ("png", "svg")]
+    sources = [path for path in (figures / "README.md", *figures.glob("*/claims.json")) if path.is_file()]
+    made = min((path.stat().st_mtime_ns if path.is_file() else 0) for path in pictures)
+    if not made or made < max((path.stat().st_mtime_ns for path in sources), default=0):
+        from spikesink import plots  # seconds of imports that a run with nothing to do can spare
+
+        plots.save(plots.verdicts(board(claims.ledgers(figures))), figures, PICTURE)
+    return pictures[0]
+
+
+def _summary(whole: Board) -> list[str]:
+    """In words: what holds everywhere, what differs on one model alone, on several, on all."""
+
+    def listed(rows: Sequence[Row]) -> str:
+        many = len(whole.models)
+        return ", ".join(
+            row.claim_id + (f" (put to {len(row.put_to)} of {many})" if len(row.put_to) < many else "") for row in rows
+        )
+
+    groups = [("hold wherever they could be put", whole.universal)]
+    groups += [(f"differ on {model} alone", whole.only_on(model)) for model in whole.models]
+    groups += [("differ on several models and hold on others", whole.on_several)]
+    groups += [("differ wherever they could be put", whole.nowhere)]
+    lines = [
+        f"- **{len(rows)} of {len(whole.judged)} claims {what}**: {listed(rows)}." for what, rows in groups if rows
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _table(whole: Board) -> list[str]:
+    names = [*whole.models, *(f"{name} (paper)" for name in whole.others)]
+    lines = ["| claim | " + " | ".join(map(escape, names)) + " |", "|---|" + "---|" * len(names)]
+    for row in whole.rows:
+        cells = [_words(row.cells.get(name)) for name in whole.models]
+        cells += [_words(row.reported.get(name), reported=True) for name in whole.others]
+        lines.append(f"| **{escape(row.claim_id)}** {escape(row.statement)} | " + " | ".join(cells) + " |")
+    return [
+        *lines,
+        "",
+        "The paper's models have a cell where it reports the value that stands for a claim: blocks in its table 1, "
+        "shares of the vocabulary in its table 2, and the sink ratio of the 7B model that it trains. LC1 and LC3 ask "
+        "for the share that each block writes, which it does not list, and with which ε and T it counts sinks could "
+        "not be confirmed, so these are *reported* and not judged. TK1's rule can be put to the reported share.",
+    ]
+
+
+def _words(cell: Cell | None, reported: bool = False) -> str:
+    """A cell of the table: the verdict, and the value that stands for the claim."""
+    if cell is None:
+        return ""
+    verdict = f"reported, {cell.verdict}" if reported and cell.verdict != "reported" else cell.verdict
+    return escape(verdict if cell.value is None else f"{verdict} ({brief(cell.value)})")
+
+
+def _one_model(name: str, data: Mapping[str, Any]) -> list[str]:
+    n, length = data["windows"]
+    lines = [
+        f"## {name}",
+        "",
+        f"`{data['spec']}`, {n} windows of {length} tokens of `{data['text']}`, {data['dtype']}, seed {data['seed']}.",
+        "",
+        "| claim | verdict | measured | control | rule |",
+        "|---|---|---|---|---|",
+    ]
+    for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+        cells = [_values(claim["measured"]), _values(claim["control"]), escape(claim["rule"])]
+        lines.append(f"| {escape(key)} | {claim['verdict']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    text = "; ".join(f"{key} {brief(value)}" for key, value in values.items())
+    return escape(text).replace("\n", "\\n")
+
+
+def _reasons(figures: Path, found: Mapping[str, Mapping[str, Any]], whole: Board) -> list[str]:
+    """A paragraph for each claim that differs somewhere: its section, and a sentence for each model it leaves out."""
+    written, lines = reasons(figures), []
+    for row in whole.rows:
+        if not row.differs_on:
+            continue
+        text = written.get(row.claim_id, "")
+        silent = [name for name in row.differs_on if not speaks_of(text, name)]
+        # A section that speaks of no model that is here was written about others.
+        paragraphs = [fill(text, found)] if len(silent) < len(row.differs_on) else []
+        paragraphs += [_unexplained(row.claim_id, name, found[name]["claims"][row.claim_id]) for name in silent]
+        lines += ["", f"### {row.claim_id}: {row.statement}", "", "\n\n".join(paragraphs)]
+    return ["", "## Where models differ, and why as far as it was tested", *lines] if lines else []
+
+
+def reasons(figures: Path) -> dict[str, str]:
+    """The sections of `figures/reasons.md`, a claim's id each, as they are written; none where there is no such file.
+
+    Raises:
+        ValueError: two sections are about one claim.
+    """
+    path = figures / "reasons.md"
+    if not path.is_file():
+        return {}
+    _, *sections = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    for section in sections:
+        name, _, text = section.partition("\n")
+        if name.strip() in found:
+            raise ValueError(f"{path} has two sections {name.strip()}; make one of them.")
+        found[name.strip()] = text.strip()
+    return found
+
+
+def speaks_of(text: str, model: str) -> bool:
+    """Whether a text names a model, and not only one whose longer name begins or ends like it."""
+    return re.search(rf"(?<![\w.-]){re.escape(model)}(?![\w-]|\.\w)", text) is not None
+
+
+_PLACEHOLDER = re.compile(r"\{([^{}:\s]+):([A-Z][\w-]*)\.(\w+)((?:\[\d+\])*)(?::([^{}]*))?\}")
+
+
+def fill(text: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Put the ledgers' numbers in a text's placeholders.
+
+    `{model:claim.name}` is a measured value, or a control of that name, as `claims.brief` has it; `{…name[2]}` the
+    third of a list; `{…name:.0%}` the value in a format of Python's own.
+    """
+
+    def value(match: re.Match) -> str:
+        model, claim_id, name, indices, form = match.groups()
+        claim = found.get(model, {}).get("claims", {}).get(claim_id, {})
+        try:
+            at = (claim.get("control", {}) | claim.get("measured", {}))[name]
+            for index in re.findall(r"\d+", indices):
+                at = at[int(index)]
+            return format(at, form) if form else brief(at)
+        except (LookupError, TypeError, ValueError):
+            return NOT_MEASURED
+
+    return _PLACEHOLDER.sub(value, text)
+
+
+class _Read(dict):
+    """Values that remember which of them were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.asked: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked[key] = super().__getitem__(key)
+        return self.asked[key]
+
+
+def _unexplained(claim_id: str, model: str, claim: Mapping[str, Any]) -> str:
+    """What can be said of a difference that nobody has looked into: what the rule met, up to where it failed."""
+    values = _Read(claim["measured"])
+    if claim_id in RULES:
+        RULES[claim_id].holds(values)
+    met = values.asked or dict(values)
+    found = ", ".join(f"{name} {brief(value)}" for name, value in met.items())
+    return f"On {model}: {found}; the rule asks for: {claim['rule']}. {NOT_LOOKED_INTO}"

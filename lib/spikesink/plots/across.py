@@ -1,0 +1,175 @@
+"""The figure of all ledgers: claims x models, by verdict."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from spikesink.across import Board, Cell, Row
+from spikesink.claims import brief
+from spikesink.plots.style import ORDINARY, OTHERS, absent, figure, styled
+
+# Neither is a spike's colour or a sink's, and they differ for every kind of colour blindness.
+HOLDS, DIFFERS = OTHERS[0], "#A3487B"
+LOOKS = {
+    "holds": {"facecolor": "#BFE5D8", "edgecolor": HOLDS},
+    "differs": {"facecolor": "#F6D3E6", "edgecolor": DIFFERS},
+    "n/a": {"facecolor": "#F0F0F0", "edgecolor": "#D5D5D5"},
+    "reported": {"facecolor": "white", "edgecolor": ORDINARY},
+}
+MARKS = {"holds": "✓", "differs": "≠", "n/a": "n/a", "reported": ""}
+MEANINGS = {"holds": "holds", "differs": "differs", "n/a": "cannot be put to this model", "reported": "not judged"}
+CENTRED = {"ha": "center", "va": "center"}
+
+# In inches.
+HEIGHT, OURS, THEIRS, TALLY, GAP = 0.205, 1.06, 0.58, 0.52, 0.14
+LINK, CLAIM, QUANTITY = 1.36, 2.75, 1.42
+ABOVE, BELOW, HATCHED = 1.75, 0.95, 0.2
+PER_INCH = 15  # characters of a cell's text
+MOST_NAMED = 4  # claims in the second line of the title
+LONGEST_NAME = 26  # of a column's head
+
+
+@styled
+def verdicts(board: Board) -> Figure:
+    """Claims x models: rows by link of the chain, columns the models with a ledger and then the paper's own.
+
+    Each cell has its verdict as a colour, a mark and a hatching, and the value that stands for the claim.
+    """
+    if not board.rows:
+        return absent("no model has a ledger here")
+    left = LINK + CLAIM + QUANTITY + GAP
+    mine = {name: left + OURS * i for i, name in enumerate(board.models)}
+    tally = left + OURS * len(mine) + GAP
+    theirs = {name: tally + TALLY + GAP + THEIRS * i for i, name in enumerate(board.others)}
+    width, bottom = tally + TALLY + GAP + THEIRS * len(theirs), HEIGHT * len(board.rows)
+    fig, ax = _canvas(width, bottom)
+    for i, row in enumerate(board.rows):
+        y = i * HEIGHT
+        _row(ax, row, y)
+        for name, cell in row.cells.items():
+            _cell(ax, cell, mine[name], y, OURS)
+        for name, cell in row.reported.items():
+            _cell(ax, cell, theirs[name], y, THEIRS)
+        if len(row.put_to) > 1:
+            _tally(ax, row, tally, y)
+    _links(ax, board.rows, width)
+    for name, x in mine.items():
+        _head(ax, name, x + OURS / 2, fontweight="bold")
+        _count(ax, board, name, x + OURS / 2, bottom)
+    if len(mine) > 1:
+        _head(ax, "holds on", tally + TALLY / 2)
+    for name, x in theirs.items():
+        _head(ax, name, x + THEIRS / 2, color="#444444")
+    ax.text(min(theirs.values()), 0.74 - ABOVE, "as the paper reports", fontsize=8.5, style="italic", va="center")
+    _key(ax, bottom + 0.66)
+    ax.text(0, 0.14 - ABOVE, _finding(board), fontsize=13, fontweight="bold", va="top")
+    ax.text(0, 0.48 - ABOVE, _where(board), fontsize=9.5, va="top")
+    return fig
+
+
+def _canvas(width: float, bottom: float):
+    """A figure and axes whose unit is an inch, with 0 at the first row's top and y downwards."""
+    fig, ax = figure(size=(width + 0.6, ABOVE + bottom + BELOW))
+    fig.set_layout_engine("none")
+    ax.set_position((0, 0, 1, 1))
+    ax.set(xlim=(-0.1, width + 0.5), ylim=(bottom + BELOW, -ABOVE))
+    ax.axis("off")
+    return fig, ax
+
+
+def _row(ax, row: Row, y: float) -> None:
+    middle = y + HEIGHT / 2
+    ax.text(LINK, middle, row.claim_id, fontsize=7.5, fontweight="bold", va="center")
+    ax.text(LINK + 0.6, middle, row.short, fontsize=7.5, va="center")
+    ax.text(LINK + CLAIM + QUANTITY, middle, row.quantity, fontsize=6.5, color="#555555", ha="right", va="center")
+
+
+def _cell(ax, cell: Cell, x: float, y: float, width: float) -> None:
+    look, mark, middle = LOOKS[cell.verdict], MARKS[cell.verdict], y + HEIGHT / 2
+    corner, height = (x + 0.02, y + 0.015), HEIGHT - 0.03
+    ax.add_patch(Rectangle(corner, width - 0.04, height, lw=0.6, label=cell.verdict, **look))
+    if cell.verdict == "differs":  # at one end only, so as not to bury the number
+        ax.add_patch(Rectangle(corner, HATCHED, height, lw=0, fill=False, hatch="////", edgecolor="#E3A9C9"))
+    if cell.value is None:
+        colour = ORDINARY if cell.verdict == "n/a" else "black"
+        ax.text(x + width / 2, middle, mark, fontsize=7, color=colour, **CENTRED)
+        return
+    ax.text(x + 0.11, middle, mark, fontsize=7.5, fontweight="bold", **CENTRED)
+    taken = 0.16 if mark else 0
+    text = _number(cell.value, int((width - taken) * PER_INCH))
+    ax.text(x + (width + taken) / 2, middle, text, fontsize=7.5 if len(text) < 12 else 6.8, **CENTRED)
+
+
+def _number(value: Any, room: int) -> str:
+    """A value in as many characters as there is room for: of a long list, its first and its last."""
+    text = brief(value)
+    if len(text) > room and isinstance(value, list | tuple) and len(value) > 1:
+        text = f"{brief(value[0])} … {brief(value[-1])}"
+    return text if len(text) <= room + 2 else text[:room] + "…"
+
+
+def _tally(ax, row: Row, x: float, y: float) -> None:
+    """On how many of the models it could be put to a claim holds."""
+    n, put = len(row.put_to) - len(row.differs_on), len(row.put_to)
+    weight, color = ("bold", HOLDS) if n == put else ("normal", DIFFERS)
+    ax.text(x + TALLY / 2, y + HEIGHT / 2, f"{n} of {put}", fontsize=7.5, fontweight=weight, color=color, **CENTRED)
+
+
+def _links(ax, rows: Sequence[Row], width: float) -> None:
+    start = 0
+    for name, group in groupby(rows, key=lambda row: row.link):
+        n = len(list(group))
+        ax.plot([0, width], [start * HEIGHT] * 2, color="#999999", lw=0.7, zorder=0)
+        ax.text(0, (start + 0.5) * HEIGHT, name, fontsize=8.5, fontweight="bold", va="center")
+        start += n
+    ax.plot([0, width], [start * HEIGHT] * 2, color="#999999", lw=0.7, zorder=0)
+
+
+def _name(model: str) -> str:
+    return model if len(model) <= LONGEST_NAME else model[: LONGEST_NAME - 1] + "…"
+
+
+def _head(ax, name: str, x: float, **options) -> None:
+    ax.text(x, -0.08, _name(name), fontsize=8, rotation=28, rotation_mode="anchor", ha="left", va="bottom", **options)
+
+
+def _count(ax, board: Board, name: str, x: float, y: float) -> None:
+    found = [row.cells[name].verdict for row in board.rows if name in row.cells]
+    text = f"{found.count('holds')} hold\n{found.count('differs')} differ\n{found.count('n/a')} n/a"
+    ax.text(x, y + 0.06, text, fontsize=7.5, ha="center", va="top", linespacing=1.15)
+
+
+def _key(ax, y: float) -> None:
+    what = "Grey: what the numbers are. Blank: not measured here, or not reported."
+    ax.text(0, y - 0.16, what, fontsize=7.5, va="center", color="#555555")
+    x = 0.0
+    for verdict, meaning in MEANINGS.items():
+        _cell(ax, Cell(verdict, None if verdict == "n/a" else ""), x, y, 0.42)
+        ax.text(x + 0.47, y + HEIGHT / 2, meaning, fontsize=7.5, va="center")
+        x += 0.67 + 0.068 * len(meaning)
+
+
+def _finding(board: Board) -> str:
+    judged, holding = len(board.judged), len(board.universal)
+    if not judged:
+        return "No claim could be put to a model here"
+    if len(board.models) == 1:
+        return f"{holding} of {judged} claims hold on {_name(board.models[0])}"
+    text = f"{holding} of {judged} claims hold on every model they could be put to"
+    most = max(board.models, key=lambda model: len(board.only_on(model)))
+    n = len(board.only_on(most))
+    return text + (f"; {n} {'differ' if n > 1 else 'differs'} on {_name(most)} alone" if n else "")
+
+
+def _where(board: Board) -> str:
+    """Where the others differ."""
+    if len(board.models) == 1:
+        return ""
+    parts = [f"{len(board.only_on(model))} on {_name(model)} alone" for model in board.models if board.only_on(model)]
+    parts += [f"{len(board.on_several)} on several"] if board.on_several else []
+    nowhere = [row.claim_id for row in board.nowhere]
+    parts += [f"{', '.join(nowhere) if len(nowhere) <= MOST_NAMED else len(nowhere)} wherever put"] if nowhere else []
+    return f"The other {len(board.judged) - len(board.universal)} differ: {', '.join(parts)}." if parts else ""

@@ -1,0 +1,111 @@
+"""The notebooks' code cells, run one after the other in this process: every measure, without kernels or files."""
+
+import ast
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import torch
+from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import spikesink
+from spikesink import claims, plots, sinks
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+WITH_CLAIMS = [notebook for notebook in NOTEBOOKS if "ledger.record(" in notebook.read_text()]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the notebooks left: the rows of the ledger by claim id, and the names of the pictures."""
+
+    rows: dict[str, dict[str, Any]]
+    pictures: list[str]
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Of every claim."""
+        return {key: row["verdict"] for key, row in self.rows.items()}
+
+
+def walk(
+    directory: Path,
+    text: Path,
+    folder: Path,
+    n: int = 3,
+    length: int = 32,
+    notebooks: Sequence[Path] = NOTEBOOKS,
+    see: Callable[[Figure], None] = pyplot.close,
+) -> Walk:
+    """Run notebooks on the model in a directory, with `n` windows of `length` tokens of a text.
+
+    The model is loaded once and no picture is written: `see` gets each, `draw` to notice what cannot be drawn. The
+    ledger goes to `folder`, as with `make figures`.
+    """
+    model = spikesink.load(directory)
+    given = {"MODEL": str(directory), "TEXT": str(text), "N_PROMPTS": n, "SEQ_LEN": length, "FIGURES": str(folder)}
+    pictures: list[str] = []
+
+    def saved(fig: Figure, _folder: Path, name: str) -> None:
+        see(fig)
+        pictures.append(name)
+
+    brief = partial(sinks.TSNE, max_iter=250)  # what it would find later is no matter here
+    replacements = ((spikesink, "load", lambda *_, **__: model), (plots, "save", saved), (sinks, "TSNE", brief))
+    with contextlib.ExitStack() as stack:
+        for module, name, by in replacements:
+            stack.enter_context(_replaced(module, name, by))
+        for notebook in notebooks:
+            _run(notebook, given)
+    [data] = claims.ledgers(folder).values()
+    return Walk(data["claims"], sorted(pictures))
+
+
+def draw(fig: Figure) -> None:
+    """Draw a figure as small as it goes, and not laid out."""
+    fig.set_layout_engine("none")
+    fig.set_dpi(20)
+    FigureCanvasAgg(fig).draw()
+    pyplot.close(fig)
+
+
+def _run(notebook: Path, given: dict[str, Any]) -> None:
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells):
+        if cell.cell_type != "code":
+            continue
+        try:
+            with torch.enable_grad():  # as in a kernel
+                _execute(cell.source, names, f"{notebook.stem}, cell {number}")
+        except Exception as error:
+            error.add_note(f"in {notebook.name}, cell {number}")
+            raise
+        if "parameters" in cell.metadata.get("tags", []):
+            names.update(given)
+    pyplot.close("all")
+
+
+def _execute(source: str, names: dict[str, Any], where: str) -> None:
+    """Run a cell, and ask for the text of its last line's value, if that is an expression."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, where, "exec"), names)
+    if last is not None:
+        repr(eval(compile(ast.Expression(last.value), where, "eval"), names))
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, by: Callable) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, by)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)

@@ -1,0 +1,304 @@
+"""What ledgers say together: the table, the reasons under it, the picture; and what of the paper stands beside ours."""
+
+import copy
+import json
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from spikesink import across, claims, paper, plots
+from spikesink.across import NOT_LOOKED_INTO, NOT_MEASURED
+from spikesink.claims import Evidence, Header, NotApplicable
+
+FIGURES = Path(__file__).parent.parent / "figures"
+
+
+def ledger(folder: Path, model: str, **evidence) -> None:
+    """A ledger of a made-up model; a claim's id has _ for -."""
+    judged = {key: claims.judge(key.replace("_", "-"), of, "01_step_up") for key, of in evidence.items()}
+    header = Header(model, model, "ab", "house", "cd", (2, 64), "float32", 0)
+    claims.record(folder / model, header, {key.replace("_", "-"): claim for key, claim in judged.items()})
+
+
+def writes(share: float, attention: float = 0.0) -> Evidence:
+    measured = {"step_up_blocks": [4], "share_written": share, "largest_attention_share": attention}
+    return Evidence(measured, {"share_written_ordinary_tokens": 0.25})
+
+
+def jaccard(value: float) -> Evidence:
+    return Evidence({"jaccard": value}, {"jaccard_ordinary_tokens": 0.5})
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """Three models: LC1 differs on one, LC5 on two, LC2 can be put to none, SK1 is of one; and a claim of one's own."""
+    ledger(tmp_path, "one|bar", LC1=writes(0.4321), LC5=jaccard(0.5), LC2=NotApplicable("there is no plateau"))
+    ledger(tmp_path, "two", LC1=writes(0.9), LC5=jaccard(0.25), LC2=NotApplicable("there is no plateau"))
+    sinks = Evidence({"sink_ratio": 0.75}, {"sink_ratio_other_positions": 0.0})
+    ledger(tmp_path, "three", LC1=writes(0.95), LC5=jaccard(1.0), SK1=sinks)
+    path = tmp_path / "two" / "claims.json"
+    data = json.loads(path.read_text())
+    data["claims"]["X-OWN1"] = data["claims"]["LC1"] | {
+        "statement": "Mine | alone.",
+        "verdict": "differs",
+        "rule": "a|b",
+    }
+    path.write_text(json.dumps(data))
+    return tmp_path
+
+
+def lines(figures: Path) -> list[str]:
+    return across.render(figures).read_text().splitlines()
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+def test_the_committed_table_is_made_from_the_committed_ledgers_and_reasons(tmp_path):
+    for path in [*FIGURES.glob("*/claims.json"), FIGURES / "reasons.md"]:
+        target = tmp_path / path.relative_to(FIGURES)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    assert across.render(tmp_path).read_text() == (FIGURES / "README.md").read_text()
+
+
+def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_over():
+    found, written = claims.ledgers(FIGURES), across.reasons(FIGURES)
+    differing = {
+        (key, name)
+        for name, data in found.items()
+        for key, row in data["claims"].items()
+        if row["verdict"] == "differs"
+    }
+    assert {key for key, _ in differing} == set(written)
+    assert [pair for pair in sorted(differing) if not across.speaks_of(written[pair[0]], pair[1])] == []
+
+
+def test_every_committed_placeholder_is_a_number_of_a_ledger():
+    found = claims.ledgers(FIGURES)
+    for key, text in across.reasons(FIGURES).items():
+        filled = across.fill(text, found)
+        assert NOT_MEASURED not in filled, key
+        assert not re.search(r"[{}]", filled), key
+        assert len(filled) > 150, key
+
+
+def test_the_table_has_a_column_for_each_model_and_a_cell_for_each_verdict(figures):
+    rows = {cells(line)[0]: cells(line) for line in lines(figures) if line.startswith("| **")}
+    head = next(cells(line) for line in lines(figures) if line.startswith("| claim | one"))
+    assert head == ["claim", "one|bar", "three", "two", *(f"{name} (paper)" for name in paper.reported())]
+    assert all(len(row) == len(head) for row in rows.values())
+    lc1 = rows["**LC1** One to three early FFN blocks write the spike."]
+    assert lc1[1:4] == ["differs (4)", "holds (4)", "holds (4)"]
+    assert dict(zip(head, lc1, strict=True))["Qwen2.5-7B (paper)"] == "reported (8, 10)"
+    lc2 = rows["**LC2** Between step-up and step-down, what blocks write is orders of magnitude smaller."]
+    assert lc2[1:4] == ["n/a", "", "n/a"]
+    assert rows["**X-OWN1** Mine | alone."][1:4] == ["", "", "differs"]
+    sinks = dict(zip(head, rows["**SK1** Many heads sink on the first token."], strict=True))
+    assert (sinks["three"], sinks["trained 7B (paper)"], sinks["Llama-2-7B (paper)"]) == (
+        "holds (0.75)",
+        "reported (0.46)",
+        "",
+    )
+
+
+def test_the_paper_is_judged_only_where_our_rule_asks_for_what_it_reports(tmp_path):
+    share = Evidence({"share": 0.5}, {"share_before_step_up": 0.0})
+    ledger(tmp_path, "tiny", LC1=writes(0.9), TK1=share)
+    board = across.board(claims.ledgers(tmp_path))
+    lc1, tk1 = board.rows
+    assert {cell.verdict for cell in lc1.reported.values()} == {"reported"}
+    assert {name: cell.verdict for name, cell in tk1.reported.items()} == {
+        name: "holds" if spiking / vocabulary >= 0.98 else "differs" for name, spiking, vocabulary in paper.TABLE_2
+    }
+    assert tk1.cells["tiny"].verdict == "differs"
+
+
+def test_table_2_reads_as_the_paper_prints_it():
+    printed = {"Llama-2-7B": "99.65%", "Llama-3-8B": "99.77%", "Qwen3-8B": "99.93%", "Qwen3-14B": "99.93%"}
+    values = {name: f"{found['TK1'].value:.2%}" for name, found in paper.reported().items() if "TK1" in found}
+    assert printed.items() <= values.items()
+    assert len(values) == 7
+
+
+def test_the_summary_sorts_claims_by_where_they_hold(figures):
+    ledger(figures, "three", LC3=Evidence({"share_cancelled": 0.1, "step_down_blocks": [10]}, {"other": 0.0}))
+    board = across.board(claims.ledgers(figures))
+    names = {
+        "judged": [row.claim_id for row in board.judged],
+        "universal": [row.claim_id for row in board.universal],
+        "one": [row.claim_id for row in board.only_on("one|bar")],
+        "two": [row.claim_id for row in board.only_on("two")],
+        "several": [row.claim_id for row in board.on_several],
+        "nowhere": [row.claim_id for row in board.nowhere],
+    }
+    assert names == {
+        "judged": ["LC1", "LC3", "LC5", "SK1", "X-OWN1"],
+        "universal": ["SK1"],
+        "one": ["LC1"],
+        "two": [],
+        "several": ["LC5"],
+        "nowhere": ["LC3", "X-OWN1"],
+    }
+    text = lines(figures)
+    assert "- **1 of 5 claims hold wherever they could be put**: SK1 (put to 1 of 3)." in text
+    assert "- **1 of 5 claims differ on one|bar alone**: LC1." in text
+
+
+def test_a_difference_that_nobody_looked_into_says_so_with_its_numbers(figures):
+    text = lines(figures)
+    rule = claims.RULES["LC1"].words
+    assert f"On one|bar: share_written 0.432; the rule asks for: {rule}. {NOT_LOOKED_INTO}" in text
+    assert sum(NOT_LOOKED_INTO in line for line in text) == 4  # LC1 once, LC5 twice, X-OWN1
+    assert not any("LC2:" in line for line in text)  # n/a is no difference
+
+
+def test_what_the_rule_failed_on_is_what_is_shown(tmp_path):
+    ledger(tmp_path, "tiny", LC1=writes(0.9, attention=0.5))
+    text = across.render(tmp_path).read_text()
+    assert "On tiny: share_written 0.9, largest_attention_share 0.5; the rule asks for" in text
+
+
+def test_reasons_stand_under_the_table_with_numbers_out_of_the_ledgers(figures):
+    (figures / "reasons.md").write_text(
+        "# Why\n\nA preface with {two:LC1.share_written}.\n\n"
+        "## LC5\n\nOn two it is {two:LC5.jaccard} ({two:LC5.jaccard:.0%}, control {two:LC5.jaccard_ordinary_tokens}), "
+        "of block {two:LC1.step_up_blocks[0]}; {two:LC5.nosuch}, {gone:LC5.jaccard}, {two:LC1.step_up_blocks[7]}.\n\n"
+        "## LC2\n\nNothing differs here.\n"
+    )
+    text = lines(figures)
+    at = text.index("### LC5: The same channels spike on all spike tokens.")
+    said = f"On two it is 0.25 (25%, control 0.5), of block 4; {NOT_MEASURED}, {NOT_MEASURED}, {NOT_MEASURED}."
+    assert text[at + 2] == said
+    assert text[at + 4].startswith("On one|bar: jaccard 0.5;")
+    assert text[at + 4].endswith(NOT_LOOKED_INTO)
+    assert not any("preface" in line or "Nothing differs" in line for line in text)
+    assert text.index("### LC1: One to three early FFN blocks write the spike.") < at < text.index("## one|bar")
+
+
+def test_a_section_about_other_models_is_not_shown(figures):
+    (figures / "reasons.md").write_text("## LC1\n\nOn two-instruct it is the norm, on my-one|bar another.\n")
+    text = lines(figures)
+    assert not any("two-instruct" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "speaks"),
+    [
+        ("on qwen2.5-0.5b.", True),
+        ("{qwen2.5-0.5b:LC1.value}", True),
+        ("qwen2.5-0.5b", True),
+        ("on qwen2.5-0.5b-instruct", False),
+        ("on my-qwen2.5-0.5b", False),
+        ("on qwen2.5-0.5b.gguf", False),
+        ("", False),
+    ],
+)
+def test_a_model_is_spoken_of_by_its_whole_name(text, speaks):
+    assert across.speaks_of(text, "qwen2.5-0.5b") is speaks
+
+
+def test_two_sections_about_one_claim_are_refused(tmp_path):
+    (tmp_path / "reasons.md").write_text("## LC1\n\na\n\n## LC1\n\nb\n")
+    with pytest.raises(ValueError, match="has two sections LC1"):
+        across.reasons(tmp_path)
+
+
+def test_a_table_that_says_it_all_already_is_left_alone(figures):
+    path = across.render(figures)
+    os.utime(path, ns=(1, 1))
+    across.render(figures)
+    assert path.stat().st_mtime_ns == 1
+    ledger(figures, "two", LC5=jaccard(0.26))
+    across.render(figures)
+    assert path.stat().st_mtime_ns > 1
+
+
+def drawn(figure) -> list[str]:
+    """The verdicts of the cells in a picture, without those of its key."""
+    found = [patch.get_label() for patch in figure.axes[0].patches if patch.get_label() in plots.across.LOOKS]
+    assert found[-4:] == list(plots.across.LOOKS)
+    return found[:-4]
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_the_picture_has_a_cell_for_every_verdict(figures):
+    found = drawn(plots.verdicts(across.board(claims.ledgers(figures))))
+    ours = {"holds": 2 + 1 + 1, "differs": 1 + 2 + 1, "n/a": 2}
+    assert {verdict: found.count(verdict) for verdict in ours} == ours
+    assert found.count("reported") == len(paper.TABLE_1) + 1
+
+
+def test_the_committed_picture_is_of_the_committed_ledgers():
+    found = claims.ledgers(FIGURES)
+    cells = drawn(plots.verdicts(across.board(found)))
+    rows = [row["verdict"] for data in found.values() for row in data["claims"].values()]
+    judged = len(paper.TABLE_2)  # all of the paper's shares are above the rule's
+    assert cells.count("holds") == rows.count("holds") + judged
+    assert cells.count("differs") == rows.count("differs")
+    assert cells.count("n/a") == rows.count("n/a")
+    assert (FIGURES / "claims.png").is_file()
+    assert (FIGURES / "claims.svg").is_file()
+
+
+def test_every_committed_claim_has_a_few_words_for_the_picture():
+    ids = {key for data in claims.ledgers(FIGURES).values() for key in data["claims"]}
+    assert ids <= set(across.SHORT)
+    assert max(map(len, across.SHORT.values())) <= 42
+
+
+def test_the_title_is_counted(figures):
+    title, where = texts(plots.verdicts(across.board(claims.ledgers(figures))))[-2:]
+    assert title == "1 of 4 claims hold on every model they could be put to; 1 differs on one|bar alone"
+    assert where == "The other 3 differ: 1 on one|bar alone, 1 on several, X-OWN1 wherever put."
+
+
+def test_the_picture_of_one_model_counts_its_own(tmp_path):
+    ledger(tmp_path, "tiny", LC1=writes(0.9), LC5=jaccard(0.5))
+    said = texts(plots.verdicts(across.board(claims.ledgers(tmp_path))))
+    assert "1 of 2 claims hold on tiny" in said
+    assert "1 hold\n1 differ\n0 n/a" in said
+    assert "holds on" not in said
+
+
+def test_nothing_overlaps_in_a_picture_of_twelve_models():
+    """Every text of a cell lies within its column, and no two of a row's texts touch."""
+    found = claims.ledgers(FIGURES)
+    many = {f"m{i}": copy.deepcopy(data) | {"model": f"m{i}"} for i, data in enumerate([*found.values()] * 4)}
+    board = across.board(many)
+    figure = plots.verdicts(board)
+    figure.draw_without_rendering()
+    rows: dict[float, list] = {}
+    for text in figure.axes[0].texts:
+        if text.get_text().strip() and not text.get_rotation() and 0 < text.get_position()[1] < 0.205 * len(board.rows):
+            rows.setdefault(round(text.get_position()[1], 3), []).append(text.get_window_extent())
+    assert len(rows) == len(board.rows)
+    for boxes in rows.values():
+        boxes.sort(key=lambda box: box.x0)
+        assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+
+
+def test_a_folder_without_ledgers_says_so(tmp_path):
+    assert "Nothing to draw" in plots.verdicts(across.board({})).axes[0].texts[0].get_text()
+    assert "## " not in across.render(tmp_path).read_text()
+    assert across.draw(tmp_path).is_file()
+
+
+def test_the_picture_is_drawn_again_when_a_ledger_is_newer_and_only_then(figures):
+    across.render(figures)
+    path = across.draw(figures)
+    first = {kind: path.with_suffix(kind).read_bytes() for kind in (".png", ".svg")}
+    path.write_bytes(b"old")
+    across.draw(figures)
+    assert path.read_bytes() == b"old"
+    newer = path.stat().st_mtime_ns + 10**9
+    os.utime(figures / "two" / "claims.json", ns=(newer, newer))
+    across.draw(figures)
+    assert {kind: path.with_suffix(kind).read_bytes() for kind in (".png", ".svg")} == first  # and to the same bytes

@@ -1,0 +1,51 @@
+"""Every measure on a tiny random model of every family: a result, or n/a with the reason that its build gives."""
+
+import pytest
+
+from spikesink.claims import RULES
+from spikesink.lifecycle import Lifecycle
+from tests import in_process
+from tests.test_families import FAMILIES, MORE, n_experts, tiny
+
+TEXT = "The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40
+NO_SPIKE = Lifecycle(None, ()).reason
+OF_THE_FFN = [f"AM{i}" for i in range(1, 8)] + ["X-AM8"]
+OF_EXPERTS = ["X-MX1", "X-MX2"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES | MORE)
+def walked(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("walk")
+    (folder / "text.txt").write_text(TEXT)
+    see = {"see": in_process.draw} if request.param == "llama" else {}  # all have the same pictures: little but words
+    found = in_process.walk(tiny(request.param, folder), folder / "text.txt", folder / "figures", **see)
+    return request.param, found
+
+
+def test_a_random_model_of_any_family_passes_every_measure(walked):
+    """That position 0's attention is one static map needs no spike, nor does counting sinks, of which it has none."""
+    family, found = walked
+    assert set(found.rows) == set(RULES)
+    applies = {key: verdict for key, verdict in found.verdicts.items() if verdict != "n/a"}
+    # In gpt-oss a learned logit takes its share of a softmax over one key too.
+    assert applies == {"TK2": "differs" if family == "gpt_oss" else "holds", "SK1": "differs"}
+
+
+def test_where_a_measure_does_not_apply_it_says_why(walked):
+    family, found = walked
+    reasons = {key: row["measured"]["reason"] for key, row in found.rows.items() if row["verdict"] == "n/a"}
+    expected, gate = dict.fromkeys(reasons, NO_SPIKE), (FAMILIES | MORE)[family][2][3]
+    if experts := n_experts(family):
+        reason = f"the FFN of this {family} model is a mixture of {experts} experts, not one gated FFN"
+        expected |= dict.fromkeys(OF_THE_FFN, reason)
+    else:
+        expected |= dict.fromkeys(OF_EXPERTS, "every layer has one FFN, and no router chooses")
+        if gate is None:
+            reason = f"the FFN of this {family} model has no gate, so it is no quadratic form"
+            expected |= dict.fromkeys(OF_THE_FFN, reason)
+    assert reasons == expected
+
+
+def test_every_picture_of_the_default_model_is_drawn_of_any_other(walked):
+    committed = (in_process.ROOT / "figures" / "smollm2-135m").glob("*.png")
+    assert walked[1].pictures == sorted(path.stem for path in committed)

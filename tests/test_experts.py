@@ -1,0 +1,121 @@
+"""A mixture of experts: the census against forming each form, and the router's choice on a spike that was planted."""
+
+import pytest
+import torch
+import transformers
+
+import spikesink
+from spikesink import amplifier, claims, experts
+from spikesink.claims import NotApplicable
+from spikesink.weights import weights_of
+from tests import planted
+from tests.test_families import GROUPED, tiny
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    return spikesink.load(tiny("mixtral", tmp_path_factory.mktemp("experts")))
+
+
+def test_the_census_is_that_of_every_expert_by_itself(mixtral):
+    weights = weights_of(mixtral)
+    found = experts.census(weights)
+    assert found.gain.shape == (3 * 4, 64)
+    assert found.blocks.tolist() == [2] * 4 + [4] * 4 + [6] * 4
+    layer = mixtral.original_model.model.layers[1]
+    own, scale = layer.mlp.experts, layer.post_attention_layernorm.weight
+    gate, up = own.gate_up_proj[2].chunk(2)
+    u = torch.einsum("m,md,me->de", own.down_proj[2, 7], gate * scale, up * scale)
+    assert found.of(4, 7)["2"] == pytest.approx(float(u.norm()), rel=1e-5)
+    block, expert, channel, gain = found.top(3)[0]
+    assert gain == float(found.gain.max()) == found.of(block, channel)[expert]
+    some = experts.census(weights, [1])
+    assert torch.equal(some.gain, found.gain[4:8])
+    with pytest.raises(ValueError, match="block 5, channel 7 is not in this census of 12 experts"):
+        found.of(5, 7)
+
+
+def moe(name: str, folder, **more):
+    torch.manual_seed(0)
+    sizes = GROUPED | {"num_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2} | more
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    hf_model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    return spikesink.load(planted.save(hf_model, folder / name))
+
+
+@pytest.mark.parametrize(("name", "shared"), [("Qwen3Moe", []), ("Qwen2Moe", ["shared_expert"])])
+def test_weighted_experts_add_up_to_what_the_block_writes(name, shared, tmp_path):
+    """All that the router's weights and the experts as read say is what the model computes, without what is shared."""
+    model = moe(name, tmp_path, shared_expert_intermediate_size=56)
+    about, ffns = spikesink.anatomy(model), weights_of(model).experts(1)
+    assert list(ffns) == ["0", "1", "2", "3", *shared]
+    seen = experts._pass_router(model, about, 1, spikesink.windows(model, "house", 1, 16)[0])
+    assert ((seen["weight"] > 0).sum(1) == 2).all()
+    ours = sum(seen["weight"][:, [int(n)]] * amplifier.write(ffns[n], seen["h"]) for n in ffns if n not in shared)
+    if shared:
+        mlp = model.original_model.model.layers[1].mlp
+        h = seen["h"] * model.original_model.model.layers[1].post_attention_layernorm.weight
+        ours += torch.sigmoid(h @ mlp.shared_expert_gate.weight.T) * amplifier.write(ffns[shared[0]], seen["h"])
+    torch.testing.assert_close(ours, seen["own"], rtol=1e-4, atol=1e-7)
+
+
+def test_layers_without_a_router_have_one_ffn(tmp_path):
+    model = moe("Qwen3Moe", tmp_path, mlp_only_layers=[0])
+    weights = weights_of(model)
+    assert [list(weights.experts(layer)) for layer in range(3)] == [["mlp"], ["0", "1", "2", "3"], ["0", "1", "2", "3"]]
+    assert spikesink.anatomy(model).router_hooks[0] is None
+    found = experts.census(weights)
+    assert found.blocks.tolist() == [2] + [4] * 4 + [6] * 4
+    assert found.gain[0].max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt_oss", "the experts of this gpt_oss model are kept in a way that is not known here"),
+        ("llama", "every layer has one FFN, and no router chooses"),
+    ],
+)
+def test_where_there_is_no_census_it_says_why(name, reason, tmp_path):
+    model = spikesink.load(tiny(name, tmp_path)) if name == "llama" else moe("GptOss", tmp_path, num_local_experts=4)
+    weights, tokens = weights_of(model), spikesink.windows(model, "house", 2, 24)
+    assert experts.census(weights) == NotApplicable(reason)
+    life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
+    routing = experts.route(model, weights, tokens, life)
+    assert isinstance(routing, NotApplicable)
+    assert experts.same_choice(routing) == experts.one_writer(routing) == routing
+
+
+def by_hand(**changed) -> experts.Routing:
+    """Three experts, two spike tokens that are sent to the second with weight 0.9, and two others."""
+    values = {
+        "block": 4,
+        "channel": 9,
+        "experts": ("0", "1", "2"),
+        "is_spike": torch.tensor([True, True, False, False]),
+        "weight": torch.tensor([[0, 0.9, 0.1], [0.1, 0.9, 0], [1, 0, 0], [0, 0.6, 0.4]]),
+        "write": torch.tensor([[0.0, 90, 10], [10, 90, 0]]),
+        "own": torch.tensor([100.0, 100]),
+        "shares": False,
+        "gain": torch.tensor([1.0, 8, 2]),
+        "gain_ordinary": torch.tensor([[3.0, 1, 2], [3, 2, 1], [1, 2, 3]]),
+    }
+    return experts.Routing(**values | changed)
+
+
+def test_the_choice_and_the_writer_by_hand():
+    chosen, written = experts.same_choice(by_hand()), experts.one_writer(by_hand())
+    assert chosen.measured["expert"] == written.measured["expert"] == "1"
+    assert chosen.measured["share_of_spike_tokens"] == 1
+    assert chosen.measured["share_of_other_tokens"] == 0.5
+    assert chosen.measured["weight"] == pytest.approx(0.9)
+    assert chosen.measured["n_chosen"] == 2
+    assert chosen.control == {"share_if_even": 1 / 3, "weight_other_tokens": pytest.approx(0.3)}
+    assert written.measured["share_written"] == pytest.approx(0.9)
+    assert written.measured["share_of_all_experts"] == 1
+    assert (written.measured["gain_rank"], written.measured["gain_over_median"]) == (1, 4)
+    assert written.control == {"gain_rank_ordinary_channels": 2}
+    assert claims.judge("X-MX1", chosen, "04").verdict == claims.judge("X-MX2", written, "04").verdict == "holds"
+    other = by_hand(gain=torch.tensor([9.0, 8, 2]), weight=torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]]))
+    assert claims.judge("X-MX1", experts.same_choice(other), "04").verdict == "differs"
+    assert claims.judge("X-MX2", experts.one_writer(other), "04").verdict == "differs"

@@ -1,0 +1,270 @@
+"""The whole chain planted in every gated pre-norm family: each measure finds what was put there, and no more."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
+
+import spikesink
+from spikesink import amplifier, collapse, experts, firsttoken, patching, sinks
+from spikesink.claims import RULES, NotApplicable
+from spikesink.lifecycle import is_spike
+from spikesink.patching import chain
+from spikesink.weights import FFN, weights_of
+from tests import in_process, planted
+
+N, LENGTH = 6, 64
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A model with a planted chain, and windows that begin with its trigger."""
+
+    family: str
+    plant: planted.Plant
+    directory: Path
+    model: TransformerBridge
+    tokens: Tensor
+
+    @cached_property
+    def life(self):
+        return spikesink.find_lifecycle(spikesink.trace_windows(self.model, self.tokens))
+
+    @cached_property
+    def weights(self):
+        return weights_of(self.model)
+
+    @property
+    def step_up_blocks(self) -> tuple[int, ...]:
+        return tuple(2 * layer + 2 for layer in self.plant.step_up_layers)
+
+    @property
+    def step_down_blocks(self) -> tuple[int, ...]:
+        return tuple(2 * layer + 2 for layer in self.plant.step_down_layers)
+
+    @property
+    def spikes(self) -> Tensor:
+        """Where the trigger stands."""
+        return self.tokens == 1
+
+    def ffn(self, layer: int) -> FFN:
+        """The FFN of a layer that was planted in, or its planted expert."""
+        if self.weights.anatomy.n_experts:
+            return self.weights.experts(layer)[str(self.plant.expert)]
+        return self.weights.ffn(layer)
+
+    def normalised_spike(self) -> Tensor:
+        """What a norm makes of the planted channels alone, [d_model]: known without running the model."""
+        h = torch.zeros(planted.D_MODEL)
+        h[[self.plant.channel, self.plant.side_channel]] = self.plant.size * torch.tensor([1, self.plant.side_ratio])
+        if self.family == "stablelm":
+            h -= h.mean()
+        return h * (planted.D_MODEL**0.5 / h.norm())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(planted.text(N, LENGTH))
+    return file
+
+
+@pytest.fixture(scope="module", params=planted.FAMILIES)
+def grown(request, family_directory, text):
+    directory = family_directory(request.param)
+    model = spikesink.load(directory)
+    tokens = spikesink.windows(model, str(text), N, LENGTH)
+    return Grown(request.param, planted.FAMILIES[request.param][2], directory, model, tokens)
+
+
+@pytest.fixture(scope="module")
+def walked(grown, text, tmp_path_factory):
+    """The ledger that the notebooks write; those without claims run, and pictures are drawn, in one family."""
+    whole = {"see": in_process.draw} if grown.family == "llama" else {"notebooks": in_process.WITH_CLAIMS}
+    return in_process.walk(grown.directory, text, tmp_path_factory.mktemp("walk"), N, LENGTH, **whole)
+
+
+def test_the_windows_are_as_meant(grown):
+    assert grown.spikes[:, 0].all()
+    assert grown.spikes[:, LENGTH // 8 + 1].sum() == int(grown.spikes.sum()) - N == 2
+
+
+def test_the_life_cycle_is_the_planted_one(grown):
+    cycle, plant = grown.life.main, grown.plant
+    assert len(grown.life.cycles) == 1
+    assert (cycle.step_up, cycle.step_down) == (grown.step_up_blocks, grown.step_down_blocks)
+    assert cycle.plateau == (grown.step_up_blocks[-1], grown.step_down_blocks[0] - 1)
+    assert cycle.channels == (plant.channel, plant.side_channel)
+    assert cycle.value == pytest.approx(plant.size, rel=1e-4)
+    assert float(cycle.stream[-1]) == pytest.approx((1 - plant.cancelled) * plant.size, rel=1e-3)
+    assert torch.equal(is_spike(grown.life, cycle), grown.spikes)
+    written = cycle.writes[[block - 1 for block in cycle.step_up]]
+    torch.testing.assert_close(written, torch.full_like(written, plant.size / len(written)), rtol=1e-4, atol=0)
+
+
+def test_the_stream_is_that_of_transformers_own_run(grown):
+    own = AutoModelForCausalLM.from_pretrained(grown.directory, attn_implementation="eager")
+    point = 2 * grown.plant.step_up_layers[-1] + 2
+    held = own(grown.tokens, output_hidden_states=True).hidden_states[point // 2][..., grown.plant.channel]
+    assert torch.equal(held.abs() > 100, grown.spikes)
+    torch.testing.assert_close(held[:, 0], torch.full((N,), grown.plant.size), rtol=1e-4, atol=0)
+    # Elsewhere attention moves the trigger a little off s*, which is not what was measured when it was planted.
+    assert held[grown.spikes].tolist() == pytest.approx([grown.plant.size] * 8, rel=0.05)
+
+
+def test_the_form_is_the_planted_direction_and_nothing_else(grown):
+    for order, layer in enumerate(grown.plant.step_up_layers):
+        ffn, reads = grown.ffn(layer), grown.plant.along() if order == 0 else planted.towards_spike(grown.plant)
+        for channel in (grown.plant.channel, grown.plant.side_channel):
+            pairs = amplifier.eigenpairs(ffn, channel, 1)
+            assert float((pairs.vectors[:, 0].float() @ reads).abs()) > 0.9999
+            share = (pairs.values[0] / amplifier.form_norms(ffn, [channel])[0]) ** 2
+            assert float(share) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_census_lists_the_planted_pairs_first(grown):
+    steps = (*grown.step_up_blocks, *grown.step_down_blocks)
+    meant = {(block, c) for block in steps for c in (grown.plant.channel, grown.plant.side_channel)}
+    if grown.weights.anatomy.n_experts:
+        top = experts.census(grown.weights).top(len(meant))
+        assert {(block, channel) for block, _, channel, _ in top} == meant
+        assert {expert for _, expert, _, _ in top} == {str(grown.plant.expert)}
+        assert isinstance(amplifier.census(grown.weights), NotApplicable)
+    else:
+        assert {pair[:2] for pair in amplifier.census(grown.weights).top(len(meant))} == meant
+
+
+def test_the_probe_finds_the_trigger_and_no_other_token(grown):
+    found = firsttoken.probe(grown.weights, grown.life)
+    assert found.exceptions().tolist() == [1]
+    assert float(found.value[1]) == pytest.approx(abs(grown.plant.size), rel=1e-4)
+    others = torch.arange(len(found.tokens)) != 1
+    assert float(found.value[others].abs().max()) < 1
+
+
+def test_the_norm_makes_the_known_vector_of_every_spike(grown):
+    found = collapse.collapse(grown.model, grown.tokens, grown.life)
+    known = grown.normalised_spike()
+    kept = found.spike.kept[:, found.plateau]
+    assert float(functional.cosine_similarity(kept, known.expand_as(kept), dim=-1).min()) > 0.9999
+    participation = float(known.square().sum() ** 2 / known.pow(4).sum())
+    plateau = found.spike.participation[found.plateau]
+    torch.testing.assert_close(plateau, torch.full_like(plateau, participation), rtol=1e-3, atol=0)
+    largest = known.abs().max() / known.norm()
+    torch.testing.assert_close(found.spike.largest[found.plateau], largest.expand(len(plateau)), rtol=1e-3, atol=0)
+
+
+def test_the_planted_heads_sink_on_every_trigger_and_no_other_head(grown):
+    scores = sinks.score(grown.model, grown.tokens, of={"spike": grown.spikes, "other": ~grown.spikes})
+    meant = torch.zeros(planted.N_LAYERS, planted.N_HEADS, dtype=torch.bool)
+    meant[tuple(torch.tensor(grown.plant.sinks).T)] = True
+    assert torch.equal((scores.at > scores.epsilon), meant.expand(N, -1, -1))
+    assert scores.ratio() == pytest.approx(len(grown.plant.sinks) / meant.numel())
+    triggers = int(grown.spikes.sum())
+    assert torch.equal(scores.sinks_anywhere["spike"], triggers * meant.sum(1))
+    assert int(scores.sinks["other"].sum()) == 0
+
+
+def test_the_keys_are_along_the_planted_dimension_and_the_values_nothing(grown):
+    about, seen = grown.weights.anatomy, {}
+    slow, group = about.d_head // 2 - 1, about.n_heads // about.n_kv_heads
+    names = [f"blocks.{layer}.attn.{part}.hook_out" for layer, _ in grown.plant.sinks for part in "kv"]
+    hooks = [(name, lambda value, hook: seen.update({hook.name: value.clone()})) for name in names]
+    with grown.model.hooks(fwd_hooks=hooks):
+        grown.model(grown.tokens)
+    for layer, head in grown.plant.sinks:
+        k, v = (
+            seen[f"blocks.{layer}.attn.{part}.hook_out"].reshape(N, LENGTH, about.n_kv_heads, about.d_head)
+            for part in "kv"
+        )
+        keys, values = k[:, :, head // group], v[:, :, head // group].norm(dim=-1)
+        along = keys[grown.spikes][:, slow] / keys[grown.spikes].norm(dim=-1)
+        assert float(along.min()) > 0.99
+        assert float(values[grown.spikes].max()) < 0.05 * float(values[~grown.spikes].min())
+
+
+def test_without_the_step_up_there_is_no_sink_and_with_constants_there_is_no_spike(grown):
+    clean = patching.evaluate(grown.model, grown.tokens)
+    skipped = patching.evaluate(grown.model, grown.tokens, patching.skip(list(grown.step_up_blocks), grown.spikes))
+    assert clean.sink_ratio == pytest.approx(len(grown.plant.sinks) / 24)
+    assert skipped.sink_ratio == 0
+    assert skipped.max_activation < 0.01 * clean.max_activation
+    assert skipped.perplexity > 2 * clean.perplexity  # the planted heads now speak for what never comes
+    apart = patching.evaluate(grown.model, grown.tokens, *patching.decouple(grown.model, grown.life, grown.tokens))
+    assert torch.equal(apart.score > 0.3, clean.score > 0.3)
+    assert apart.max_activation < 0.01 * clean.max_activation
+    assert apart.perplexity == pytest.approx(clean.perplexity, rel=1e-3)
+    unsunk = patching.evaluate(grown.model, grown.tokens, *patching.unsink(grown.model, grown.life, grown.tokens))
+    assert unsunk.sink_ratio == 0
+    assert unsunk.max_activation == pytest.approx(clean.max_activation, rel=1e-6)
+
+
+def test_where_attention_takes_no_change_nothing_is_masked(grown):
+    known = chain.constants(grown.model, grown.life, grown.tokens)
+    deaf = replace(known, about=replace(known.about, edits_pattern=False))
+    able, unable = (set(chain.cuts_on(of, chain.aim(grown.spikes))) for of in (known, deaf))
+    assert able - unable == {"masked", "masked_everywhere", "masked_elsewhere", "zeroed_and_masked"}
+
+
+# What cannot hold here, by construction, and why. All other claims hold.
+DIFFERS = {
+    "AM1": "the other neurons' gates are so small that silu is half the identity, whose cosine is 1 on any token",
+    "TK1": "one token spikes, and no other",
+    "TK3": "the trigger spikes wherever it stands",
+    "NM2": "one of 64 channels is more than 1% of them",
+}
+NOT_APPLICABLE = {
+    "TK4": "no delimiter spikes",
+    "X-AM8": "no norm follows the block",
+    "X-TK5": "there is one cycle",
+    "X-SK8": "there is one cycle",
+    "X-SK9": "no other token is a sink",
+}
+OF_ONE_FFN = {f"AM{i}" for i in range(1, 8)}
+OF_EXPERTS = {"X-MX1", "X-MX2"}
+# The norm makes one vector of any dose but none, so that between those perplexity moves by rounding; and one token at
+# two places is nearly its own mean, in some families so nearly that the claim does not apply.
+BY_CHANCE = {"AB7", "AB2"}
+
+
+def test_every_claim_has_the_verdict_that_was_planted(grown, walked):
+    expected = dict.fromkeys(RULES, "holds") | dict.fromkeys(DIFFERS, "differs") | dict.fromkeys(NOT_APPLICABLE, "n/a")
+    expected |= dict.fromkeys(OF_ONE_FFN if grown.weights.anatomy.n_experts else OF_EXPERTS, "n/a")
+    for claim in BY_CHANCE:
+        expected[claim] = walked.verdicts[claim]
+    assert walked.verdicts == expected
+    assert walked.verdicts["AB2"] in ("holds", "n/a")
+
+
+def test_the_ledger_says_how_much(grown, walked):
+    measured = {key: row["measured"] for key, row in walked.rows.items()}
+    assert measured["LC1"]["step_up_blocks"] == list(grown.step_up_blocks)
+    assert measured["LC1"]["share_written"] == pytest.approx(1, rel=1e-3)
+    assert measured["LC3"]["step_down_blocks"] == list(grown.step_down_blocks)
+    assert measured["LC3"]["share_cancelled"] == pytest.approx(grown.plant.cancelled, rel=1e-3)
+    assert measured["LC5"]["jaccard"] == 1  # the third largest channel is the first of s*
+    assert measured["LC6"]["ratio"] == pytest.approx(grown.plant.side_ratio, rel=1e-3)
+    assert measured["LC7"]["spike_token_share"] == pytest.approx(float(grown.spikes.double().mean()), rel=1e-5)
+    assert measured["LC7"]["spike_tokens"] == [planted.TRIGGER]
+    assert measured["TK1"]["spiking"] == 1
+    assert measured["SK1"]["sink_ratio"] == pytest.approx(len(grown.plant.sinks) / 24, rel=1e-5)
+    assert measured["SK2"]["share_on_spike_tokens"] == 1
+    assert measured["AB3"]["sink_ratio_skipped"] == measured["AB5"]["sink_ratio_unsunk"] == 0
+    # Of a small dose the step-down takes more than there is: the trigger's own prediction changes, and no other.
+    doses = dict(zip(measured["AB7"]["factors"], measured["AB7"]["perplexities_elsewhere"], strict=True))
+    some = [perplexity for factor, perplexity in doses.items() if factor > 0]
+    assert max(some) < 1.001 * min(some) < 0.8 * doses[0]
+    if grown.weights.anatomy.n_experts:
+        assert measured["X-MX1"]["expert"] == measured["X-MX2"]["expert"] == str(grown.plant.expert)
+        assert measured["X-MX1"]["share_of_spike_tokens"] == 1
+        assert measured["X-MX2"]["share_written"] == pytest.approx(1, rel=1e-3)
+    else:
+        assert measured["AM2"]["gain_rank"] == 1
+        assert measured["AM6"]["cosine_spike"] > 0.9
+        assert measured["AM6"]["cosine_other"] < 0.1
