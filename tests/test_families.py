@@ -64,13 +64,21 @@ MORE = {
         GROUPED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
         ("RMS", "pre", 0, "silu", False, False),
     ),
+    "deepseek_v3": (  # keys and values are made of a compressed vector; the first layer has one FFN and no router
+        "DeepseekV3",
+        GROUPED
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
+        | {"n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+        ("RMS", "pre", 0, "silu", False, False),
+    ),
 }
 
 
 def n_experts(family: str) -> int:
     """How many FFNs a router chooses from; 0 without one."""
     sizes = (FAMILIES | MORE)[family][1]
-    return sizes.get("num_local_experts", sizes.get("num_experts", 0))
+    return next((sizes[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in sizes), 0)
 
 
 def tiny(family: str, folder: Path) -> Path:
@@ -99,7 +107,11 @@ def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
     assert found == expected
     assert (about.n_blocks, about.d_model, about.n_heads) == (6, 64, 4)
     assert about.n_experts == n_experts(family)
-    widths = {"qwen3_moe": 48, "gpt2": 256}  # of one expert; four times d_model, as nothing else was said
+    widths = {
+        "qwen3_moe": 48,
+        "deepseek_v3": 48,
+        "gpt2": 256,
+    }  # of one expert; four times d_model, as nothing else was said
     assert about.d_mlp == widths.get(family, 96)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert about.residual_multiplier == (0.5 if family == "granite" else 1)
@@ -108,7 +120,13 @@ def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
     trace = spikesink.trace_windows(model, tokens)
     assert trace.closure < 1e-6
     assert spikesink.find_lifecycle(trace).main is None
-    with warnings.catch_warnings(), patching.patched(model, patching.mask_key(0, 1)):
+    assert about.edits_pattern == (family != "opt")
+    assert about.projects == (family != "deepseek_v3")
+    assert about.learned_sink == (family == "gpt_oss")
+    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(about.pattern_hooks[1], lambda value, hook: value * 0)]):
         warnings.simplefilter("ignore")  # where it goes nowhere, TransformerLens says so
-        masked = model(tokens)
-    assert about.edits_pattern == (not torch.equal(masked, model(tokens))) == (family != "opt")
+        without = model(tokens)
+    assert about.edits_pattern == (not torch.equal(without, model(tokens)))
+    if not about.edits_pattern:
+        with pytest.raises(ValueError, match="has read its pattern before a hook can change it"):
+            patching.evaluate(model, tokens, patching.mask_key(0, 1))

@@ -467,3 +467,19 @@ def test_bad_requests_are_named(planted_model, planted_probe, trigger_tokens):
         firsttoken.prefixes(trigger_tokens, 3, 48)
     with pytest.raises(ValueError, match="'' has no tokens; give a word"):
         firsttoken.try_word(planted_model, weights, planted_probe, "", trigger_tokens)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt_oss", "a learned logit takes part in each softmax of this gpt_oss model, also where one token is alone"),
+        ("deepseek_v3", "the attention of this deepseek_v3 model has no W_K and W_V of its own"),
+    ],
+)
+def test_where_a_token_alone_is_not_mapped_by_its_values_there_is_no_path(family, reason, tmp_path, planted_life):
+    weights = weights_of(spikesink.load(tiny(family, tmp_path)))
+    with pytest.raises(ValueError, match=reason):
+        firsttoken.static_path(weights, torch.arange(5), 2)
+    about = weights.anatomy
+    theirs = replace(planted_life, trace=replace(planted_life.trace, anatomy=about))
+    assert firsttoken.probe(weights, theirs) == NotApplicable(reason)

@@ -23,7 +23,7 @@ from spikesink.lifecycle import STEP, Cycle, Lifecycle, check_model, check_windo
 from spikesink.models import Anatomy, check_tokens, check_vocabulary
 from spikesink.progress import progress
 from spikesink.trace import not_finite
-from spikesink.weights import Weights, no_form
+from spikesink.weights import Weights, no_form, no_projections, no_static_map
 
 BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
 
@@ -61,6 +61,8 @@ def static_path(
     about = weights.anatomy
     if not isinstance(block, Integral) or not 0 <= block <= about.n_blocks:
         raise ValueError(f"block {block!r} does not exist; this model has blocks 1 to {about.n_blocks}.")
+    if (reason := no_static_map(about)) is not None:
+        raise ValueError(f"{reason}.")
     _check(tokens, about)
     x = weights.embed(tokens).to(device)  # all at once: an embedding that is on disk is read for every call
     for part in batches(len(tokens)) if watch else ():
@@ -299,6 +301,8 @@ def probe(
         return NotApplicable(life.reason)
     if not cycle.step_up:
         return NotApplicable("no block is step-up, so there is no place to look for the spike")
+    if (reason := no_static_map(weights.anatomy)) is not None:
+        return NotApplicable(reason)
     tokens = torch.arange(weights.anatomy.d_vocab) if tokens is None else tokens
     _check(tokens, weights.anatomy)
     sign, first, last = math.copysign(1, cycle.value), cycle.step_up[0], cycle.step_up[-1]
@@ -409,6 +413,8 @@ def one_static_map(
     """
     about = weights.anatomy
     check_tokens(about, tokens)
+    if (reason := no_projections(about)) is not None:
+        return NotApplicable(reason)
     if model.cfg.dtype != torch.float32:
         return NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
     seen: dict[str, Tensor] = {}

@@ -42,7 +42,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Growth:
-    """The trace of more and more windows: seconds, and bytes held above a single forward pass."""
+    """The trace of more and more windows: seconds, and the most bytes held above what the libraries take."""
 
     length: int
     windows: tuple[int, ...]

@@ -101,6 +101,8 @@ class Anatomy:
     # Each layer's weight of each expert; None: not to be seen.
     router_hooks: tuple[str | None, ...] = field(default=(), repr=False)
     edits_pattern: bool = True  # whether a change of the attention pattern reaches what the attention writes
+    projects: bool = True  # whether keys and values are linear maps of h~, by matrices of their own
+    learned_sink: bool = False  # a learned logit takes part in each softmax, so that a token alone gets less than all
 
     @property
     def n_blocks(self) -> int:
@@ -331,6 +333,8 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),
         router_hooks=tuple(_router_hook(model.blocks[i], i) for i in layers),
         edits_pattern=_edits_pattern(block.attn),
+        projects={"k", "v"} <= dict(block.attn.named_children()).keys(),
+        learned_sink=isinstance(getattr(attention, "sinks", None), Tensor),
     )
 
 

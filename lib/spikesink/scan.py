@@ -7,7 +7,6 @@ each layer that is done is kept, so that an interrupted scan goes on where it wa
 """
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from spikesink.models import LoadError, configuration, prepare, quiet
 from spikesink.progress import progress
 from spikesink.specs import DEFAULT_MODEL, slug
 from spikesink.trace import SPIKE_OVER_MEDIAN
-from spikesink.weights import FFN, Weights, gated_parts, no_form, open_weights
+from spikesink.weights import FFN, Weights, gated_parts, give_back, no_form, open_weights
 
 ENTRIES = 1024  # of the vocabulary, spread evenly over it, that are put at position 0
 SUSPECTS = 10  # (block, channel) pairs of largest gain that are shown
@@ -228,7 +227,7 @@ def scan(
     rows = [load_file(place / _name(layer)) for layer in range(done)]
     for layer in progress(range(done, about.n_layers), f"scanning from layer {done}", "layer"):
         rows.append(_one_layer(weights, layer, x))
-        _give_back()
+        give_back()
         if place is not None:
             _keep(place, layer, rows[-1], x)
     gated = all("gain" in row for row in rows)
@@ -254,7 +253,7 @@ def _one_layer(weights: Weights, layer: int, x: Float[Tensor, "token d_model"]) 
     )
     points += [_at_a_point(torch.cat(parts)) for parts in sums.values()]
     found = {name: torch.stack([point[name] for point in points]) for name in ("mean", "median", "share")}
-    _give_back()
+    give_back()
     return found | _weigh(_ffns(weights, layer))
 
 
@@ -275,19 +274,12 @@ def _weigh(ffns: Sequence[FFN]) -> dict[str, Tensor]:
         return {}
     gain, expert = torch.stack([amplifier.gains(ffn).float() for ffn in ffns]).max(0)
     k = int(gain.argmax())
-    _give_back()
+    give_back()
     return {
         "gain": gain,
         "expert": expert,
         "rank_one": amplifier.directions(ffns[int(expert[k])], [k]).shares[0].float(),
     }
-
-
-def _give_back() -> None:
-    """Give freed memory back to the system: glibc keeps what lies between blocks that are in use, layer after layer."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _name(layer: int) -> str:

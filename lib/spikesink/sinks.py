@@ -29,7 +29,7 @@ from spikesink.lifecycle import Lifecycle, check_model, check_windows, is_spike,
 from spikesink.models import Anatomy, anatomy, check_not_padding, check_tokens
 from spikesink.progress import progress
 from spikesink.trace import follow, received
-from spikesink.weights import Weights
+from spikesink.weights import Weights, no_projections
 
 EPSILON = 0.3  # Gu et al.'s
 ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the same way
@@ -768,6 +768,8 @@ def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) 
         ValueError: `life` was found in another model.
     """
     check_model(life, weights.anatomy)
+    if (reason := no_projections(weights.anatomy)) is not None:
+        return NotApplicable(reason)
     layers, channels = plateau_layers(found.cycle), list(found.cycle.channels)
     if not layers:
         return NotApplicable("no layer reads the plateau")

@@ -7,6 +7,7 @@ Everywhere the norm's learned scale is folded into the matrices that read throug
 the normalised stream without that scale, whose norm is sqrt(d_model).
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -112,7 +113,7 @@ class Weights:
         """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
 
         Raises:
-            ValueError: the model has no such layer.
+            ValueError: the model has no such layer, or no W_V.
             FloatingPointError: its weights are not finite.
         """
         about = self.anatomy
@@ -136,7 +137,7 @@ class Weights:
         Before any QK norm and any rotation; the norm's scale and bias are folded in.
 
         Raises:
-            ValueError: the model has no such layer.
+            ValueError: the model has no such layer, or no W_K.
             FloatingPointError: its weights are not finite.
         """
         with self._of_attention(layer) as block:
@@ -159,6 +160,8 @@ class Weights:
 
     def _of_attention(self, layer: int, *parts: str) -> AbstractContextManager[torch.nn.Module]:
         self._check(layer)
+        if (reason := no_projections(self.anatomy)) is not None:
+            raise ValueError(f"{reason}.")
         return self.block(layer, "attn", self.anatomy.attention_norm, *parts)
 
     def _gated(self, block: torch.nn.Module, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FFN:
@@ -204,6 +207,18 @@ def no_form(about: Anatomy) -> str | None:
     return None
 
 
+def no_projections(about: Anatomy) -> str | None:
+    """Why a model's keys and values are no linear maps of h~, or None where they are."""
+    return None if about.projects else f"the attention of this {about.family} model has no W_K and W_V of its own"
+
+
+def no_static_map(about: Anatomy) -> str | None:
+    """Why attention is no fixed map of a token that sees itself alone, or None where it is."""
+    if about.learned_sink:
+        return f"a learned logit takes part in each softmax of this {about.family} model, also where one token is alone"
+    return no_projections(about)
+
+
 def weights_of(model: TransformerBridge) -> Weights:
     """The weights of a loaded model; of an offloaded one, each layer is read when it is asked for."""
     return Weights(
@@ -227,10 +242,19 @@ def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dty
 def _present(block: torch.nn.Module, *parts: str | None) -> Iterator[torch.nn.Module]:
     """A block with some of its parts' weights in them, also where accelerate keeps them elsewhere in the meantime."""
     children = dict(block.named_children())
+    if any(parameter.is_meta for parameter in block.parameters()):
+        give_back()
     with ExitStack() as stack:
         for module in [m for part in parts if part in children for m in children[part].modules()]:
             stack.enter_context(align_module_device(module))
         yield block
+
+
+def give_back() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between blocks in use, more with every layer read."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 Part = tuple[str, Sequence[Tensor], Sequence[Tensor | None]]  # name; gate, up and down; their biases
