@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 import spikesink
 from spikesink import amplifier, firsttoken, scan
@@ -97,6 +99,22 @@ def test_a_layer_that_was_kept_before_its_stream_is_done_again(planted_directory
     assert began == [3, 4, 5]
     assert torch.equal(again.mean, found.mean)
     assert torch.equal(scan._stream(place, 6), kept)
+
+
+def test_where_bos_always_stands_first_it_alone_is_sent_through(planted_directory, tmp_path):
+    """The trigger is made the BOS of a tokenizer that adds one: the mean is the spike itself."""
+    shutil.copytree(planted_directory, tmp_path / "with-bos")
+    tokenizer = planted.tokenizer()
+    tokenizer.bos_token = planted.TRIGGER
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{planted.TRIGGER} $A", special_tokens=[(planted.TRIGGER, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path / "with-bos")
+    done = scan.scan(tmp_path / "with-bos", 400)
+    assert (done.entries, done.only_bos) == (1, True)
+    assert float(done.mean[4, planted.Plant.channel]) == pytest.approx(1000, rel=0.05)
+    assert done.steps() == ([4], [10])
+    assert "the stream of BOS (which always stands there) is largest in channel 9 after block" in done.sentence()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,6 +7,7 @@ each layer that is done is kept, so that an interrupted scan goes on where it wa
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -129,7 +130,8 @@ class Scan:
     """What a scan found. A spike's channel and blocks are those of tokens that stand first, from weights alone."""
 
     model: str
-    entries: int
+    entries: int  # that were put at position 0
+    only_bos: bool  # whether that was BOS alone, which the tokenizer always puts there
     block_gain: Float[Tensor, "ffn d_model"] | None  # ||U_k||_F, of the expert where it is largest; None without a gate
     expert: Int[Tensor, "ffn d_model"] | None  # which expert that is; 0 where there is one FFN
     mean: Float[Tensor, "point d_model"]  # the stream at position 0, mean over entries
@@ -154,11 +156,16 @@ class Scan:
         """Where the first token spikes, as prose."""
         found = self.summary()
         up, down = (", ".join(map(str, found[key])) or "none" for key in ("step_up_blocks", "step_down_blocks"))
+        who = "BOS (which always stands there)" if self.only_bos else f"{self.entries:,} vocabulary entries"
+        much = (
+            ""
+            if self.only_bos
+            else f" on average; {found['share_of_entries']:.1%} exceed {SPIKE_OVER_MEDIAN:g} medians there"
+        )
         return (
-            f"At position 0 the stream is largest in channel {found['channel']} after block {found['point']}: "
-            f"{brief(found['value'])} on average, {brief(found['over_median'])} medians; "
-            f"{found['share_of_entries']:.1%} of {self.entries:,} vocabulary entries exceed {SPIKE_OVER_MEDIAN:g} "
-            f"medians there. Blocks that write it: {up}; that take it back: {down}."
+            f"At position 0 the stream of {who} is largest in channel {found['channel']} after block "
+            f"{found['point']}: {brief(found['value'])}, {brief(found['over_median'])} medians{much}. "
+            f"Blocks that write it: {up}; that take it back: {down}."
         )
 
     def summary(self) -> dict:
@@ -206,7 +213,8 @@ def scan(
 
     Args:
         spec: as `load` takes it.
-        entries: of the vocabulary, spread evenly over it, that are put at position 0.
+        entries: of the vocabulary, spread evenly over it, that are put at position 0; BOS alone where the tokenizer
+            always puts it there.
         folder: where each layer that is done is kept, so that the same call goes on after an interruption; None to
             keep nothing.
 
@@ -215,15 +223,19 @@ def scan(
         ValueError: no entries, or more than the vocabulary has.
     """
     ready = prepare(spec)
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in ready.source.files]
-    key = sha256(json.dumps([files, entries]).encode()).hexdigest()[:16]
-    place = None if folder is None else Path(folder) / f"scan-{key}"
     weights = open_weights(spec, ready.config.dtype)
     about = weights.anatomy
     if not 0 < entries <= about.d_vocab:
         raise ValueError(f"{entries} entries were asked for, and this model's vocabulary has {about.d_vocab}.")
+    # Where the tokenizer puts BOS first, nothing else ever stands there.
+    spread = torch.arange(entries) * about.d_vocab // entries
+    first = torch.tensor([about.bos_token]) if about.prepends_bos else spread
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in ready.source.files]
+    versions = [importlib.metadata.version(name) for name in ("spikesink", "torch", "transformers")]
+    key = sha256(json.dumps([files, first.tolist(), versions]).encode()).hexdigest()[:16]
+    place = None if folder is None else Path(folder) / f"scan-{key}"
     done = _layers_done(place, about.n_layers)
-    x = _stream(place, done) if done else weights.embed(torch.arange(entries) * about.d_vocab // entries)
+    x = _stream(place, done) if done else weights.embed(first)
     rows = [load_file(place / _name(layer)) for layer in range(done)]
     for layer in progress(range(done, about.n_layers), f"scanning from layer {done}", "layer"):
         rows.append(_one_layer(weights, layer, x))
@@ -234,7 +246,8 @@ def scan(
     columns = {name: [row[name] for row in rows] for name in rows[0] if gated or name not in WEIGHED}
     return Scan(
         model=ready.source.slug,
-        entries=entries,
+        entries=len(first),
+        only_bos=about.prepends_bos,
         block_gain=torch.stack(columns["gain"]) if gated else None,
         expert=torch.stack(columns["expert"]) if gated else None,
         mean=torch.cat(columns["mean"]),
