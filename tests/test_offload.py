@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import amplifier, collapse, firsttoken, patching, sinks
+from spikesink import amplifier, collapse, firsttoken, models, patching, sinks
 from spikesink.models import LoadError, cache_directory, is_offloaded
 from spikesink.weights import weights_of
 from tests.test_families import FAMILIES, tiny
@@ -108,6 +108,20 @@ def test_a_budget_that_is_none_is_one_sentence(given, said, random_directory):
     with pytest.raises(LoadError) as error:
         spikesink.load(random_directory, device="auto", max_memory=given)
     assert str(error.value) == said
+
+
+@pytest.mark.parametrize("given", [None, {"cpu": "2gb"}], ids=["no budget", "more than enough"])
+def test_a_model_that_fits_is_loaded_whole(given, planted_directory, planted_model, trigger_tokens):
+    model = spikesink.load(planted_directory, device="auto", max_memory=given)
+    assert not is_offloaded(model)
+    assert torch.device(model.cfg.device) == next(model.parameters()).device
+    if not torch.cuda.is_available():
+        assert torch.equal(model(trigger_tokens), planted_model(trigger_tokens))
+
+
+def test_a_small_b_means_bytes_too(random_directory):
+    assert is_offloaded(spikesink.load(random_directory, device="auto", max_memory={"cpu": "300kb"}))
+    assert models._budget({"cpu": "8gb"})["cpu"] == 8 * 10**9
 
 
 def test_the_budget_can_be_in_the_environment(random_directory, monkeypatch):

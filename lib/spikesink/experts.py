@@ -71,9 +71,10 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> ExpertCensu
             blocks.append(2 * layer + 2)
             names.append(name)
             rows.append(amplifier.gains(ffn).float())
-    if not rows:
+    if not rows and len(layers):
         return NotApplicable(f"the experts of this {about.family} model are kept in a way that is not known here")
-    return ExpertCensus(torch.tensor(blocks), tuple(names), torch.stack(rows))
+    gain = torch.stack(rows) if rows else torch.zeros(0, about.d_model)
+    return ExpertCensus(torch.tensor(blocks), tuple(names), gain)
 
 
 @dataclass(frozen=True)

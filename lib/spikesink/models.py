@@ -226,7 +226,8 @@ def load(
         bridge.requires_grad_(False)  # where projections are fused, the bridge has parameters of its own
     if spread:
         # The bridge takes the device of the first parameter, which is nowhere when it is offloaded.
-        bridge.cfg.device = _main_device(hf_model.hf_device_map)
+        places = getattr(hf_model, "hf_device_map", None)  # none where one device holds the whole
+        bridge.cfg.device = _main_device(places or {"": next(hf_model.parameters()).device})
     # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
@@ -401,7 +402,9 @@ def _budget(given: Mapping[int | str, int | str] | None) -> dict[int | str, int 
         return None
     try:
         there = get_max_memory()
-        sizes = {name: convert_file_size_to_int(size) for name, size in given.items()}
+        # A small b would be read as bits, which nobody counts memory in.
+        upper = {name: size.upper() if isinstance(size, str) else size for name, size in given.items()}
+        sizes = {name: convert_file_size_to_int(size) for name, size in upper.items()}
     except (AttributeError, ValueError):
         raise LoadError(f"max_memory {given} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.") from None
     if unknown := [name for name in sizes if name not in there]:
@@ -417,9 +420,9 @@ def _offload_directory() -> tempfile.TemporaryDirectory:
         return tempfile.TemporaryDirectory(prefix=".offload-", dir=cache, ignore_cleanup_errors=True)
 
 
-def _main_device(places: Mapping[str, int | str]) -> str:
+def _main_device(places: Mapping[str, int | str | torch.device]) -> str:
     """Where a model that is spread takes its tokens: the first GPU that holds a part of it, or the CPU."""
-    gpus = [place for place in places.values() if place not in ("cpu", "disk")]
+    gpus = [place for place in places.values() if str(place) not in ("cpu", "disk")]
     return str(torch.device(gpus[0])) if gpus else "cpu"
 
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m spikesink.reproduce", description=__doc__.splitlines()[0])
     what = "built-in name, .gguf file, directory or hub id; several with commas between them"
     parser.add_argument("--model", type=_models, default=DEFAULT_MODEL, help=what)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--text", default="house", help="house, pydoc, a file or datasets:NAME")
     parser.add_argument("--n-prompts", type=_at_least(1), default=16, help="windows to measure")

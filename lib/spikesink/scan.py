@@ -37,6 +37,8 @@ from spikesink.weights import FFN, Weights, gated_parts, give_back, no_form, ope
 ENTRIES = 1024  # of the vocabulary, spread evenly over it, that are put at position 0
 SUSPECTS = 10  # (block, channel) pairs of largest gain that are shown
 FLOAT = 4  # bytes
+# Of d_mlp x d_mlp x d_model, to weigh an FFN: three in float32, and four in float64, which take twice the time.
+PRODUCTS = 2 * (3 + 2 * 4)
 WEIGHED = ("gain", "expert", "rank_one")  # what is known of a layer whose FFNs have a gate
 HELD = 1.5  # what the process holds over what is in use: an allocator keeps some between two layers
 STREAMS = 6  # of all entries that are held at once: what enters and leaves a layer, and what is counted of it
@@ -52,7 +54,7 @@ class Plan:
     dtype: str  # of the files, if the configuration says so
     read: int  # bytes, once to find out where everything is and once more, layer by layer
     peak: int  # bytes held at once, beside what the libraries and the tokenizer take
-    operations: int  # of the matrix products
+    operations: int  # of the matrix products; one in float64 counts twice
 
     def seconds(self, per_second: float) -> float:
         """How long the matrix products take at so many operations a second; reading comes on top."""
@@ -99,7 +101,7 @@ def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Pla
         dtype=str(dtype).removeprefix("torch."),
         read=2 * total * dtype.itemsize,
         peak=int(HELD * (layer + stream)),
-        operations=2 * entries * sum(sizes) + sum(6 * m * m * d for layer in widths for m in layer),
+        operations=2 * entries * sum(sizes) + sum(PRODUCTS * m * m * d for layer in widths for m in layer),
     )
 
 
