@@ -88,22 +88,66 @@ def test_every_committed_placeholder_is_a_number_of_a_ledger():
 
 
 def test_the_table_has_a_column_for_each_model_and_a_cell_for_each_verdict(figures):
-    rows = {cells(line)[0]: cells(line) for line in lines(figures) if line.startswith("| **")}
-    head = next(cells(line) for line in lines(figures) if line.startswith("| claim | one"))
-    assert head == ["claim", "one|bar", "three", "two", *(f"{name} (paper)" for name in paper.reported())]
-    assert all(len(row) == len(head) for row in rows.values())
-    lc1 = rows["**LC1** One to three early FFN blocks write the spike."]
-    assert lc1[1:4] == ["differs (4)", "holds (4)", "holds (4)"]
-    assert dict(zip(head, lc1, strict=True))["Qwen2.5-7B (paper)"] == "reported (8, 10)"
-    lc2 = rows["**LC2** Between step-up and step-down, what blocks write is orders of magnitude smaller."]
-    assert lc2[1:4] == ["n/a", "", "n/a"]
-    assert rows["**X-OWN1** Mine | alone."][1:4] == ["", "", "differs"]
-    sinks = dict(zip(head, rows["**SK1** Many heads sink on the first token."], strict=True))
-    assert (sinks["three"], sinks["trained 7B (paper)"], sinks["Llama-2-7B (paper)"]) == (
-        "holds (0.75)",
-        "reported (0.46)",
-        "",
+    rows = [cells(line) for line in lines(figures) if line.startswith("| **[")]
+    head = next(cells(line) for line in lines(figures) if line.startswith("| claim | holds where"))
+    assert head == ["claim", "holds where", "one|bar", "three", "two", "what the numbers are"]
+    assert all(len(row) == len(head) for row in rows)
+    lc1, lc2, _, own, sinks = ({**dict(zip(head, row, strict=True))} for row in rows_in_order(rows))
+    assert lc1["claim"] == "**[LC1](../notebooks/01_step_up.ipynb)** One to three early FFN blocks write the spike."
+    assert lc1["holds where"] == claims.RULES["LC1"].words
+    assert [lc1[name] for name in ("one|bar", "three", "two")] == ["differs (4)", "holds (4)", "holds (4)"]
+    assert [lc2[name] for name in ("one|bar", "three", "two")] == ["n/a", "", "n/a"]
+    assert "Mine | alone." in own["claim"]
+    assert [own[name] for name in ("one|bar", "three", "two", "holds where")] == ["", "", "differs", "a|b"]
+    assert sinks["three"] == "holds (0.75)"
+    assert sinks["what the numbers are"] == "sink ratio"
+
+
+def rows_in_order(rows: list[list[str]]) -> list[list[str]]:
+    """LC1, LC2, LC5, a claim of one's own, SK1."""
+    ids = [re.search(r"\[([\w-]+)\]", row[0])[1] for row in rows]
+    assert sorted(ids) == ["LC1", "LC2", "LC5", "SK1", "X-OWN1"]
+    return [rows[ids.index(key)] for key in ("LC1", "LC2", "LC5", "X-OWN1", "SK1")]
+
+
+def test_what_the_paper_reports_stands_in_a_table_of_its_own(figures):
+    text = lines(figures)
+    at = next(i for i, line in enumerate(text) if line.startswith("| the paper's models"))
+    assert cells(text[at]) == ["the paper's models", "LC1 step up blocks", "SK1 sink ratio"]
+    found = {name: rest for name, *rest in map(cells, text[at + 2 : at + 2 + len(paper.reported())])}
+    assert list(found) == list(paper.reported())
+    assert found["Qwen2.5-7B"] == ["reported (8, 10)", ""]
+    assert found["trained 7B"] == ["", "reported (0.46)"]
+
+
+def test_a_claim_that_holds_of_its_control_too_is_marked_and_the_control_named(tmp_path):
+    ordinary = {"max_over_sqrt_d_other_tokens": 0.25}
+    for name, control in (("tiny", ordinary), ("large", {"max_over_sqrt_d_other_tokens": 0.75})):
+        both = {"LC1": writes(0.9), "NM1": Evidence({"max_over_sqrt_d": 0.9, "smallest_over_sqrt_d": 0.8}, control)}
+        ledger(tmp_path, name, **both)
+    board = across.board(claims.ledgers(tmp_path))
+    lc1, nm1 = board.rows
+    assert nm1.of_controls_on == ["large"]
+    assert (board.universal, board.firm) == ([lc1, nm1], [lc1])
+    text = lines(tmp_path)
+    row = next(cells(line) for line in text if "[NM1]" in line and line.startswith("| **"))
+    assert row[2:4] == ["holds\\* (0.9)", "holds (0.9)"]
+    assert any(line.startswith("| NM1 | holds (of max_over_sqrt_d_other_tokens too) |") for line in text)
+    assert sum("| NM1 | holds |" in line for line in text) == 1
+    assert any("- 1 on two models or more, and of no control: LC1 " in line for line in text)
+    assert any("on those named): NM1 bounded by √d, and close to it (large)." in line for line in text)
+    assert drawn(plots.verdicts(board)).count("holds*") == 1
+
+
+def test_a_value_stands_beside_what_it_is_compared_with(tmp_path):
+    ledger(
+        tmp_path,
+        "tiny",
+        NM5=Evidence({"perplexity_replaced": 30.0, "perplexity_clean": 20.0}, {"perplexity_other_tokens_mean": 40.0}),
     )
+    row = next(cells(line) for line in lines(tmp_path) if line.startswith("| **["))
+    assert row[2:] == ["differs (30 / 20)", "perplexity replaced / perplexity clean"]
+    assert "30 / 20" in texts(plots.verdicts(across.board(claims.ledgers(tmp_path))))
 
 
 def test_the_paper_is_judged_only_where_our_rule_asks_for_what_it_reports(tmp_path):
@@ -145,8 +189,10 @@ def test_the_summary_sorts_claims_by_where_they_hold(figures):
         "nowhere": ["LC3", "X-OWN1"],
     }
     text = lines(figures)
-    assert "- **1 of 5 claims hold wherever they could be put**: SK1 (put to 1 of 3)." in text
-    assert "- **1 of 5 claims differ on one|bar alone**: LC1." in text
+    assert "- **1 of 5 claims hold wherever they could be put.**" in text
+    assert "  - 1 on the only model that they could be put to: SK1 many heads sink on the first token (three)." in text
+    assert "- **1 of 5 claims differ on one|bar alone**: LC1 one to three early FFN blocks write it." in text
+    assert "- 1 more could be put to none of these models: LC2 blocks in between hardly write." in text
 
 
 def test_a_difference_that_nobody_looked_into_says_so_with_its_numbers(figures):
@@ -221,8 +267,9 @@ def test_a_table_that_says_it_all_already_is_left_alone(figures):
 def drawn(figure) -> list[str]:
     """The verdicts of the cells in a picture, without those of its key."""
     found = [patch.get_label() for patch in figure.axes[0].patches if patch.get_label() in plots.across.LOOKS]
-    assert found[-4:] == list(plots.across.LOOKS)
-    return found[:-4]
+    shown = len(plots.across.LOOKS)
+    assert found[-shown:] == list(plots.across.LOOKS)
+    return found[:-shown]
 
 
 def texts(figure) -> list[str]:
@@ -233,15 +280,17 @@ def test_the_picture_has_a_cell_for_every_verdict(figures):
     found = drawn(plots.verdicts(across.board(claims.ledgers(figures))))
     ours = {"holds": 2 + 1 + 1, "differs": 1 + 2 + 1, "n/a": 2}
     assert {verdict: found.count(verdict) for verdict in ours} == ours
-    assert found.count("reported") == len(paper.TABLE_1) + 1
+    assert found.count("reported") == 1 + 1  # LC1 and SK1, all of the paper's models in one
+    assert {"4 … 14  (7)", "0.46  (1)"} <= set(texts(plots.verdicts(across.board(claims.ledgers(figures)))))
 
 
 def test_the_committed_picture_is_of_the_committed_ledgers():
     found = claims.ledgers(FIGURES)
     cells = drawn(plots.verdicts(across.board(found)))
     rows = [row["verdict"] for data in found.values() for row in data["claims"].values()]
-    judged = len(paper.TABLE_2)  # all of the paper's shares are above the rule's
-    assert cells.count("holds") == rows.count("holds") + judged
+    judged = 1  # all of the paper's shares are above the rule's
+    assert cells.count("holds") + cells.count("holds*") == rows.count("holds") + judged
+    assert cells.count("holds*") == sum(len(row.of_controls_on) for row in across.board(found).rows)
     assert cells.count("differs") == rows.count("differs")
     assert cells.count("n/a") == rows.count("n/a")
     assert (FIGURES / "claims.png").is_file()
@@ -256,7 +305,8 @@ def test_every_committed_claim_has_a_few_words_for_the_picture():
 
 def test_the_title_is_counted(figures):
     title, where = texts(plots.verdicts(across.board(claims.ledgers(figures))))[-2:]
-    assert title == "1 of 4 claims hold on every model they could be put to; 1 differs on one|bar alone"
+    holding = "1 of 4 claims hold on every model they could be put to, 0 of them firmly"
+    assert title == f"{holding}; 1 differs on one|bar alone"
     assert where == "The other 3 differ: 1 on one|bar alone, 1 on several, X-OWN1 wherever put."
 
 
@@ -265,7 +315,7 @@ def test_the_picture_of_one_model_counts_its_own(tmp_path):
     said = texts(plots.verdicts(across.board(claims.ledgers(tmp_path))))
     assert "1 of 2 claims hold on tiny" in said
     assert "1 hold\n1 differ\n0 n/a" in said
-    assert "holds on" not in said
+    assert "holds\non" not in said
 
 
 def test_nothing_overlaps_in_a_picture_of_twelve_models():

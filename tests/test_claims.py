@@ -273,3 +273,27 @@ def test_what_cannot_be_measured_is_left_out_or_is_the_reason():
     assert claims.evidence({"a": 1.0}, {"b": nan, "c": 2, "d": [1.0, nan]}) == Evidence({"a": 1.0}, {"c": 2})
     assert claims.evidence({"a": 1.0}, {"b": nan}).reason.startswith("no control could be measured")
     assert claims.evidence({"a": nan, "b": 1.0}, {"b": 1.0}).reason.startswith("a could not be measured")
+
+
+def test_every_rule_names_its_controls_or_compares_with_them_itself():
+    for claim_id, rule in claims.RULES.items():
+        measured = {name for names in rule.controls for name in names}
+        controls = {name for names in rule.controls for name in names.values()}
+        assert bool(controls) != (claim_id in ("AM4", "AM6", "AB7")), claim_id
+        for data in claims.ledgers(FIGURES).values():
+            row = data["claims"][claim_id]
+            if row["verdict"] != "n/a":
+                assert measured <= set(row["measured"]), claim_id
+                # A control that could not be measured on a model is left out of its ledger.
+                assert controls & set(row["control"]) or not controls, claim_id
+                assert rule.beside in ("", *row["measured"]), claim_id
+        known = {name for data in claims.ledgers(FIGURES).values() for name in data["claims"][claim_id]["control"]}
+        assert controls <= known or not known, claim_id
+
+
+def test_a_claim_is_held_by_a_control_where_the_rule_holds_with_its_values_in_their_place():
+    rank, median = {"gain_rank": 1, "gain_over_median": 9.0}, {"gain_rank_other_blocks": 1}
+    assert claims.held_by("AM2", rank, median) == []  # the other half of this control was not measured
+    assert claims.held_by("AM2", rank, median | {"gain_over_median_other_blocks": 4.0}) == []
+    assert claims.held_by("AM2", rank, median | {"gain_over_median_other_blocks": 5.0}) == ["gain_rank_other_blocks"]
+    assert claims.held_by("X-OWN1", rank, median) == []

@@ -461,6 +461,19 @@ def test_intervals_are_bootstrapped_over_windows(random_model, tokens):
         outcome.interval("loss")
 
 
+def test_what_windows_differ_in_among_themselves_does_not_widen_a_paired_interval(random_model, tokens):
+    clean = patching.evaluate(random_model, tokens)
+    worse = replace(clean, loss=clean.loss + math.log(2))
+    assert worse.times(clean) == pytest.approx((2, 2))
+    alone = worse.interval()
+    assert alone[1] / alone[0] > 1.001
+    uneven = replace(clean, loss=clean.loss + torch.linspace(0, 1, len(tokens))[:, None])
+    low, high = uneven.times(clean)
+    assert 1 < low < uneven.perplexity / clean.perplexity < high < math.e
+    with pytest.raises(ValueError, match="evaluate both on the same windows"):
+        clean.times(patching.evaluate(random_model, tokens[:1]))
+
+
 def test_a_sweep_is_a_tidy_table(random_model, tokens):
     doses = {dose: patching.scale(patching.stream(4), dose, 0) for dose in (0.0, 1.0, 2.0)}
     found = patching.sweep(random_model, tokens, doses, over="dose")

@@ -29,6 +29,38 @@ NOT_MEASURED = "(not measured here)"
 NOT_LOOKED_INTO = "The reason was not looked into."
 PICTURE = "claims"
 
+# The words that the table needs, in the order of the chain.
+GLOSSARY = (
+    (
+        "Names of claims",
+        "LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM "
+        "RMSNorm, SK the sink, AB what cutting the chain does. X- marks a claim of ours; the others are the paper's.",
+    ),
+    (
+        "Spike",
+        "an entry of the residual stream thousands of times larger than most. Its *channel* is the coordinate, its "
+        "*tokens* those that have it, its *step-up* and *step-down* the blocks that write it and take it back, the "
+        "*plateau* all between. Blocks are counted from 1, attention odd and FFN even.",
+    ),
+    (
+        "Medians",
+        "an entry divided by the median of all entries' absolute values at that place. Other quantities are "
+        "divided by their own median over channels.",
+    ),
+    (
+        "h̃, s*",
+        "h̃ is a token's vector as RMSNorm passes it on; s* the direction in it that the step-up block amplifies.",
+    ),
+    (
+        "Sink",
+        "the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets "
+        "more than ε, on average over the T tokens of a window.",
+    ),
+    ("BOS", "the token that some tokenizers (Gemma's) put before every text."),
+    ("Perplexity", "exp of the mean loss, in the windows that are named under each model below."),
+    ("Control", "the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks."),
+)
+
 # A claim in a few words, for a picture; one that has none is shown by its statement, cut short.
 SHORT = {
     "LC1": "one to three early FFN blocks write it",
@@ -86,6 +118,8 @@ class Cell:
 
     verdict: str
     value: Any = None
+    beside: Any = None  # what the value is to be compared with
+    held_by: Sequence[str] = ()  # controls that the rule holds of as well
 
 
 @dataclass(frozen=True)
@@ -95,7 +129,9 @@ class Row:
     claim_id: str
     link: str
     statement: str
-    quantity: str  # what the values are
+    rule: str  # when it holds, in words
+    notebook: str
+    quantity: str  # what the values are, and what each is compared with
     cells: Mapping[str, Cell]
     reported: Mapping[str, Cell]
 
@@ -113,6 +149,11 @@ class Row:
     def put_to(self) -> list[str]:
         """The models here that it could be put to."""
         return [name for name, cell in self.cells.items() if cell.verdict in ("holds", "differs")]
+
+    @property
+    def of_controls_on(self) -> list[str]:
+        """The models here that it holds on, and of a control there as well."""
+        return [name for name, cell in self.cells.items() if cell.verdict == "holds" and cell.held_by]
 
 
 @dataclass(frozen=True)
@@ -132,6 +173,11 @@ class Board:
     def universal(self) -> list[Row]:
         """Of those, the ones that hold wherever they could be put."""
         return [row for row in self.judged if not row.differs_on]
+
+    @property
+    def firm(self) -> list[Row]:
+        """Of the universal ones, those that were put to two models or more, and hold of no control on any."""
+        return [row for row in self.universal if len(row.put_to) > 1 and not row.of_controls_on]
 
     @property
     def nowhere(self) -> list[Row]:
@@ -159,12 +205,30 @@ def board(found: Mapping[str, Mapping[str, Any]]) -> Board:
     rows = []
     for key in ids:
         mine = {name: data["claims"][key] for name, data in found.items() if key in data["claims"]}
-        quantity = RULES[key].headline if key in RULES else ""
-        cells = {name: Cell(claim["verdict"], claim["measured"].get(quantity)) for name, claim in mine.items()}
+        first = next(iter(mine.values()))
         theirs = {name: _reported(key, values[key]) for name, values in reported.items() if key in values}
-        statement = next(iter(mine.values()))["statement"]
-        rows.append(Row(key, link(key), statement, quantity.replace("_", " "), cells, theirs))
+        names = [name for name in (RULES[key].headline, RULES[key].beside) if name] if key in RULES else []
+        rows.append(
+            Row(
+                claim_id=key,
+                link=link(key),
+                statement=first["statement"],
+                rule=first["rule"],
+                notebook=first["notebook"],
+                quantity=" / ".join(names).replace("_", " "),
+                cells={name: _cell(key, claim) for name, claim in mine.items()},
+                reported=theirs,
+            )
+        )
     return Board(tuple(found), tuple(reported), tuple(rows))
+
+
+def _cell(claim_id: str, claim: Mapping[str, Any]) -> Cell:
+    measured, control, rule = claim["measured"], claim["control"], RULES.get(claim_id)
+    if rule is None or claim["verdict"] == "n/a":
+        return Cell(claim["verdict"])
+    held = claims.held_by(claim_id, measured, control) if claim["verdict"] == "holds" else []
+    return Cell(claim["verdict"], measured.get(rule.headline), measured.get(rule.beside), held)
 
 
 def _reported(claim_id: str, value: paper.Reported) -> Cell:
@@ -206,6 +270,7 @@ def render(figures: Path) -> Path:
         f"![Claims x models, coloured by verdict]({PICTURE}.png)",
         "",
         *_summary(whole),
+        *_glossary(),
         *_table(whole),
         *_reasons(figures, found, whole),
     ]
@@ -231,47 +296,92 @@ def draw(figures: Path) -> Path:
 
 
 def _summary(whole: Board) -> list[str]:
-    """In words: what holds everywhere, what differs on one model alone, on several, on all."""
+    """In words: what holds everywhere and how firmly, what differs on one model alone, on several, on all."""
 
-    def listed(rows: Sequence[Row]) -> str:
-        many = len(whole.models)
-        return ", ".join(
-            row.claim_id + (f" (put to {len(row.put_to)} of {many})" if len(row.put_to) < many else "") for row in rows
+    def listed(rows: Sequence[Row], on=lambda row: []) -> str:
+        return "; ".join(
+            f"{row.claim_id} {row.short}" + (f" ({', '.join(on(row))})" if on(row) else "") for row in rows
         )
 
-    groups = [("hold wherever they could be put", whole.universal)]
-    groups += [(f"differ on {model} alone", whole.only_on(model)) for model in whole.models]
+    def where(row: Row) -> list[str]:
+        return [] if len(row.of_controls_on) == len(row.put_to) else row.of_controls_on
+
+    def once(row: Row) -> list[str]:
+        return row.put_to if len(row.put_to) < len(whole.models) else []
+
+    whatever = [row for row in whole.universal if len(row.put_to) > 1 and row.of_controls_on]
+    single = [row for row in whole.universal if len(row.put_to) == 1]
+    judged, lines = f"of {len(whole.judged)} claims", []
+    if whole.universal:
+        lines.append(f"- **{len(whole.universal)} {judged} hold wherever they could be put.**")
+    if whole.firm:
+        lines.append(f"  - {len(whole.firm)} on two models or more, and of no control: {listed(whole.firm, once)}.")
+    if whatever:
+        what = "of a control as well, so that they are true of more than spikes and sinks"
+        lines.append(f"  - {len(whatever)} {what} (on all models, or on those named): {listed(whatever, where)}.")
+    if single:
+        lines.append(f"  - {len(single)} on the only model that they could be put to: {listed(single, once)}.")
+    groups = [(f"differ on {model} alone", whole.only_on(model)) for model in whole.models]
     groups += [("differ on several models and hold on others", whole.on_several)]
     groups += [("differ wherever they could be put", whole.nowhere)]
-    lines = [
-        f"- **{len(rows)} of {len(whole.judged)} claims {what}**: {listed(rows)}." for what, rows in groups if rows
-    ]
+    lines += [f"- **{len(rows)} {judged} {what}**: {listed(rows, once)}." for what, rows in groups if rows]
+    if unjudged := [row for row in whole.rows if not row.put_to]:
+        lines.append(f"- {len(unjudged)} more could be put to none of these models: {listed(unjudged)}.")
     return [*lines, ""] if lines else []
 
 
+def _glossary() -> list[str]:
+    words = [f"- **{name}**: {text}" for name, text in GLOSSARY]
+    return ["<details><summary>What the words mean</summary>", "", *words, "", "</details>", ""]
+
+
 def _table(whole: Board) -> list[str]:
-    names = [*whole.models, *(f"{name} (paper)" for name in whole.others)]
-    lines = ["| claim | " + " | ".join(map(escape, names)) + " |", "|---|" + "---|" * len(names)]
+    names = ["claim", "holds where", *map(escape, whole.models), "what the numbers are"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in whole.rows:
         cells = [_words(row.cells.get(name)) for name in whole.models]
-        cells += [_words(row.reported.get(name), reported=True) for name in whole.others]
-        lines.append(f"| **{escape(row.claim_id)}** {escape(row.statement)} | " + " | ".join(cells) + " |")
+        name = f"[{escape(row.claim_id)}](../notebooks/{row.notebook}.ipynb)"
+        lines.append(
+            "| "
+            + " | ".join((f"**{name}** {escape(row.statement)}", escape(row.rule), *cells, escape(row.quantity)))
+            + " |"
+        )
     return [
         *lines,
         "",
-        "The paper's models have a cell where it reports the value that stands for a claim: blocks in its table 1, "
+        "A number after a stroke is what the one before it is compared with. *holds\\** means that the rule holds of a "
+        "control too, which is named under the model below.",
+        "",
+        *_theirs(whole),
+    ]
+
+
+def _theirs(whole: Board) -> list[str]:
+    """What the paper reports of its own models, for the claims where it does."""
+    rows = [row for row in whole.rows if row.reported]
+    if not rows:
+        return []
+    lines = ["| the paper's models | " + " | ".join(f"{row.claim_id} {row.quantity}" for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name in whole.others:
+        lines.append(f"| {name} | " + " | ".join(_words(row.reported.get(name)) for row in rows) + " |")
+    return [
+        *lines,
+        "",
+        "The paper's models have a number where it reports the value that stands for a claim: blocks in its table 1, "
         "shares of the vocabulary in its table 2, and the sink ratio of the 7B model that it trains. LC1 and LC3 ask "
         "for the share that each block writes, which it does not list, and with which ε and T it counts sinks could "
         "not be confirmed, so these are *reported* and not judged. TK1's rule can be put to the reported share.",
     ]
 
 
-def _words(cell: Cell | None, reported: bool = False) -> str:
-    """A cell of the table: the verdict, and the value that stands for the claim."""
+def _words(cell: Cell | None) -> str:
+    """A cell of the table: the verdict, the value that stands for the claim, and what that is compared with."""
     if cell is None:
         return ""
-    verdict = f"reported, {cell.verdict}" if reported and cell.verdict != "reported" else cell.verdict
-    return escape(verdict if cell.value is None else f"{verdict} ({brief(cell.value)})")
+    verdict = cell.verdict + ("\\*" if cell.held_by else "")
+    numbers = " / ".join(brief(value) for value in (cell.value, cell.beside) if value is not None)
+    return f"{verdict} ({escape(numbers)})" if numbers else verdict
 
 
 def _one_model(name: str, data: Mapping[str, Any]) -> list[str]:
@@ -281,12 +391,14 @@ def _one_model(name: str, data: Mapping[str, Any]) -> list[str]:
         "",
         f"`{data['spec']}`, {n} windows of {length} tokens of `{data['text']}`, {data['dtype']}, seed {data['seed']}.",
         "",
-        "| claim | verdict | measured | control | rule |",
-        "|---|---|---|---|---|",
+        "| claim | verdict | measured | control |",
+        "|---|---|---|---|",
     ]
     for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
-        cells = [_values(claim["measured"]), _values(claim["control"]), escape(claim["rule"])]
-        lines.append(f"| {escape(key)} | {claim['verdict']} | " + " | ".join(cells) + " |")
+        cells = [_values(claim["measured"]), _values(claim["control"])]
+        held = ", ".join(_cell(key, claim).held_by)
+        verdict = claim["verdict"] + (f" (of {held} too)" if held else "")
+        lines.append(f"| {escape(key)} | {verdict} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -83,6 +83,10 @@ class Rule:
     words: str
     holds: Callable[[Mapping[str, Any]], bool]
     headline: str  # which measured value stands for the claim in a table
+    beside: str = ""  # the measured value that the headline is to be compared with
+    # Control values to put in place of measured ones: where the rule holds of those too, the claim is true of more than
+    # spikes and sinks. None where the rule itself compares all that was measured with a control.
+    controls: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ RULES: dict[str, Rule] = {
         "at most 3 FFN blocks of the first half write >= 80% of the plateau value, no attention block >= 10%",
         lambda m: m["share_written"] >= 0.8 and m["largest_attention_share"] < 0.1,
         "step_up_blocks",
+        controls=(
+            {"share_written": "share_written_ordinary_tokens"},
+            {"share_written": "share_written_ordinary_channels"},
+        ),
     ),
     "LC2": Rule(
         "Between step-up and step-down, what blocks write is orders of magnitude smaller.",
@@ -112,6 +120,7 @@ RULES: dict[str, Rule] = {
         "median of abs(write) / plateau value between step-up and step-down <= 0.01",
         lambda m: m["plateau_write_ratio"] <= 0.01,
         "plateau_write_ratio",
+        controls=({"plateau_write_ratio": "write_ratio_ordinary_channels"},),
     ),
     "LC3": Rule(
         "Late FFN blocks cancel the spike.",
@@ -119,6 +128,7 @@ RULES: dict[str, Rule] = {
         "FFN blocks of the second half, each taking back >= 10%, cancel >= 50% together",
         lambda m: m["share_cancelled"] >= 0.5,
         "step_down_blocks",
+        controls=({"share_cancelled": "share_cancelled_ordinary_tokens"},),
     ),
     "LC4": Rule(
         "The spike lives in a few channels.",
@@ -126,6 +136,7 @@ RULES: dict[str, Rule] = {
         "channels above 100 medians: at least 1, at most max(10, 1% of d_model)",
         lambda m: 1 <= m["n_spike_channels"] <= max(10, 0.01 * m["d_model"]),
         "n_spike_channels",
+        controls=({"n_spike_channels": "n_channels_ordinary_tokens"},),
     ),
     "LC5": Rule(
         "The same channels spike on all spike tokens.",
@@ -133,6 +144,7 @@ RULES: dict[str, Rule] = {
         "mean Jaccard index of the top-3 channels over pairs of spike tokens >= 0.9",
         lambda m: m["jaccard"] >= 0.9,
         "jaccard",
+        controls=({"jaccard": "jaccard_ordinary_tokens"},),
     ),
     "LC6": Rule(
         "The spike channels keep fixed ratios.",
@@ -140,6 +152,10 @@ RULES: dict[str, Rule] = {
         "coefficient of variation of the ratio of the two largest channels over spike tokens <= 0.1",
         lambda m: m["ratio_cv"] <= 0.1,
         "ratio_cv",
+        controls=(
+            {"ratio_cv": "ratio_cv_ordinary_tokens"},
+            {"ratio_cv": "ratio_cv_ordinary_channels"},
+        ),
     ),
     "LC7": Rule(
         "Few tokens spike, and the first one nearly always does.",
@@ -147,6 +163,7 @@ RULES: dict[str, Rule] = {
         "at most 5% of tokens spike; position 0 does in >= 90% of windows",
         lambda m: m["spike_token_share"] <= 0.05 and m["position0_share"] >= 0.9,
         "spike_token_share",
+        controls=({"position0_share": "other_positions_share"},),
     ),
     "AM1": Rule(
         "On spike tokens the gate's activation is close to the identity.",
@@ -154,6 +171,8 @@ RULES: dict[str, Rule] = {
         "plain cosine(silu(g), g) on spike tokens >= 0.9, and 0.05 above other tokens'",
         lambda m: m["silu_cosine_spike"] >= 0.9 and m["silu_cosine_spike"] >= m["silu_cosine_other"] + 0.05,
         "silu_cosine_spike",
+        beside="silu_cosine_other",
+        controls=({"silu_cosine_spike": "silu_cosine_random_gates"},),
     ),
     "AM2": Rule(
         "The spike channel has a high gain in the step-up block.",
@@ -161,6 +180,10 @@ RULES: dict[str, Rule] = {
         "the spike channel is among the 3 largest ||U_k||_F of its block, and >= 5 medians",
         lambda m: m["gain_rank"] <= 3 and m["gain_over_median"] >= 5,
         "gain_over_median",
+        controls=(
+            {"gain_rank": "gain_rank_ordinary_channels", "gain_over_median": "gain_over_median_ordinary_channels"},
+            {"gain_rank": "gain_rank_other_blocks", "gain_over_median": "gain_over_median_other_blocks"},
+        ),
     ),
     "AM3": Rule(
         "Its quadratic form is of rank one, nearly.",
@@ -168,6 +191,7 @@ RULES: dict[str, Rule] = {
         "top eigenvalue squared >= 80% of ||S_k||_F^2",
         lambda m: m["rank_one_share"] >= 0.8,
         "rank_one_share",
+        controls=({"rank_one_share": "rank_one_share_ordinary_channels"},),
     ),
     "AM4": Rule(
         "The spike channels share one direction, s*.",
@@ -176,6 +200,7 @@ RULES: dict[str, Rule] = {
         "(median of pairs) <= 0.3",
         lambda m: m["cosine_min"] >= 0.9 and m["cosine_control"] <= 0.3,
         "cosine_min",
+        beside="cosine_control",
     ),
     "AM5": Rule(
         "The block's write is lambda (s*.h~)^2.",
@@ -183,6 +208,10 @@ RULES: dict[str, Rule] = {
         "median relative error of lambda (s*.h~)^2 against the block's write on spike tokens <= 10%",
         lambda m: m["median_relative_error"] <= 0.1,
         "median_relative_error",
+        controls=(
+            {"median_relative_error": "median_relative_error_ordinary_channels"},
+            {"median_relative_error": "median_relative_error_other_tokens"},
+        ),
     ),
     "AM6": Rule(
         "Spike tokens point along s*, others do not.",
@@ -190,6 +219,7 @@ RULES: dict[str, Rule] = {
         "abs cosine(s*, h~) on spike tokens >= 3 times other tokens'",
         lambda m: m["cosine_spike"] >= 3 * m["cosine_other"],
         "cosine_spike",
+        beside="cosine_other",
     ),
     "AM7": Rule(
         "The weights alone find the blocks that write and cancel the spike.",
@@ -197,6 +227,11 @@ RULES: dict[str, Rule] = {
         "step-up and step-down (block, channel) pairs are in the top 1% of all pairs by ||U_k||_F",
         lambda m: max(m["step_up_rank"], m["step_down_rank"]) <= 0.01 * m["n_pairs"],
         "step_up_rank",
+        beside="top_pairs",
+        controls=(
+            {"step_up_rank": "rank_ordinary_channels", "step_down_rank": "rank_ordinary_channels"},
+            {"step_up_rank": "rank_same_channel_other_blocks", "step_down_rank": "rank_same_channel_other_blocks"},
+        ),
     ),
     "X-AM8": Rule(
         "Where a norm follows the block, its scale makes the spike, out of a write in one channel.",
@@ -205,6 +240,10 @@ RULES: dict[str, Rule] = {
         ">= 3 times other tokens'",
         lambda m: m["scale_over_median"] >= 10 and m["share_of_norm_spike"] >= 3 * m["share_of_norm_other"],
         "scale_over_median",
+        controls=(
+            {"scale_over_median": "scale_over_median_ordinary_channels"},
+            {"share_of_norm_spike": "share_of_norm_random_direction"},
+        ),
     ),
     "X-MX1": Rule(
         "Where a router chooses, it sends spike tokens to one expert, and few others there.",
@@ -212,6 +251,8 @@ RULES: dict[str, Rule] = {
         "the same first choice for >= 90% of spike tokens at the first step-up block, and for <= 50% of others",
         lambda m: m["share_of_spike_tokens"] >= 0.9 and m["share_of_other_tokens"] <= 0.5,
         "share_of_spike_tokens",
+        beside="share_of_other_tokens",
+        controls=({"share_of_spike_tokens": "share_if_even"},),
     ),
     "X-MX2": Rule(
         "One expert writes the spike: the one with the highest gain in its channel.",
@@ -219,6 +260,7 @@ RULES: dict[str, Rule] = {
         "one expert writes >= 80% of it, and no expert of the block has a larger ||U_k||_F in that channel",
         lambda m: m["share_written"] >= 0.8 and m["gain_rank"] == 1,
         "share_written",
+        controls=({"gain_rank": "gain_rank_ordinary_channels"},),
     ),
     "TK1": Rule(
         "Nearly any token spikes when it stands first.",
@@ -226,6 +268,10 @@ RULES: dict[str, Rule] = {
         ">= 98% of the vocabulary spikes at position 0",
         lambda m: m["share"] >= 0.98,
         "share",
+        controls=(
+            {"share": "share_before_step_up"},
+            {"share": "share_after_a_text"},
+        ),
     ),
     "TK2": Rule(
         "The first token's attention is one static map.",
@@ -233,6 +279,7 @@ RULES: dict[str, Rule] = {
         "relative error <= 1e-4",
         lambda m: m["max_relative_error"] <= 1e-4,
         "max_relative_error",
+        controls=({"max_relative_error": "median_relative_error_later_positions"},),
     ),
     "TK3": Rule(
         "The same tokens elsewhere do not spike.",
@@ -240,6 +287,7 @@ RULES: dict[str, Rule] = {
         "<= 5% of the same tokens spike at later positions",
         lambda m: m["share_elsewhere"] <= 0.05,
         "share_elsewhere",
+        controls=({"share_elsewhere": "share_at_position_0"},),
     ),
     "TK4": Rule(
         "Delimiters that spike attend to themselves, and lie near the norm's scale.",
@@ -248,6 +296,13 @@ RULES: dict[str, Rule] = {
         "scale; n/a where no delimiter spikes",
         lambda m: _delimiters_imitate(m),
         "self_attention_delimiters",
+        beside="self_attention_other",
+        controls=(
+            {
+                "self_attention_delimiters": "self_attention_quiet_delimiters",
+                "scale_cosine_delimiters": "scale_cosine_quiet_delimiters",
+            },
+        ),
     ),
     "X-TK5": Rule(
         "In a smaller cycle too, delimiters that spike attend to themselves and lie near the norm's scale.",
@@ -256,6 +311,13 @@ RULES: dict[str, Rule] = {
         "scale; n/a where no delimiter spikes",
         lambda m: _delimiters_imitate(m),
         "self_attention_delimiters",
+        beside="self_attention_other",
+        controls=(
+            {
+                "self_attention_delimiters": "self_attention_quiet_delimiters",
+                "scale_cosine_delimiters": "scale_cosine_quiet_delimiters",
+            },
+        ),
     ),
     "NM1": Rule(
         "RMSNorm bounds the spike: no entry exceeds sqrt(d), and the spike's comes close.",
@@ -263,6 +325,7 @@ RULES: dict[str, Rule] = {
         "0.5 <= max abs(h~_k) / sqrt(d) <= 1.001 during the plateau",
         lambda m: 0.5 <= m["max_over_sqrt_d"] <= 1.001,
         "max_over_sqrt_d",
+        controls=({"max_over_sqrt_d": "max_over_sqrt_d_other_tokens"},),
     ),
     "NM2": Rule(
         "RMSNorm makes a spike token sparse: hardly more than one channel is left.",
@@ -270,6 +333,7 @@ RULES: dict[str, Rule] = {
         "participation ratio after <= 1% of d_model",
         lambda m: m["participation_after"] <= 0.01 * m["d_model"],
         "participation_after",
+        controls=({"participation_after": "participation_after_other_tokens"},),
     ),
     "NM3": Rule(
         "RMSNorm makes all spike tokens the same vector.",
@@ -277,6 +341,11 @@ RULES: dict[str, Rule] = {
         "mean cosine of h~ over spike tokens of different windows >= 0.99 after; other tokens' <= 0.9",
         lambda m: m["cosine_after"] >= 0.99 and m["cosine_other_tokens"] <= 0.9,
         "cosine_after",
+        beside="cosine_other_tokens",
+        controls=(
+            {"cosine_after": "cosine_before_other_tokens"},
+            {"cosine_after": "cosine_next_tokens"},
+        ),
     ),
     "NM4": Rule(
         "It is the same vector at every layer of the plateau.",
@@ -284,6 +353,7 @@ RULES: dict[str, Rule] = {
         "cosine of h~ between plateau layers >= 0.99",
         lambda m: m["cosine_over_depth"] >= 0.99,
         "cosine_over_depth",
+        controls=({"cosine_over_depth": "cosine_over_depth_other_tokens"},),
     ),
     "NM5": Rule(
         "It is an implicit parameter: one fixed vector, of other prompts, can stand in its place.",
@@ -291,6 +361,8 @@ RULES: dict[str, Rule] = {
         "perplexity changes by <= 1%",
         lambda m: abs(m["perplexity_replaced"] / m["perplexity_clean"] - 1) <= 0.01,
         "perplexity_replaced",
+        beside="perplexity_clean",
+        controls=({"perplexity_replaced": "perplexity_other_tokens_mean"},),
     ),
     "SK1": Rule(
         "Many heads sink on the first token.",
@@ -298,6 +370,11 @@ RULES: dict[str, Rule] = {
         "sink ratio >= 0.1",
         lambda m: m["sink_ratio"] >= 0.1,
         "sink_ratio",
+        controls=(
+            {"sink_ratio": "sink_ratio_other_positions"},
+            {"sink_ratio": "sink_ratio_highest_other_position"},
+            {"sink_ratio": "sink_ratio_ordinary_tokens"},
+        ),
     ),
     "SK2": Rule(
         "Sinks sit on spike tokens.",
@@ -305,6 +382,10 @@ RULES: dict[str, Rule] = {
         ">= 90% of the (head, position) sinks during the plateau are on spike tokens",
         lambda m: m["share_on_spike_tokens"] >= 0.9,
         "share_on_spike_tokens",
+        controls=(
+            {"share_on_spike_tokens": "share_of_tokens_that_spike"},
+            {"share_on_spike_tokens": "share_on_spike_tokens_before"},
+        ),
     ),
     "SK3": Rule(
         "The keys of spike tokens live in one or two dimensions.",
@@ -312,6 +393,11 @@ RULES: dict[str, Rule] = {
         "effective dimension of sink keys <= 2 and below other tokens'",
         lambda m: m["effective_dimension_sink"] <= 2 and m["effective_dimension_sink"] < m["effective_dimension_other"],
         "effective_dimension_sink",
+        beside="effective_dimension_other",
+        controls=(
+            {"effective_dimension_sink": "effective_dimension_next_token"},
+            {"effective_dimension_sink": "effective_dimension_sink_without_a_spike"},
+        ),
     ),
     "SK4": Rule(
         "The queries of sink heads favour that key.",
@@ -319,6 +405,13 @@ RULES: dict[str, Rule] = {
         "mean logit gap in sink heads > in other heads; Spearman correlation over heads of gap and score >= 0.5",
         lambda m: m["logit_gap_sink"] > m["logit_gap_other"] and m["spearman"] >= 0.5,
         "spearman",
+        controls=(
+            {
+                "logit_gap_sink": "logit_gap_sink_next_token",
+                "logit_gap_other": "logit_gap_other_next_token",
+                "spearman": "spearman_next_token",
+            },
+        ),
     ),
     "SK5": Rule(
         "Sinks follow the spike over depth.",
@@ -326,6 +419,10 @@ RULES: dict[str, Rule] = {
         "mean attention to the spike token during the plateau >= 3 times that before the step-up",
         lambda m: m["attention_during"] >= 3 * m["attention_before"],
         "attention_during",
+        beside="attention_before",
+        controls=(
+            {"attention_during": "attention_during_next_token", "attention_before": "attention_before_next_token"},
+        ),
     ),
     "SK6": Rule(
         "A few rows of W_K make the sink's key.",
@@ -333,6 +430,11 @@ RULES: dict[str, Rule] = {
         "cosine of key and its rebuilding from the spike channels' rows >= 0.95",
         lambda m: m["cosine_reconstructed"] >= 0.95,
         "cosine_reconstructed",
+        controls=(
+            {"cosine_reconstructed": "cosine_other_tokens"},
+            {"cosine_reconstructed": "cosine_other_tokens_own_channels"},
+            {"cosine_reconstructed": "cosine_strongest_other_channels"},
+        ),
     ),
     "SK7": Rule(
         "The sink's values are small: attention that adds little.",
@@ -340,6 +442,10 @@ RULES: dict[str, Rule] = {
         "norm of the sink's value <= half of other tokens'",
         lambda m: m["value_norm_ratio"] <= 0.5,
         "value_norm_ratio",
+        controls=(
+            {"value_norm_ratio": "value_norm_ratio_next_token"},
+            {"value_norm_ratio": "value_norm_ratio_without_a_spike"},
+        ),
     ),
     "X-SK8": Rule(
         "A smaller cycle brings sinks of its own, and takes them away.",
@@ -347,6 +453,13 @@ RULES: dict[str, Rule] = {
         "mean attention to the tokens of smaller cycles while one is on its plateau >= 3 times that in other layers",
         lambda m: m["attention_during"] >= 3 * m["attention_otherwise"],
         "attention_during",
+        beside="attention_otherwise",
+        controls=(
+            {
+                "attention_during": "attention_during_next_token",
+                "attention_otherwise": "attention_otherwise_next_token",
+            },
+        ),
     ),
     "X-SK9": Rule(
         "Secondary sinks lie along the primary sink's direction.",
@@ -354,6 +467,8 @@ RULES: dict[str, Rule] = {
         "median cosine with the primary direction while a sink >= 0.5, and >= 2 times other tokens'",
         lambda m: m["cosine_secondary"] >= max(0.5, 2 * m["cosine_others"]),
         "cosine_secondary",
+        beside="cosine_others",
+        controls=({"cosine_secondary": "cosine_next_token"},),
     ),
     "AB1": Rule(
         "Zeroing the spike breaks the model.",
@@ -361,6 +476,12 @@ RULES: dict[str, Rule] = {
         "perplexity zeroed >= 1.2 times clean",
         lambda m: m["perplexity_zeroed"] >= 1.2 * m["perplexity_clean"],
         "perplexity_zeroed",
+        beside="perplexity_clean",
+        controls=(
+            {"perplexity_zeroed": "perplexity_random_channels"},
+            {"perplexity_zeroed": "perplexity_strongest_channels"},
+            {"perplexity_zeroed": "perplexity_other_position"},
+        ),
     ),
     "AB2": Rule(
         "Its mean in its place does not.",
@@ -368,6 +489,8 @@ RULES: dict[str, Rule] = {
         "perplexity within 2% of clean",
         lambda m: abs(m["perplexity_mean"] / m["perplexity_clean"] - 1) <= 0.02,
         "perplexity_mean",
+        beside="perplexity_clean",
+        controls=({"perplexity_mean": "perplexity_random_direction"},),
     ),
     "AB3": Rule(
         "Without the step-up most of the sink goes.",
@@ -375,6 +498,11 @@ RULES: dict[str, Rule] = {
         "sink ratio <= half of clean",
         lambda m: m["sink_ratio_skipped"] <= 0.5 * m["sink_ratio_clean"],
         "sink_ratio_skipped",
+        beside="sink_ratio_clean",
+        controls=(
+            {"sink_ratio_skipped": "sink_ratio_other_blocks"},
+            {"sink_ratio_skipped": "sink_ratio_other_tokens"},
+        ),
     ),
     "AB4": Rule(
         "With all that is read of its tokens held constant, the spike can go and the sink stay.",
@@ -382,6 +510,8 @@ RULES: dict[str, Rule] = {
         "perplexity <= 1.05 times clean, sink ratio within 0.05, max activation <= 10%",
         lambda m: _decoupled(m),
         "perplexity_decoupled",
+        beside="perplexity_clean",
+        controls=({"perplexity_decoupled": "perplexity_zeroed", "max_activation_decoupled": "max_activation_zeroed"},),
     ),
     "AB5": Rule(
         "The sink can go and the spike stay.",
@@ -389,6 +519,8 @@ RULES: dict[str, Rule] = {
         "sink ratio <= 0.1, max activation >= 90%",
         lambda m: m["sink_ratio_unsunk"] <= 0.1 and m["max_activation_unsunk"] >= 0.9 * m["max_activation_clean"],
         "sink_ratio_unsunk",
+        beside="sink_ratio_clean",
+        controls=({"sink_ratio_unsunk": "sink_ratio_other_tokens_masked"},),
     ),
     "AB6": Rule(
         "Random channels and other positions do nothing.",
@@ -399,6 +531,10 @@ RULES: dict[str, Rule] = {
             for key in ("perplexity_random_channels", "perplexity_other_position")
         ),
         "perplexity_other_position",
+        beside="perplexity_clean",
+        controls=(
+            {"perplexity_random_channels": "perplexity_zeroed", "perplexity_other_position": "perplexity_zeroed"},
+        ),
     ),
     "AB7": Rule(
         "The more of the spike is left, up to all of it, the better the model.",
@@ -455,6 +591,20 @@ def verdict(claim_id: str, measured: Mapping[str, Any]) -> str:
     if "reason" in measured:
         return "n/a"
     return "holds" if RULES[claim_id].holds(measured) else "differs"
+
+
+def held_by(claim_id: str, measured: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
+    """The controls that a claim's rule holds of as well, by the name of their first value; none for an unknown claim.
+
+    A claim that holds of ordinary tokens too is true, but says nothing of spikes.
+    """
+    rule = RULES.get(claim_id)
+    there = [names for names in (rule.controls if rule else ()) if set(names.values()) <= set(control)]
+    return [
+        next(iter(names.values()))
+        for names in there
+        if rule.holds(dict(measured) | {name: control[other] for name, other in names.items()})
+    ]
 
 
 @dataclass(frozen=True)

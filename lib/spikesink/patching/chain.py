@@ -611,7 +611,11 @@ def zeroing_breaks(
         measured={
             "perplexity_clean": broken.clean.perplexity,
             "perplexity_zeroed": zeroed.perplexity,
-            **_intervals(interval_clean=broken.clean.interval(), interval_zeroed=zeroed.interval()),
+            **_intervals(
+                interval_clean=broken.clean.interval(),
+                interval_zeroed=zeroed.interval(),
+                interval_zeroed_over_clean=zeroed.times(broken.clean),
+            ),
             "sink_ratio_clean": broken.clean.sink_ratio,
             "sink_ratio_zeroed": zeroed.sink_ratio,
             "perplexity_zeroed_and_masked": masked.perplexity,

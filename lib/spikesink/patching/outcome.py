@@ -1,7 +1,7 @@
 """What becomes of a model under interventions: `evaluate` one set of them, `compare` many, `sweep` into a table."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,7 +85,7 @@ class Outcome:
             ValueError: no such measure.
         """
         measures = {
-            "perplexity": (self.loss.mean(1), lambda x, axis: np.exp(x.mean(axis=axis))),
+            "perplexity": (self.loss.mean(1), _exp_mean),
             "kl": (self.divergence.mean(1), np.mean),
             "agreement": (self.agrees.float().mean(1), np.mean),
             "sink_ratio": ((self.score > self.epsilon).float().mean((1, 2)), np.mean),
@@ -93,16 +93,22 @@ class Outcome:
         }
         if what not in measures:
             raise ValueError(f"there is no measure {what!r}; give one of {', '.join(measures)}.")
-        values, statistic = measures[what]
-        values = values.double().numpy()
-        if len(values) < 2:
-            return math.nan, math.nan
-        if np.ptp(values) == 0:
-            return (same := float(statistic(values, axis=0))), same
-        found = bootstrap(
-            (values,), statistic, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=seed
-        ).confidence_interval
-        return float(found.low), float(found.high)
+        return _bootstrap(*measures[what], level, seed)
+
+    def times(self, other: "Outcome", level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """A bootstrap interval over windows of how many times another outcome's perplexity this one's is.
+
+        Paired: both are of the same windows, so that what these differ in among themselves does not widen it.
+
+        Raises:
+            ValueError: the other is of other windows.
+        """
+        if other.loss.shape != self.loss.shape:
+            raise ValueError(
+                f"outcomes of {list(self.loss.shape)} and {list(other.loss.shape)} predictions cannot be paired; "
+                "evaluate both on the same windows."
+            )
+        return _bootstrap((self.loss - other.loss).mean(1), _exp_mean, level, seed)
 
     def __repr__(self) -> str:
         low, high = self.interval()
@@ -112,6 +118,23 @@ class Outcome:
             f"same token {self.agreement:.0%}, sink ratio {self.sink_ratio:.2f}, "
             f"max activation {brief(self.max_activation)}"
         )
+
+
+def _exp_mean(x: np.ndarray, axis: int) -> np.ndarray:
+    return np.exp(x.mean(axis=axis))
+
+
+def _bootstrap(values: Tensor, statistic: Callable, level: float, seed: int) -> tuple[float, float]:
+    """The percentile interval of a statistic of windows; not numbers where there is only one."""
+    values = values.double().numpy()
+    if len(values) < 2:
+        return math.nan, math.nan
+    if np.ptp(values) == 0:
+        return (same := float(statistic(values, axis=0))), same
+    found = bootstrap(
+        (values,), statistic, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=seed
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def evaluate(

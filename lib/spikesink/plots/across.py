@@ -1,9 +1,10 @@
 """The figure of all ledgers: claims x models, by verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -15,18 +16,25 @@ from spikesink.plots.style import ORDINARY, OTHERS, absent, figure, styled
 HOLDS, DIFFERS = OTHERS[0], "#A3487B"
 LOOKS = {
     "holds": {"facecolor": "#BFE5D8", "edgecolor": HOLDS},
+    "holds*": {"facecolor": "#EDF8F4", "edgecolor": HOLDS, "ls": (0, (2, 1.5))},
     "differs": {"facecolor": "#F6D3E6", "edgecolor": DIFFERS},
     "n/a": {"facecolor": "#F0F0F0", "edgecolor": "#D5D5D5"},
     "reported": {"facecolor": "white", "edgecolor": ORDINARY},
 }
-MARKS = {"holds": "✓", "differs": "≠", "n/a": "n/a", "reported": ""}
-MEANINGS = {"holds": "holds", "differs": "differs", "n/a": "cannot be put to this model", "reported": "not judged"}
+MARKS = {"holds": "✓", "holds*": "✓*", "differs": "≠", "n/a": "n/a", "reported": ""}
+MEANINGS = {
+    "holds": "holds",
+    "holds*": "holds, and of a control too",
+    "differs": "differs",
+    "n/a": "cannot be put to this model",
+    "reported": "reported, not judged",
+}
 CENTRED = {"ha": "center", "va": "center"}
 
 # In inches.
-HEIGHT, OURS, THEIRS, TALLY, GAP = 0.205, 1.06, 0.58, 0.52, 0.14
-LINK, CLAIM, QUANTITY = 1.36, 2.75, 1.42
-ABOVE, BELOW, HATCHED = 1.75, 0.95, 0.2
+HEIGHT, OURS, THEIRS, TALLY, GAP = 0.205, 1.2, 1.55, 0.52, 0.14
+LINK, CLAIM, QUANTITY = 1.36, 2.75, 2.4
+ABOVE, BELOW, HATCHED = 1.75, 1.2, 0.2
 PER_INCH = 15  # characters of a cell's text
 MOST_NAMED = 4  # claims in the second line of the title
 LONGEST_NAME = 26  # of a column's head
@@ -34,37 +42,44 @@ LONGEST_NAME = 26  # of a column's head
 
 @styled
 def verdicts(board: Board) -> Figure:
-    """Claims x models: rows by link of the chain, columns the models with a ledger and then the paper's own.
+    """Claims x models: rows by link of the chain, columns the models with a ledger, the last one all of the paper's.
 
-    Each cell has its verdict as a colour, a mark and a hatching, and the value that stands for the claim.
+    Each cell has its verdict as a colour, a mark and a hatching, the value that stands for the claim, and after a
+    stroke what that is to be compared with.
     """
     if not board.rows:
         return absent("no model has a ledger here")
     left = LINK + CLAIM + QUANTITY + GAP
     mine = {name: left + OURS * i for i, name in enumerate(board.models)}
     tally = left + OURS * len(mine) + GAP
-    theirs = {name: tally + TALLY + GAP + THEIRS * i for i, name in enumerate(board.others)}
-    width, bottom = tally + TALLY + GAP + THEIRS * len(theirs), HEIGHT * len(board.rows)
+    theirs = tally + TALLY + GAP
+    width, bottom = theirs + THEIRS, HEIGHT * len(board.rows)
     fig, ax = _canvas(width, bottom)
     for i, row in enumerate(board.rows):
         y = i * HEIGHT
         _row(ax, row, y)
         for name, cell in row.cells.items():
             _cell(ax, cell, mine[name], y, OURS)
-        for name, cell in row.reported.items():
-            _cell(ax, cell, theirs[name], y, THEIRS)
+        if row.reported:
+            _cell(ax, _together(row.reported), theirs, y, THEIRS)
         if len(row.put_to) > 1:
-            _tally(ax, row, tally, y)
+            _tally(ax, row, tally, y, row in board.firm)
     _links(ax, board.rows, width)
     for name, x in mine.items():
         _head(ax, name, x + OURS / 2, fontweight="bold")
         _count(ax, board, name, x + OURS / 2, bottom)
     if len(mine) > 1:
-        _head(ax, "holds on", tally + TALLY / 2)
-    for name, x in theirs.items():
-        _head(ax, name, x + THEIRS / 2, color="#444444")
-    ax.text(min(theirs.values()), 0.74 - ABOVE, "as the paper reports", fontsize=8.5, style="italic", va="center")
-    _key(ax, bottom + 0.66)
+        ax.text(tally + TALLY / 2, -0.08, "holds\non", fontsize=7.5, color="#555555", ha="center", va="bottom")
+    ax.text(
+        theirs + THEIRS / 2,
+        -0.08,
+        "the paper's models\n(how many)",
+        fontsize=8,
+        style="italic",
+        ha="center",
+        va="bottom",
+    )
+    _key(ax, bottom + 0.9)
     ax.text(0, 0.14 - ABOVE, _finding(board), fontsize=13, fontweight="bold", va="top")
     ax.text(0, 0.48 - ABOVE, _where(board), fontsize=9.5, va="top")
     return fig
@@ -87,19 +102,35 @@ def _row(ax, row: Row, y: float) -> None:
     ax.text(LINK + CLAIM + QUANTITY, middle, row.quantity, fontsize=6.5, color="#555555", ha="right", va="center")
 
 
+def _together(reported: Mapping[str, Cell]) -> Cell:
+    """All of the paper's models in one cell: the least and the largest value, and how many models it reports."""
+    cells = list(reported.values())
+    values = np.concatenate([np.atleast_1d(cell.value) for cell in cells]).tolist()
+    ends = dict.fromkeys(brief(value) for value in (min(values), max(values)))
+    verdicts = {cell.verdict for cell in cells}
+    return Cell(verdicts.pop() if len(verdicts) == 1 else "differs", f"{' … '.join(ends)}  ({len(cells)})")
+
+
+def _look(cell: Cell) -> str:
+    return "holds*" if cell.verdict == "holds" and cell.held_by else cell.verdict
+
+
 def _cell(ax, cell: Cell, x: float, y: float, width: float) -> None:
-    look, mark, middle = LOOKS[cell.verdict], MARKS[cell.verdict], y + HEIGHT / 2
+    shown = _look(cell)
+    look, mark, middle = LOOKS[shown], MARKS[shown], y + HEIGHT / 2
     corner, height = (x + 0.02, y + 0.015), HEIGHT - 0.03
-    ax.add_patch(Rectangle(corner, width - 0.04, height, lw=0.6, label=cell.verdict, **look))
+    ax.add_patch(Rectangle(corner, width - 0.04, height, lw=0.6, label=shown, **look))
     if cell.verdict == "differs":  # at one end only, so as not to bury the number
         ax.add_patch(Rectangle(corner, HATCHED, height, lw=0, fill=False, hatch="////", edgecolor="#E3A9C9"))
     if cell.value is None:
         colour = ORDINARY if cell.verdict == "n/a" else "black"
         ax.text(x + width / 2, middle, mark, fontsize=7, color=colour, **CENTRED)
         return
-    ax.text(x + 0.11, middle, mark, fontsize=7.5, fontweight="bold", **CENTRED)
-    taken = 0.16 if mark else 0
+    ax.text(x + 0.05, middle, mark, fontsize=7.5, fontweight="bold", ha="left", va="center")
+    taken = 0.2 if mark else 0
     text = _number(cell.value, int((width - taken) * PER_INCH))
+    if cell.beside is not None:
+        text += f" / {brief(cell.beside)}"
     ax.text(x + (width + taken) / 2, middle, text, fontsize=7.5 if len(text) < 12 else 6.8, **CENTRED)
 
 
@@ -111,10 +142,10 @@ def _number(value: Any, room: int) -> str:
     return text if len(text) <= room + 2 else text[:room] + "…"
 
 
-def _tally(ax, row: Row, x: float, y: float) -> None:
-    """On how many of the models it could be put to a claim holds."""
+def _tally(ax, row: Row, x: float, y: float, firm: bool) -> None:
+    """On how many of the models it could be put to a claim holds; bold where it does so firmly."""
     n, put = len(row.put_to) - len(row.differs_on), len(row.put_to)
-    weight, color = ("bold", HOLDS) if n == put else ("normal", DIFFERS)
+    weight, color = "bold" if firm else "normal", HOLDS if n == put else DIFFERS
     ax.text(x + TALLY / 2, y + HEIGHT / 2, f"{n} of {put}", fontsize=7.5, fontweight=weight, color=color, **CENTRED)
 
 
@@ -143,11 +174,16 @@ def _count(ax, board: Board, name: str, x: float, y: float) -> None:
 
 
 def _key(ax, y: float) -> None:
-    what = "Grey: what the numbers are. Blank: not measured here, or not reported."
-    ax.text(0, y - 0.16, what, fontsize=7.5, va="center", color="#555555")
+    what = (
+        "Small print: what the numbers are; after a stroke, what the first is compared with. Blank: not measured here.",
+        "Firmly (bold): put to two models or more, and of no control. Rules and controls: README.md beside this.",
+    )
+    for i, line in enumerate(what):
+        ax.text(0, y - 0.28 + 0.16 * i, line, fontsize=7.5, va="center", color="#555555")
     x = 0.0
     for verdict, meaning in MEANINGS.items():
-        _cell(ax, Cell(verdict, None if verdict == "n/a" else ""), x, y, 0.42)
+        held = ("",) if verdict == "holds*" else ()
+        _cell(ax, Cell(verdict.rstrip("*"), None if verdict == "n/a" else "", held_by=held), x, y, 0.42)
         ax.text(x + 0.47, y + HEIGHT / 2, meaning, fontsize=7.5, va="center")
         x += 0.67 + 0.068 * len(meaning)
 
@@ -158,7 +194,7 @@ def _finding(board: Board) -> str:
         return "No claim could be put to a model here"
     if len(board.models) == 1:
         return f"{holding} of {judged} claims hold on {_name(board.models[0])}"
-    text = f"{holding} of {judged} claims hold on every model they could be put to"
+    text = f"{holding} of {judged} claims hold on every model they could be put to, {len(board.firm)} of them firmly"
     most = max(board.models, key=lambda model: len(board.only_on(model)))
     n = len(board.only_on(most))
     return text + (f"; {n} {'differ' if n > 1 else 'differs'} on {_name(most)} alone" if n else "")
