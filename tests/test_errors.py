@@ -258,7 +258,19 @@ ENVIRONMENT = {
     "a budget without a device": (
         lambda w: w.with_environment(lambda: spikesink.load(w.whole, "auto"), SPIKESINK_MAX_MEMORY="8GB"),
         LoadError,
-        "max_memory {'8GB': ''} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.",
+        "SPIKESINK_MAX_MEMORY is '8GB'; give a device and a size each, without spaces between them, as in "
+        "0=20GB cpu=8GB.",
+    ),
+    "a budget with a space in it": (
+        lambda w: w.with_environment(lambda: spikesink.load(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=600 MB"),
+        LoadError,
+        "SPIKESINK_MAX_MEMORY is 'cpu=600 MB'; give a device and a size each, without spaces between them, as in "
+        "0=20GB cpu=8GB.",
+    ),
+    "a budget that no notebook could use": (
+        lambda w: w.with_environment(lambda: prepare(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=much"),
+        LoadError,
+        "max_memory {'cpu': 'much'} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.",
     ),
     "figures that cannot be made": (
         lambda w: w.with_environment(

@@ -1,6 +1,8 @@
 """A model that is spread over memory and disk gives the numbers of one that is loaded whole."""
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,9 +91,38 @@ def test_what_was_written_for_offloading_goes_with_the_model(tmp_path, monkeypat
     model = spikesink.load(tiny("mixtral", tmp_path), device="disk")
     assert cache_directory() == tmp_path / "cache"
     assert any(Path(model.offloaded.name).iterdir())
+    place = Path(model.offloaded.name)
+    other = spikesink.load(tiny("mixtral", tmp_path), device="disk")
+    assert place.is_dir()  # a model that is in use keeps what it has
     del model
     gc.collect()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not place.exists()
+    del other
+    gc.collect()
+    assert list((tmp_path / "cache").glob(".offload-*")) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(random_directory, tmp_path, monkeypatch):
+    left, used = tmp_path / ".offload-left", tmp_path / ".offload-used"
+    for place in (left, used):
+        place.mkdir()
+        (place / "weights.dat").write_bytes(b"0" * 100)
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path))
+    hold = f"import filelock; lock = filelock.FileLock({str(used / '.lock')!r}); lock.acquire(); print(); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-u", "-c", hold],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    try:
+        model = spikesink.load(random_directory, device="disk")
+        assert sorted(tmp_path.glob(".offload-*")) == sorted([used, Path(model.offloaded.name)])
+    finally:
+        holder.kill()
+        holder.wait()
+    model = spikesink.load(random_directory, device="disk")
+    assert not used.exists()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +159,6 @@ def test_the_budget_can_be_in_the_environment(random_directory, monkeypatch):
     monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu=300KB")
     assert is_offloaded(spikesink.load(random_directory, device="auto"))
     monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu")
-    with pytest.raises(LoadError, match="holds no size"):
+    with pytest.raises(LoadError, match="SPIKESINK_MAX_MEMORY is 'cpu'"):
         spikesink.load(random_directory, device="auto")
     assert not is_offloaded(spikesink.load(random_directory, device="cpu"))

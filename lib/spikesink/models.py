@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from platformdirs import user_cache_path
@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from spikesink.specs import BUILTINS, DEFAULT_MODEL, Builtin, local, slug
 
 SPREAD = ("auto", "disk")  # placements that accelerate makes, part by part
+LOCK = ".lock"
 
 
 class LoadError(RuntimeError):
@@ -148,6 +149,8 @@ def prepare(
     """
     spec = _named(spec)
     device, dtype = _device(device), _dtype(dtype)
+    if device == "auto":
+        _budget(None)  # what is wrong with the environment's is known before anything is fetched
     source = _locate(spec)
     config = _config(str(source.directory), spec)
     with _named_errors(spec, source.directory, "its tokenizer"), quiet():
@@ -200,7 +203,7 @@ def load(
     with _named_errors(ready.source.spec, ready.source.directory), quiet():
         placement = {}
         if spread:
-            offloaded = _offload_directory()
+            offloaded = OffloadDirectory()
             placement = {"device_map": "auto", "max_memory": budget, "offload_folder": offloaded.name}
             if ready.device == "disk":
                 placement |= {"device_map": {"": "disk"}, "max_memory": None}
@@ -397,6 +400,11 @@ def _budget(given: Mapping[int | str, int | str] | None) -> dict[int | str, int 
     asked = os.environ.get("SPIKESINK_MAX_MEMORY", "")
     if given is None and asked.split():
         pairs = [pair.partition("=")[::2] for pair in asked.split()]
+        if not all(name and size for name, size in pairs):
+            raise LoadError(
+                f"SPIKESINK_MAX_MEMORY is {asked!r}; give a device and a size each, without spaces between them, as in "
+                "0=20GB cpu=8GB."
+            )
         given = {int(name) if name.isdecimal() else name: size for name, size in pairs}
     if given is None:
         return None
@@ -412,12 +420,24 @@ def _budget(given: Mapping[int | str, int | str] | None) -> dict[int | str, int 
     return there | sizes
 
 
-def _offload_directory() -> tempfile.TemporaryDirectory:
-    """A place for what must be written anew to be read part by part (experts, mostly); it goes with the model."""
-    cache = cache_directory()
-    with _writing_to(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".offload-", dir=cache, ignore_cleanup_errors=True)
+class OffloadDirectory:
+    """A place for what must be written anew to be read part by part (experts, mostly); it goes with the model.
+
+    It is locked while its process lives; so the next one can tell what a process left that was killed, and remove it.
+    """
+
+    def __init__(self):
+        cache = cache_directory()
+        with _writing_to(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / ".offload.lock"):
+                for found in cache.glob(".offload-*"):
+                    with contextlib.suppress(Timeout), FileLock(found / LOCK, timeout=0):
+                        shutil.rmtree(found, ignore_errors=True)
+                self._made = tempfile.TemporaryDirectory(prefix=".offload-", dir=cache, ignore_cleanup_errors=True)
+                self.name = self._made.name
+                self._lock = FileLock(Path(self.name) / LOCK)
+                self._lock.acquire()
 
 
 def _main_device(places: Mapping[str, int | str | torch.device]) -> str:
