@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink import amplifier, firsttoken, patching, plots
 from spikesink.claims import NotApplicable, brief, escape, write_atomically
 from spikesink.lifecycle import Lifecycle, block_layer, find_lifecycle, first_step_up
-from spikesink.memory import Growth, Memory, growth, megabytes, memory
+from spikesink.memory import Growth, Memory, growth, megabytes, memory, within
 from spikesink.models import LoadError, anatomy, load, prepare
 from spikesink.specs import DEFAULT_MODEL
 from spikesink.texts import TextError, windows
@@ -167,7 +167,7 @@ def whole_passes(
         ours,
         "whole forward passes",
         theirs,
-        f"to {brief(float((a - b).abs().max() / b.abs().max()))} of the largest",
+        within(float((a - b).abs().max() / b.abs().max()), " of the largest"),
     )
 
 
@@ -226,7 +226,7 @@ def census(ffn: FFN, turns: int = TURNS, some: int = 8) -> Row:
         ours,
         f"forming each U_k (from {len(chosen)})",
         theirs * d / len(chosen),
-        f"to {brief(float((a[list(chosen)] - b).abs().max() / b.max()))}",
+        within(float((a[list(chosen)] - b).abs().max() / b.max())),
     )
 
 
@@ -241,7 +241,7 @@ def lanczos(ffn: FFN, channel: int, turns: int = TURNS) -> Row:
     ways = [lambda: amplifier.eigenpairs(exact, channel, 1).values[0], dense]
     (ours, theirs), (a, b) = in_turns(ways, turns)
     name = f"top eigenpair of S_k, width {ffn.down.shape[0]}"
-    return Row(name, "Lanczos", ours, "dense solve", theirs, f"to {brief(float(((a - b) / b).abs()))}")
+    return Row(name, "Lanczos", ours, "dense solve", theirs, within(float(((a - b) / b).abs())))
 
 
 def sweeps(model: TransformerBridge, life: Lifecycle, turns: int = TURNS) -> list[Row]:
@@ -261,7 +261,7 @@ def sweeps(model: TransformerBridge, life: Lifecycle, turns: int = TURNS) -> lis
     ]
     (ours, alone, whole), found = in_turns(ways, max(1, turns - 1))
     name = f"{len(DOSES)} doses on {n} windows of {tokens.shape[1]}"
-    agree = [f"to {brief(float((found[0] - other).abs().max()))} nats" for other in found[1:]]
+    agree = [within(float((found[0] - other).abs().max()), " nats") for other in found[1:]]
     one = [lambda: patching.evaluate(model, tokens, cuts[0.0]).loss, lambda: patching.evaluate(model, tokens).loss]
     (cut, clean), _ = in_turns(one, turns)
     return [
@@ -297,7 +297,7 @@ def loading(spec: str) -> Row | None:
             return load(spec)(tokens)
 
     (warm_seconds, cold_seconds), found = in_turns([lambda: load(spec)(tokens), cold], 1)
-    agree = f"to {brief(float((found[0] - found[1]).abs().max()))}"
+    agree = within(float((found[0] - found[1]).abs().max()))
     return Row("loading", "from the cache", warm_seconds, "dequantized first", cold_seconds, agree)
 
 
@@ -327,7 +327,7 @@ def traces(model: TransformerBridge, turns: int = TURNS, n: int = 4, length: int
     ways = [lambda: trace_windows(model, tokens).medians[::2], cached]
     (ours, theirs), (a, b) = in_turns(ways, max(1, turns - 1))
     name = f"{n} windows of {tokens.shape[1]}"
-    return Row(name, "trace", ours, "run_with_cache", theirs, f"to {brief(float(((a - b) / b).abs().max()))}")
+    return Row(name, "trace", ours, "run_with_cache", theirs, within(float(((a - b) / b).abs().max())))
 
 
 def into_readme(readme: Path, table: str) -> None:

@@ -130,7 +130,7 @@ def memory(spec: str) -> tuple[Memory, ...]:
         ("8 windows", ("trace", "8 windows, traced"), ("run_with_cache", "8 windows, cached")),
     ):
         ours, theirs = _in_a_process(name, spec), _in_a_process(other, spec)
-        same = "to " + brief(abs(ours["gave"] / theirs["gave"] - 1)) if "cached" not in other else "not asked"
+        same = within(abs(ours["gave"] / theirs["gave"] - 1)) if "cached" not in other else "not asked"
         rows.append(Memory(f"{what}, memory", way, ours["peak"], against, theirs["peak"], same))
     return tuple(rows)
 
@@ -146,3 +146,8 @@ def growth(spec: str) -> Growth | None:
 def megabytes(n_bytes: float) -> str:
     """Bytes in words."""
     return f"{brief(n_bytes / 1e6)} MB"
+
+
+def within(error: float, unit: str = "") -> str:
+    """How nearly two ways give the same answer, in words."""
+    return f"to {brief(error)}{unit}" if error else "exactly"
