@@ -17,6 +17,9 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pypr
 .DEFAULT_GOAL := figures
 .PHONY: figures test lab bench scan plan store help clean
 
+# A scan reads the files as they are and computes in float32 on the CPU.
+AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
+
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
 	@$(BIN)/python -m spikesink.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
 	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)"
@@ -33,10 +36,10 @@ bench: $(READY)  ## how fast it is and what memory it takes, as ratios within on
 	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
 
 scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models larger than memory
-	@$(BIN)/python -m spikesink.scan --model "$(MODEL)" --figures "$(FIGURES)"
+	@$(AS_A_SCAN)$(BIN)/python -m spikesink.scan --model "$(MODEL)" --figures "$(FIGURES)"
 
 plan: $(READY)  ## only what a scan of MODEL would take, from its configuration alone
-	@$(BIN)/python -m spikesink.scan --model "$(MODEL)" --plan
+	@$(AS_A_SCAN)$(BIN)/python -m spikesink.scan --model "$(MODEL)" --plan
 
 store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
 	@$(BIN)/python -m spikesink.reproduce --store
@@ -53,6 +56,7 @@ help:  ## this list
 	@echo "  TEXT=$(TEXT)  house, pydoc, a file or datasets:NAME"
 	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
+	@echo "make scan takes MODEL and FIGURES, make plan takes MODEL; both work in float32 on the CPU, whatever the files are in."
 	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
 
 $(READY): requirements.txt requirements-model.txt pyproject.toml

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import spikesink
-from spikesink import amplifier, claims, collapse, firsttoken, notebook, patching, plots, reproduce, sinks, texts
+from spikesink import amplifier, claims, collapse, firsttoken, notebook, patching, plots, reproduce, scan, sinks, texts
 from spikesink.claims import Evidence, NotApplicable
 from spikesink.models import LoadError, prepare
 from spikesink.texts import Text, TextError
@@ -606,6 +606,35 @@ CLAIMS = {
     ),
 }
 
+SCAN = {
+    "no entries": (
+        lambda w: scan.plan(w.whole, 0),
+        ValueError,
+        "0 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.",
+    ),
+    "more entries than there are": (
+        lambda w: scan.scan(w.whole, 500),
+        ValueError,
+        "500 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.",
+    ),
+    "nowhere to keep layers": (
+        lambda w: scan.scan(w.whole, 40, w.file() / "kept"),
+        OSError,
+        "the layers cannot be kept in … (Not a directory); make room there, or keep them elsewhere.",
+    ),
+    "NaN, scanned": (
+        lambda w: scan.scan(w.poisoned(DOWN, NAN), 40),
+        FloatingPointError,
+        "the FFN of layer 2, or the norm that it reads through, has weights that are not finite; get the model again.",
+    ),
+    "no GGUF file, planned": (
+        lambda w: scan.plan(w.file()),
+        LoadError,
+        "… is a file but not GGUF; give a .gguf file, or the directory the model is in.",
+    ),
+    "a number, planned": (lambda w: scan.plan(3), LoadError, f"a model is named by … not by 3; give {MODELS}."),
+}
+
 TABLE = {
     f"{group}: {name}": row
     for group, rows in {
@@ -614,6 +643,7 @@ TABLE = {
         "text": TEXTS,
         "trace": TRACE,
         "not finite": NOT_FINITE,
+        "scan": SCAN,
         "measure": MEASURES,
         "claims": CLAIMS,
     }.items()

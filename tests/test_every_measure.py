@@ -4,8 +4,8 @@ import pytest
 
 from spikesink.claims import RULES
 from spikesink.lifecycle import Lifecycle
-from tests import in_process
-from tests.test_families import FAMILIES, MORE, n_experts, tiny
+from tests import in_process, planted, spiking
+from tests.test_families import FAMILIES, MORE, build, n_experts, tiny
 
 TEXT = "The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40
 NO_SPIKE = Lifecycle(None, ()).reason
@@ -52,3 +52,29 @@ def test_where_a_measure_does_not_apply_it_says_why(walked):
 def test_every_picture_of_the_default_model_is_drawn_of_any_other(walked):
     committed = (in_process.ROOT / "figures" / "smollm2-135m").glob("*.png")
     assert walked[1].pictures == sorted(path.stem for path in committed)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES | MORE if family not in planted.FAMILIES])
+def test_a_spike_in_any_other_family_passes_every_measure(family, tmp_path):
+    """What can be told of it is told in each; the rest says what the family lacks."""
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    model = spiking.make_spike(build(family, **{layers: spiking.N_LAYERS}))
+    (tmp_path / "text.txt").write_text(planted.text(3, 32))
+    found = in_process.walk(planted.save(model, tmp_path / "model"), tmp_path / "text.txt", tmp_path / "figures")
+    assert set(found.rows) == set(RULES)
+    measured = {key: row["measured"] for key, row in found.rows.items()}
+    assert measured["LC1"]["step_up_blocks"] == [2 * spiking.STEP_UP + 2]
+    assert measured["LC1"]["channels"] == [spiking.CHANNEL]
+    assert measured["LC1"]["plateau_value"] == pytest.approx(spiking.SIZE, rel=1e-3)
+    assert measured["LC3"]["step_down_blocks"] == [2 * spiking.STEP_DOWN + 2]
+    assert measured["LC3"]["left_at_the_end"] == pytest.approx(spiking.STAYS, rel=0.01)
+    reasons = {key: row["measured"].get("reason") for key, row in found.rows.items()}
+    assert not {NO_SPIKE, "there is no plateau"} & set(reasons.values())
+    # What each family has no part for; what is n/a for other reasons hangs on the random weights.
+    norms, form = reasons["NM1"] is None, reasons["AM2"] is None
+    assert norms == (family != "olmo2")
+    assert form == (family in ("gemma2", "gemma3", "olmo2", "olmo"))
+    assert (reasons["TK1"] is None) == (family not in ("opt", "gpt_oss", "deepseek_v3"))
+    assert (reasons["AB4"] is None) == (family not in ("gpt_oss", "deepseek_v3"))
+    if form:
+        assert measured["AM2"]["gain_rank"] == 1

@@ -81,14 +81,19 @@ def n_experts(family: str) -> int:
     return next((sizes[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in sizes), 0)
 
 
-def tiny(family: str, folder: Path) -> Path:
-    """The directory of a tiny random model of a family."""
-    name, sizes, _ = (FAMILIES | MORE)[family]
+def build(family: str, **sizes: int) -> transformers.PreTrainedModel:
+    """A tiny random model of a family; `sizes` are put in place of its own."""
+    name, own, _ = (FAMILIES | MORE)[family]
     config_name = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
     class_name = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**sizes)
-    return planted.save(getattr(transformers, class_name)(config).eval(), folder / family)
+    config = getattr(transformers, config_name)(**own | sizes)
+    return getattr(transformers, class_name)(config).eval()
+
+
+def tiny(family: str, folder: Path) -> Path:
+    """The directory of a tiny random model of a family."""
+    return planted.save(build(family), folder / family)
 
 
 @pytest.mark.parametrize("family", FAMILIES | MORE)
@@ -122,6 +127,7 @@ def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
     assert spikesink.find_lifecycle(trace).main is None
     assert about.edits_pattern == (family != "opt")
     assert about.projects == (family != "deepseek_v3")
+    assert about.separate_ffn == (family != "opt")
     assert about.learned_sink == (family == "gpt_oss")
     with warnings.catch_warnings(), model.hooks(fwd_hooks=[(about.pattern_hooks[1], lambda value, hook: value * 0)]):
         warnings.simplefilter("ignore")  # where it goes nowhere, TransformerLens says so

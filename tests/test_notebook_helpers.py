@@ -45,6 +45,16 @@ def test_rules_with_bars_do_not_break_the_ledger_s_table(tmp_path):
     shown = notebook.Ledger("04_amplifier", tmp_path / "tiny", HEADER).record({"AM2": evidence}).data
     assert "\\|\\|U_k\\|\\|_F" in shown
     across.render(tmp_path)
-    row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| AM2"))
-    assert row.replace("\\|", "").count("|") == 6
+    row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if "[AM2]" in line)
+    assert "\\|\\|U_k\\|\\|_F" in row
+    assert row.replace("\\|", "").count("|") == 5
     assert json.loads((tmp_path / "tiny" / "claims.json").read_text())["claims"]["AM2"]["rule"].count("||U_k||_F") == 1
+
+
+def test_a_claim_that_holds_of_a_control_too_says_so_where_it_is_recorded(tmp_path):
+    ledger = notebook.Ledger("06_rmsnorm", tmp_path / "tiny", HEADER)
+    for ordinary, said in ((0.25, "| **holds** |"), (0.75, "| **holds**<br>of max_over_sqrt_d_other_tokens too |")):
+        evidence = claims.Evidence({"max_over_sqrt_d": 0.9}, {"max_over_sqrt_d_other_tokens": ordinary})
+        assert said in ledger.record({"NM1": evidence}).data
+    differs = claims.Evidence({"max_over_sqrt_d": 0.1}, {"max_over_sqrt_d_other_tokens": 0.9})
+    assert "| **differs** |" in ledger.record({"NM1": differs}).data

@@ -1,21 +1,31 @@
 """A scan finds from weights alone what a run on text finds; its plan comes true; an interrupted one goes on."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers.processors import TemplateProcessing
 
 import spikesink
-from spikesink import amplifier, firsttoken, scan
-from spikesink.weights import weights_of
+from spikesink import amplifier, experts, firsttoken, models, scan
+from spikesink.models import LoadError
+from spikesink.progress import progress
+from spikesink.weights import open_weights, weights_of
 from tests import planted
+from tests.test_experts import moe
 from tests.test_families import FAMILIES, tiny
+from tests.test_models import tiny_gguf
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +40,10 @@ def test_the_planted_spike_is_found_without_any_text(found):
     assert float(found.mean[point, channel]) == pytest.approx(1000 / 400, rel=0.05)
     assert float(found.share[point, channel]) == pytest.approx(1 / 400)
     assert found.steps() == ([4], [10])
-    two = found.suspects(2)
-    assert {row[:3] for row in two} == {(4, 0, planted.Plant.channel), (10, 0, planted.Plant.channel)}
-    assert all(over > 50 and share > 0.9 for *_, over, share in two)
+    two = found.suspects[:2]
+    assert {(one.block, one.expert, one.channel) for one in two} == {(4, None, channel), (10, None, channel)}
+    assert all(one.over_median > 50 and one.rank_one > 0.9 for one in two)
+    assert len(found.suspects) == scan.SUSPECTS
     assert "Blocks that write it: 4; that take it back: 10." in found.sentence()
 
 
@@ -44,8 +55,18 @@ def test_it_is_the_census_and_the_static_path(found, planted_model):
     assert len(found.mean) == len(seen) == 13
     torch.testing.assert_close(found.mean, torch.stack([seen[p].mean(0) for p in range(13)]))
     torch.testing.assert_close(found.median, torch.stack([seen[p].abs().median() for p in range(13)]))
-    ffn = weights.ffn(1)
-    assert found.rank_one[1] == pytest.approx(float(amplifier.directions(ffn, [9]).shares[0]), rel=1e-4)
+    ratio = found.block_gain / found.block_gain.median(dim=1, keepdim=True).values
+    assert [one.over_median for one in found.suspects] == ratio.flatten().topk(scan.SUSPECTS).values.tolist()
+    for one in found.suspects:
+        layer = one.block // 2 - 1
+        assert one.gain == float(found.block_gain[layer, one.channel])
+        shares = amplifier.directions(weights.ffn(layer), [one.channel]).shares
+        assert one.rank_one == pytest.approx(float(shares[0]), rel=1e-4)
+
+
+def test_a_channel_that_nothing_writes_into_has_no_share(planted_model):
+    ffn = weights_of(planted_model).ffn(0)
+    assert scan._rank_one(replace(ffn, down=torch.zeros_like(ffn.down)), 3) == 0
 
 
 @pytest.mark.parametrize("lost", [None, "layer-002.safetensors", "stream-003.safetensors"])
@@ -61,29 +82,79 @@ def test_an_interrupted_scan_goes_on_where_it_was(lost, found, planted_directory
     monkeypatch.setattr(scan, "_one_layer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         scan.scan(planted_directory, 400, tmp_path)
-    [place] = tmp_path.iterdir()
+    [place] = tmp_path.glob("planted-llama-*")
     assert len(list(place.iterdir())) == 4  # three layers and the stream that leaves the last
     if lost:
         (place / lost).unlink()
     monkeypatch.setattr(
         scan, "_one_layer", lambda weights, layer, x: began.append(layer) or one_layer(weights, layer, x)
     )
-    resumed = scan.scan(planted_directory, 400, tmp_path)
+    said, counted = [], []
+    monkeypatch.setattr(scan, "progress", lambda items, *more: counted.append((list(items), *more)) or items)
+    resumed = scan.scan(planted_directory, 400, tmp_path, said.append)
     assert began[0] == (0 if lost else 3)
-    for name, value in vars(resumed).items():
+    assert said == ([] if lost else ["3 of 6 layers are kept from an earlier run."])
+    assert counted[0] == (list(range(began[0], 6)), "scanning", "layer", began[0])
+    assert resumed.kept == place
+    for name, value in vars(replace(resumed, kept=None)).items():
         same = torch.equal(value, vars(found)[name]) if isinstance(value, torch.Tensor) else value == vars(found)[name]
         assert same, name
     began.clear()
-    scan.scan(planted_directory, 400, tmp_path)
+    assert scan.scan(planted_directory, 400, tmp_path).suspects == found.suspects
     assert began == []
     scan.scan(planted_directory, 200, tmp_path)  # another question
     assert began == list(range(6))
 
 
+def test_a_finished_scan_leaves_its_own_layers_and_those_of_other_models(planted_directory, random_directory, tmp_path):
+    other = scan.scan(random_directory, 40, tmp_path).kept
+    longer = tmp_path / f"planted-llama-2-{'0' * scan.KEY}"  # of a model whose name begins alike
+    longer.mkdir()
+    first, second = (scan.scan(planted_directory, entries, tmp_path).kept for entries in (40, 50))
+    assert first != second
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {other, longer, second}
+
+
+def test_a_second_scan_of_a_model_is_refused_while_one_is_at_work(planted_directory, random_directory, tmp_path):
+    with FileLock(tmp_path / "planted-llama.lock"):
+        with pytest.raises(BlockingIOError, match=r"another scan of this model is at work in .*; wait for it, or "):
+            scan.scan(planted_directory, 40, tmp_path)
+        assert not list(tmp_path.glob("planted-llama-*"))
+        assert scan.scan(random_directory, 40, tmp_path).kept.is_dir()  # another model
+        assert scan.scan(planted_directory, 40).kept is None  # nothing is kept
+    assert scan.scan(planted_directory, 40, tmp_path).kept.is_dir()
+
+
+def test_a_full_disk_ends_a_scan_with_a_sentence_and_it_goes_on_later(planted_directory, tmp_path, capsys, monkeypatch):
+    save_file, saved = scan.save_file, []
+
+    def full(values, file):
+        if len(saved) == 5:
+            raise scan.SafetensorError("I/O error: No space left on device (os error 28)")
+        saved.append(file)
+        save_file(values, file)
+
+    monkeypatch.setattr(scan, "save_file", full)
+    places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
+    command = ["--model", str(planted_directory), "--entries", "40", *places]
+    assert scan.main(command) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"the layers cannot be kept in .* \(.*No space left on device.*\); make room .*", said[-1])
+    monkeypatch.undo()
+    assert scan.main(command) == 0
+    assert "2 of 6 layers are kept from an earlier run." in capsys.readouterr().out
+
+
+def test_a_bar_counts_what_was_done_before():
+    bar = progress(range(12, 30), "scanning", "layer", 12)
+    assert (bar.n, bar.total) == (12, 30)
+    assert list(bar) == list(range(12, 30))
+
+
 def test_a_layer_that_was_kept_before_its_stream_is_done_again(planted_directory, found, tmp_path, monkeypatch):
     one_layer, began = scan._one_layer, []
     scan.scan(planted_directory, 400, tmp_path)
-    [place] = tmp_path.iterdir()
+    [place] = tmp_path.glob("planted-llama-*")
     kept = scan._stream(place, 6)
     for layer in (4, 5):
         (place / f"layer-{layer:03d}.safetensors").unlink()
@@ -128,16 +199,42 @@ def test_every_family_can_be_planned_and_scanned(family, tmp_path):
     if family == "mixtral":
         assert set(done.expert.flatten().tolist()) == {0, 1, 2, 3}
     assert json.dumps(done.summary())
-    assert scan.table(done).row_count == scan.SUSPECTS if not gateless else True
+    if not gateless:
+        headings = [column.header for column in scan.table(done).columns]
+        assert scan.table(done).row_count == scan.SUSPECTS
+        assert ("expert" in headings) == (family == "mixtral") == ("expert" in done.summary()["suspects"][0])
+    assert (planned.unpacked > 0) == (family == "mixtral")
+
+
+def test_an_expert_that_every_token_passes_is_named_as_the_model_names_it(tmp_path):
+    moe("Qwen2Moe", tmp_path, shared_expert_intermediate_size=56)
+    file = tmp_path / "Qwen2Moe" / "model.safetensors"
+    tensors = scan.load_file(file)
+    tensors["model.layers.1.mlp.shared_expert.down_proj.weight"][7] *= 1000
+    scan.save_file(tensors, file, metadata={"format": "pt"})
+    done = scan.scan(tmp_path / "Qwen2Moe", 40)
+    first = done.suspects[0]
+    assert (first.block, first.expert, first.channel) == (4, "shared_expert", 7)
+    assert done.summary()["suspects"][0]["expert"] == "shared_expert"
+    census = experts.census(open_weights(tmp_path / "Qwen2Moe"))
+    for one in done.suspects:
+        of_each = census.of(one.block, one.channel)
+        assert of_each[one.expert] == max(of_each.values()) == pytest.approx(one.gain)
+
+
+def test_a_model_whose_first_token_is_no_fixed_map_is_not_scanned(tmp_path):
+    with pytest.raises(ValueError, match=r"a learned logit takes part in each softmax of this gpt_oss model.*figures"):
+        scan.scan(tiny("gpt_oss", tmp_path), 40)
 
 
 def test_the_plan_is_counted(planted_directory):
-    """A layer: q and o 64 x 64, k and v 32 x 64, three of 96 x 64, two norms; eleven products of 96 x 96 x 64."""
+    """A layer: q and o 64 x 64, k and v 32 x 64, three of 96 x 64, two norms; three products of 96 x 96 x 64."""
     planned = scan.plan(planted_directory, 100)
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64
     assert planned.parameters == 6 * layer + 2 * 400 * 64 + 64
-    assert planned.operations == 6 * (2 * 100 * layer + 22 * 96 * 96 * 64)
-    assert planned.read == 2 * 4 * planned.parameters
+    assert planned.operations == 6 * (2 * 100 * layer + 6 * 96 * 96 * 64) + scan.SUSPECTS * 2 * 96 * 64 * 64
+    assert planned.read == 4 * (2 * planned.parameters + 6 * 3 * 96 * 64)
+    assert (planned.first, planned.disk, planned.unpacked) == ("", 0, 0)
     assert planned.seconds(planned.operations / 5) == 5
 
 
@@ -151,9 +248,68 @@ def test_seventy_billion_parameters_are_planned_from_a_configuration_alone(tmp_p
     assert (
         layer < planned.peak < 6 * layer < 0.2 * planned.parameters * 2
     )  # of float32 layers; the model is in bfloat16
-    said = planned.sentences(1e12)
+    said = planned.sentences(5e11)
     assert said.startswith("llama-70b: 70.6 billion parameters in 80 layers.")
     assert re.search(r"about \d+\.\d h here", said)
+    assert "makes 3,370 trillion operations" in replace(planned, operations=3.3712e15).sentences()
+    assert "reads up to 1,410 GB" in replace(planned, read=1.411e12).sentences()
+    assert "First" not in said
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_plan_of_the_builtin_is_the_same_from_its_header_as_from_its_twin(default_model, cache, monkeypatch):
+    monkeypatch.setattr(models, "_write_dequantized", lambda *_: pytest.fail("the file was dequantized"))
+    header = scan.plan()
+    assert not cache.exists()
+    monkeypatch.undo()
+    assert (header.first, header.disk) == ("dequantize", 4 * header.parameters)
+    assert replace(header, first="", disk=0) == scan.plan()
+    assert header.parameters == default_model.original_model.num_parameters()
+    assert header.dtype == "float32"
+
+
+def test_a_plan_of_a_gguf_file_says_that_it_is_dequantized_first(tmp_path, cache):
+    file = tiny_gguf(tmp_path / "tiny.gguf")
+    before = scan.plan(file, 40)
+    said = before.sentences()
+    assert not cache.exists()
+    assert f"First its file is dequantized into {cache}: {4 * before.parameters / 1e6:.3g} MB there" in said
+    scan.plan(tiny_gguf(tmp_path / "again.gguf"), 40)
+    untied = spikesink.load(file).original_model
+    assert before.parameters == untied.num_parameters()
+    assert not untied.config.tie_word_embeddings
+    after = scan.plan(file, 40)
+    assert after == replace(before, first="", disk=0)
+    assert "First" not in after.sentences()
+
+
+def test_a_plan_of_a_hub_model_says_what_is_downloaded(planted_directory, monkeypatch):
+    here = scan.configuration(planted_directory)
+    monkeypatch.setattr(scan, "configuration", lambda spec: here)
+    planned = scan.plan("someone/planted", 40)
+    assert (planned.first, planned.disk) == ("download", 4 * planned.parameters)
+    said = planned.sentences()
+    assert re.search(r"First [\d.]+ MB are downloaded, unless they are in the hub's cache already\.", said)
+
+
+def test_what_can_be_no_causal_model_is_not_planned_either(tmp_path, cache):
+    transformers.BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(LoadError, match=r"is encoder-only \(type bert\)"):
+        scan.plan(tmp_path / "bert")
+    with pytest.raises(LoadError, match="architecture is not supported"):
+        scan.plan(tiny_gguf(tmp_path / "odd.gguf", architecture="oddity"))
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(LoadError, match="is not a GGUF file"):
+        scan.plan(tmp_path / "text.gguf")
+    file = tiny_gguf(tmp_path / "half.gguf")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(LoadError, match="is incomplete or damaged"):
+        scan.plan(file)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
@@ -183,12 +339,22 @@ def test_the_command_plans_scans_and_names_what_is_wrong(planted_directory, tmp_
     places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
     command = ["--model", str(planted_directory), "--entries", "40", *places]
     assert scan.main([*command, "--plan"]) == 0
-    assert capsys.readouterr().out.startswith("planted-llama: 0.000")
+    assert capsys.readouterr().out.startswith("planted-llama: 0.236 million parameters in 6 layers.")
     assert list(tmp_path.iterdir()) == []
     assert scan.main(command) == 0
+    said = capsys.readouterr().out
+    [kept] = (tmp_path / "build" / "scan").glob("planted-llama-*")
+    last = f"Written to {tmp_path / 'figures' / 'planted-llama' / 'scan.json'}; the layers are kept in {kept}, for the"
+    assert last in said
+    assert "earlier run" not in said
+    assert scan.main(command) == 0
+    assert "6 of 6 layers are kept from an earlier run." in capsys.readouterr().out
     assert json.loads((tmp_path / "figures" / "planted-llama" / "scan.json").read_text())["entries"] == 40
     assert scan.main(["--model", str(planted_directory), "--entries", "500", *places]) == 1
-    assert "500 entries were asked for, and this model's vocabulary has 400." in capsys.readouterr().out
+    too_many = "500 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.\n"
+    assert capsys.readouterr().out == too_many
+    assert scan.main(["--model", str(planted_directory), "--entries", "500", "--plan"]) == 1
+    assert capsys.readouterr().out == too_many
     assert scan.main(["--model", "./nowhere", *places]) == 1
     assert "there is no file or directory ./nowhere" in capsys.readouterr().out
 
@@ -198,3 +364,47 @@ def test_the_command_plans_scans_and_names_what_is_wrong(planted_directory, tmp_
     monkeypatch.setattr(scan, "scan", interrupted)
     assert scan.main(command) == 130
     assert "run the same command to go on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("entries", ["0", "-5", "x", ""])
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_what_is_no_number_of_entries_is_said_in_one_sentence(entries, plan, capsys):
+    with pytest.raises(SystemExit) as left:
+        scan.main([f"--entries={entries}", *plan])
+    said = f"argument --entries: {entries!r} is not a whole number of at least 1 (see --help)\n"
+    assert (left.value.code, *capsys.readouterr()) == (2, "", said)
+
+
+@pytest.mark.parametrize("place", ["figures", "build"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
+    place, planted_directory, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(scan, "scan", lambda *_: pytest.fail("a scan was started"))
+    (tmp_path / "file").touch()
+    places = {"figures": tmp_path / "figures", "build": tmp_path / "build"} | {place: tmp_path / "file" / "below"}
+    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
+    assert scan.main(["--model", str(planted_directory), "--entries", "40", *arguments]) == 1
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"the folder .* cannot be written \(Not a directory\); make room there, .*\n", said)
+
+
+def test_several_models_are_scanned_in_turn(planted_directory, random_directory, tmp_path, capsys):
+    places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
+    several = f"{planted_directory},./nowhere,{random_directory}"
+    assert scan.main(["--model", several, "--entries", "40", *places]) == 1
+    said = capsys.readouterr().out
+    assert "there is no file or directory ./nowhere" in said
+    for name in ("planted-llama", "random-llama"):
+        assert json.loads((tmp_path / "figures" / name / "scan.json").read_text())["model"] == name
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("target", ["scan", "plan"])
+@pytest.mark.parametrize("variable", ["DEVICE=cuda", "DTYPE=bfloat16"])
+def test_make_refuses_what_a_scan_does_not_take(target, variable):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", target, "READY=", "BIN=nowhere", variable]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert f"make {target} works in float32 on the CPU; leave out DEVICE and DTYPE" in ran.stderr
+    assert "nowhere" not in ran.stderr

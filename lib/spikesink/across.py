@@ -56,7 +56,7 @@ GLOSSARY = (
         "the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets "
         "more than ε, on average over the T tokens of a window.",
     ),
-    ("BOS", "the token that some tokenizers (Gemma's) put before every text."),
+    ("BOS", "the token that some tokenizers put before every text."),
     ("Perplexity", "exp of the mean loss, in the windows that are named under each model below."),
     ("Control", "the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks."),
 )

@@ -23,7 +23,7 @@ from spikesink.lifecycle import Cycle, Lifecycle, check_model, check_windows, is
 from spikesink.models import Anatomy, anatomy
 from spikesink.progress import progress
 from spikesink.trace import follow
-from spikesink.weights import Weights
+from spikesink.weights import Weights, no_separate_ffn
 
 MOST_KEPT = 32  # tokens of either kind whose h~ is kept at every point
 MOST_OF_A_WINDOW = 4  # of them out of one window
@@ -406,6 +406,8 @@ def replace(
     check_windows(life, tokens)
     layers = plateau_layers(found.cycle)
     where = is_spike(life, found.cycle)
+    if (reason := no_separate_ffn(found.about)) is not None:
+        return NotApplicable(reason)
     if not layers:
         return NotApplicable("no layer reads the plateau")
     if found.spike.mean.isnan().any():

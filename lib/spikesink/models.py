@@ -26,7 +26,11 @@ from platformdirs import user_cache_path
 from safetensors import safe_open
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import AttentionBridge, PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
@@ -103,6 +107,7 @@ class Anatomy:
     router_hooks: tuple[str | None, ...] = field(default=(), repr=False)
     edits_pattern: bool = True  # whether a change of the attention pattern reaches what the attention writes
     projects: bool = True  # whether keys and values are linear maps of h~, by matrices of their own
+    separate_ffn: bool = True  # whether the FFN is a module of its own; else it reads all windows' tokens in one row
     learned_sink: bool = False  # a learned logit takes part in each softmax, so that a token alone gets less than all
 
     @property
@@ -161,16 +166,46 @@ def prepare(
 def configuration(spec: str | os.PathLike = DEFAULT_MODEL) -> PretrainedConfig:
     """A model's configuration without its weights: of a hub id nothing else is fetched, a directory needs no more.
 
+    Of a GGUF file only its header is read, and `dtype` is that of its dequantized twin.
+
     Raises:
         LoadError: as `load` does.
     """
     spec = _named(spec)
+    path = gguf_file(spec)
+    if path is not None:
+        twin = twin_of(path)
+        config = _config(str(path.parent), spec, path.name) if twin is None else _config(str(twin), spec)
+        config.dtype = torch.float32
+        return config
     path = local(spec)
     if path is not None and (path / "config.json").is_file():
         return _config(str(path), spec)
     if _is_hub_id(spec) and spec not in BUILTINS and path is None:
         return _config(spec, spec)
     return prepare(spec).config
+
+
+def gguf_file(spec: str) -> Path | None:
+    """The GGUF file that a spec names; None where it names something else.
+
+    Raises:
+        LoadError: it is a built-in model that is not installed.
+    """
+    path = _builtin_file(spec, BUILTINS[spec]) if spec in BUILTINS else local(spec)
+    return path if path is not None and path.is_file() and _is_gguf(path) else None
+
+
+def twin_of(file: Path) -> Path | None:
+    """The cached safetensors twin of a GGUF file; None where it was not dequantized yet.
+
+    The file is read to know it by its hash, unless nothing at all is cached.
+    """
+    cache = cache_directory()
+    if not any(cache.glob("*/config.json")):
+        return None
+    twin = cache / _sha256(file)[:32]
+    return twin if _is_whole(twin) else None
 
 
 def load(
@@ -231,6 +266,10 @@ def load(
         # The bridge takes the device of the first parameter, which is nowhere when it is offloaded.
         places = getattr(hf_model, "hf_device_map", None)  # none where one device holds the whole
         bridge.cfg.device = _main_device(places or {"": next(hf_model.parameters()).device})
+    for norm in (module for module in bridge.modules() if isinstance(module, NormalizationBridge)):
+        if not hasattr(norm, "weight"):
+            # A norm that learns nothing cannot be run with an edit in it otherwise: the bridge reads its weight then.
+            norm.weight = torch.ones(())
     # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
@@ -338,6 +377,7 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         router_hooks=tuple(_router_hook(model.blocks[i], i) for i in layers),
         edits_pattern=_edits_pattern(block.attn),
         projects={"k", "v"} <= dict(block.attn.named_children()).keys(),
+        separate_ffn=mlp is not None and block.mlp.name is not None,
         learned_sink=isinstance(getattr(attention, "sinks", None), Tensor),
     )
 
@@ -518,10 +558,10 @@ def _builtin_file(name: str, builtin: Builtin) -> Path:
     return file
 
 
-def _config(name: str, spec: str) -> PretrainedConfig:
+def _config(name: str, spec: str, header: str | None = None) -> PretrainedConfig:
     """The model's configuration, or a LoadError when it is not a causal language model."""
     with _named_errors(spec):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, gguf_file=header)
     if config.get_text_config() is not config and not config.is_encoder_decoder:
         # TransformerLens would install torchvision on the fly for it, and with that another torch.
         raise LoadError(f"{spec} reads images or sound besides text ({config.model_type}); give a text-only model.")

@@ -34,13 +34,18 @@ class Ledger:
         return fig
 
     def record(self, evidence: Mapping[str, Evidence | NotApplicable]) -> Markdown:
-        """Judge evidence by claim id, merge the claims into `folder/claims.json`, and show them as a table."""
+        """Judge evidence by claim id, merge the claims into `folder/claims.json`, and show them as a table.
+
+        A claim that holds of a control as well is marked: it is true of more than spikes and sinks.
+        """
         judged = {key: claims.judge(key, value, self.notebook) for key, value in evidence.items()}
         claims.record(self.folder, self.header, judged)
         lines = ["| claim | verdict | measured | control |", "|---|---|---|---|"]
         for key, claim in judged.items():
             name = claims.escape(f"**{key}** {claim.statement}<br>*{claim.rule}*")
-            lines.append(f"| {name} | **{claim.verdict}** | {_lines(claim.measured)} | {_lines(claim.control)} |")
+            held = claims.held_by(key, claim.measured, claim.control) if claim.verdict == "holds" else []
+            verdict = f"**{claim.verdict}**" + (f"<br>of {', '.join(held)} too" if held else "")
+            lines.append(f"| {name} | {verdict} | {_lines(claim.measured)} | {_lines(claim.control)} |")
         return Markdown("\n".join(lines))
 
 

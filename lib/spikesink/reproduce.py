@@ -27,15 +27,15 @@ QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what `arguments` (by default the command line's) ask for; the exit code is 0 when all notebooks ran."""
-    parser = _Parser(prog="python -m spikesink.reproduce", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m spikesink.reproduce", description=__doc__.splitlines()[0])
     what = "built-in name, .gguf file, directory or hub id; several with commas between them"
-    parser.add_argument("--model", type=_models, default=DEFAULT_MODEL, help=what)
+    parser.add_argument("--model", type=model_names, default=DEFAULT_MODEL, help=what)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--text", default="house", help="house, pydoc, a file or datasets:NAME")
-    parser.add_argument("--n-prompts", type=_at_least(1), default=16, help="windows to measure")
-    parser.add_argument("--seq-len", type=_at_least(2), default=256, help="tokens in a window")
-    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--n-prompts", type=at_least(1), default=16, help="windows to measure")
+    parser.add_argument("--seq-len", type=at_least(2), default=256, help="tokens in a window")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
     parser.add_argument("--figures", type=Path, default=Path("figures"))
     parser.add_argument("--build", type=Path, default=Path("build"))
@@ -129,7 +129,7 @@ def _prepare(
         console.print(f"Preparing {name} and {parameters['TEXT']} ...")
         check(parameters)
         for folder in (figures, build):
-            _check_writable(folder)
+            check_writable(folder)
     return stamps
 
 
@@ -191,7 +191,8 @@ def check(parameters: Mapping[str, Any]) -> None:
         raise NotebookError(str(error)) from None
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Make a folder, if need be, and raise NotebookError unless something can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -202,14 +203,15 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without two paragraphs of usage before it."""
 
     def error(self, message: str):
+        """Say it, and where help is, and leave."""
         self.exit(2, f"{message} (see --help)\n")
 
 
-def _models(given: str) -> list[str]:
+def model_names(given: str) -> list[str]:
     """The models that are asked for: one, or several with commas between them; a path may have commas of its own."""
     parts = [given] if local(given) else [part.strip() for part in given.split(",")]
     models = list(dict.fromkeys(_absolute(part) for part in parts if part))
@@ -225,7 +227,9 @@ def _models(given: str) -> list[str]:
     return models
 
 
-def _at_least(least: int):
+def at_least(least: int):
+    """What makes a whole number of at least `least` of an argument, or an error of it."""
+
     def whole_number(text: str) -> int:
         if not text.strip().isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")

@@ -315,7 +315,7 @@ def look(
     check_windows(life, tokens)
     about, named = life.trace.anatomy, groups(life)
     scores = _Scores(about, _checked(epsilon), tokens.shape[1], 0, named)
-    reason = _nothing_to_read(life)
+    reason = _nothing_to_read(life) or _no_keys(about)
     geometry = _Geometry(about, named, seed) if reason is None else reason
     others = found if isinstance(found, NotApplicable) else _Secondary(about, epsilon, named["spike"], found)
     reducers = [scores, *(part for part in (geometry, others) if isinstance(part, _Reducer))]
@@ -328,6 +328,12 @@ def _nothing_to_read(life: Lifecycle) -> NotApplicable | None:
     if life.main is None:
         return NotApplicable(life.reason)
     return None if plateau_layers(life.main) else NotApplicable("no layer reads the plateau of the spike")
+
+
+def _no_keys(about: Anatomy) -> NotApplicable | None:
+    """Why queries, keys and values are not to be seen, or None where they are."""
+    reason = no_projections(about)
+    return None if reason is None else NotApplicable(reason)
 
 
 class _Mean:
@@ -530,6 +536,16 @@ def _where_there_is_a_spike(measure):
     return measured
 
 
+def _where_keys_are_seen(measure):
+    """A measure of queries, keys or values, or the reason why there are none to be seen."""
+
+    @wraps(measure)
+    def measured(seen: Look, life: Lifecycle):
+        return seen.geometry if isinstance(seen.geometry, NotApplicable) else measure(seen, life)
+
+    return measured
+
+
 def many_heads(scores: Scores) -> Evidence | NotApplicable:
     """SK1: the share of heads (over layers, heads and windows) that sink on position 0, and what attention it gets.
 
@@ -591,7 +607,7 @@ def on_spikes(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     )
 
 
-@_where_there_is_a_spike
+@_where_keys_are_seen
 def few_dimensions(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     """SK3: effective dimension of the spike tokens' keys, and of as many other tokens' keys; before RoPE.
 
@@ -634,7 +650,7 @@ def factors(geometry: Geometry, layers: Sequence[int]) -> dict[str, Float[Tensor
     return {name: of[list(layers)].flatten() for name, of in found.items()}
 
 
-@_where_there_is_a_spike
+@_where_keys_are_seen
 def favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     """SK4: how far the logit to the spike token's key lies above those to other keys, in sink heads and other heads.
 
@@ -674,7 +690,7 @@ def favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     )
 
 
-@_where_there_is_a_spike
+@_where_keys_are_seen
 def query_consistency(seen: Look, life: Lifecycle) -> dict[str, float] | NotApplicable:
     """Length of the mean unit query of a head, mean over the plateau's heads: before RoPE and, where shown, after."""
     layers = list(plateau_layers(life.main))
@@ -848,7 +864,7 @@ def few_rows(rebuilt: Rebuilt, seen: Look) -> Evidence | NotApplicable:
     )
 
 
-@_where_there_is_a_spike
+@_where_keys_are_seen
 def small_values(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
     """SK7: norm of the spike tokens' values over that of other tokens', median over the plateau's layers and heads.
 
@@ -973,6 +989,8 @@ def clouds(
     """
     check_windows(life, tokens)
     about, where, generator = life.trace.anatomy, is_spike(life, life.main), torch.Generator().manual_seed(seed)
+    if (reason := _no_keys(about)) is not None:
+        return reason
     if wrong := [at for at in heads if at[0] not in range(about.n_layers) or at[1] not in range(about.n_heads)]:
         raise ValueError(f"there is no layer and head {wrong[0]}; both are counted from 0.")
     names = ("rotated_q", "rotated_k") if about.sees_rotation else ("q", "k")

@@ -213,10 +213,15 @@ def no_projections(about: Anatomy) -> str | None:
 
 
 def no_static_map(about: Anatomy) -> str | None:
-    """Why attention is no fixed map of a token that sees itself alone, or None where it is."""
+    """Why a token that sees itself alone has no path that can be followed block by block, or None where it has."""
     if about.learned_sink:
         return f"a learned logit takes part in each softmax of this {about.family} model, also where one token is alone"
-    return no_projections(about)
+    return no_separate_ffn(about) or no_projections(about)
+
+
+def no_separate_ffn(about: Anatomy) -> str | None:
+    """Why a model's FFN can neither be run nor seen reading by itself, or None where it can."""
+    return None if about.separate_ffn else f"the FFN of this {about.family} model is no module of its own"
 
 
 def weights_of(model: TransformerBridge) -> Weights:
@@ -303,7 +308,7 @@ def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tens
 
 
 def _matrix(linear: torch.nn.Module) -> Float[Tensor, "out in"]:
-    """A linear module's matrix; GPT-2 keeps it transposed."""
+    """A linear module's matrix; some families keep it transposed."""
     weight = _floats(linear.weight)
     return weight.T if isinstance(linear.original_component, Conv1D) else weight
 

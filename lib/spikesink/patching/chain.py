@@ -35,6 +35,7 @@ from spikesink.patching.interventions import (
     zero,
 )
 from spikesink.patching.outcome import CLEAN, Outcome, compare
+from spikesink.weights import no_projections
 
 Where = Bool[Tensor, "window position"]
 FACTORS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
@@ -54,10 +55,13 @@ class Constants:
     cycle: Cycle
     point: int  # in the stream, right after the step-up
     stream: Float[Tensor, " d_model"]  # of spike tokens, at that point
-    keys: Float[Tensor, "layer kv_head d_head"]  # of spike tokens, before QK norm and RoPE
-    values: Float[Tensor, "layer kv_head d_head"]
-    other_keys: Float[Tensor, "layer kv_head d_head"]  # of all other tokens
-    reads: Float[Tensor, "block d_model"] | None  # h~ of spike tokens, as `reading` blocks read it; None: no norm there
+    # Of spike tokens, before QK norm and RoPE; None where the model has no projections of its own to them.
+    keys: Float[Tensor, "layer kv_head d_head"] | None
+    values: Float[Tensor, "layer kv_head d_head"] | None
+    other_keys: Float[Tensor, "layer kv_head d_head"] | None  # of all other tokens
+    reads: (
+        Float[Tensor, "block d_model"] | None
+    )  # h~ of spike tokens, as `reading` blocks read it; None: not to be seen
     other_reads: Float[Tensor, "block d_model"] | None
     readout: Float[Tensor, " d_model"]  # h~ of spike tokens, as the unembedding reads it
 
@@ -119,14 +123,14 @@ def constants(
     point = cycle.plateau[0] + (cycle.plateau[0] % 2 if about.parallel else 0)
     of = {
         "stream": (stream(point), where),
-        "keys": (key(layers), where),
-        "values": (value(layers), where),
-        "other_keys": (key(layers), ~where),
         "readout": (read(about.n_blocks + 1), where),
     }
-    if about.attention_norm is not None:
+    if about.projects:
+        of |= {"keys": (key(layers), where), "values": (value(layers), where), "other_keys": (key(layers), ~where)}
+    if about.attention_norm is not None and about.separate_ffn:
         of |= {"reads": (read(blocks), where), "other_reads": (read(blocks), ~where)}
-    found = {"reads": None, "other_reads": None} | means_of(model, held_out, of)
+    absent = dict.fromkeys(("keys", "values", "other_keys", "reads", "other_reads"))
+    found = absent | means_of(model, held_out, of)
     found |= {name: found[name][0] for name in ("stream", "readout")}
     return Constants(about, cycle, point, **found)
 
@@ -142,8 +146,13 @@ def decoupled(known: Constants, where: Where, readout: bool = True) -> tuple[Int
         where: the spike tokens of the windows to be run.
         readout: whether what the unembedding reads of the spike tokens is held too. Without it, their own next-token
             predictions, and nothing else, are those of a token that has lost its spike.
+
+    Returns:
+        The interventions; none where the model has no keys and values that could be held.
     """
     about, cycle = known.about, known.cycle
+    if known.keys is None:
+        return ()
     first = min(cycle.step_up, default=cycle.peak)
     layers = range((first + 1) // 2, about.n_layers)
     cuts = [skip(known.steps, where)] if known.steps else []
@@ -174,9 +183,12 @@ def decouple(
         readout: as in `decoupled`.
 
     Raises:
-        ValueError: nothing spikes in this model, in these tokens or in those held out.
+        ValueError: nothing spikes in this model, in these tokens or in those held out; or it has no keys and values
+            that could be held.
     """
     tokens = _windows(tokens)
+    if (reason := no_projections(life.trace.anatomy)) is not None:
+        raise ValueError(f"{reason}.")
     known = constants(model, life, life.trace.tokens if held_out is None else held_out)
     if isinstance(known, NotApplicable):
         raise ValueError(f"{known.reason}.")
@@ -259,8 +271,17 @@ def _another_way(known: Constants, at: Targets) -> list[Intervention]:
 
 def _turned_keys(known: Constants, at: Targets, where: Where) -> list[Intervention]:
     """Keys as long as those of spike tokens, in a random direction of each head's own."""
+    if known.keys is None:
+        return []
     keys = known.keys[known.layers.start : known.layers.stop]
     return [set_to(key(known.layers), keys.norm(dim=-1, keepdim=True) * _random(at, *keys.shape), where)]
+
+
+def _ordinary_keys(known: Constants, where: Where) -> list[Intervention]:
+    """Keys set to other tokens' mean."""
+    if known.other_keys is None:
+        return []
+    return [set_to(key(known.layers), known.other_keys[known.layers.start : known.layers.stop], where)]
 
 
 def _read_instead(
@@ -345,7 +366,7 @@ CUTS: Mapping[str, Cut] = {
     "ordinary_key": Cut(
         "keys set to others' mean",
         "key",
-        lambda k, at: [set_to(key(k.layers), k.other_keys[k.layers.start : k.layers.stop], at.spike)],
+        lambda k, at: _ordinary_keys(k, at.spike),
     ),
     "turned_key_elsewhere": Cut(
         "keys of other tokens turned", "key", lambda k, at: _turned_keys(k, at, at.other), True, True
