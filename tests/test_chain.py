@@ -160,6 +160,9 @@ def test_a_planted_spike_can_be_taken_out_with_its_keys_and_values_held(parts, p
     assert float(apart.divergence[others].mean()) < 0.01 * float(zeroed.divergence[others].mean())
     assert chain.spike_without_which(broken) == NotApplicable(chain.NO_SINK)
     many = {key: replace(of, score=torch.full((3, 6, 4), 0.5)) for key, of in broken.outcomes.items()}
+    # The trigger stands first in every window here, and what is held is what stands there.
+    assert chain.spike_without_which(replace(broken, outcomes=many)) == NotApplicable(chain.NO_CHANGE)
+    many["decoupled"] = replace(many["decoupled"], divergence=many["decoupled"].divergence + 1e-5)
     evidence = chain.spike_without_which(replace(broken, outcomes=many))
     assert judge("AB4", evidence, "08").verdict == "holds"
     assert evidence.measured["perplexity_own_prediction_open"] == many["decoupled_open"].perplexity

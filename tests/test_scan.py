@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 import spikesink
@@ -45,6 +46,57 @@ def test_the_planted_spike_is_found_without_any_text(found):
     assert all(one.over_median > 50 and one.rank_one > 0.9 for one in two)
     assert len(found.suspects) == scan.SUSPECTS
     assert "Blocks that write it: 4; that take it back: 10." in found.sentence()
+
+
+def test_the_spike_is_where_it_is_largest_though_the_median_grows(found):
+    """A ramp in channel 3, written by blocks 2, 4 and 6; in medians it is largest after block 2."""
+    mean = torch.ones(13, 8)
+    mean[:, 3] = torch.tensor([1, 1, 400, 400, 700, 700, 1000, 1000, 1000, 1000, 1000, 1000, -100])
+    median = torch.tensor([1.0, 1, 1, 1, 4, 4, 8, 8, 8, 8, 8, 8, 8])
+    ramp = replace(found, mean=mean, median=median)
+    assert ramp.peak == (6, 3)
+    assert ramp.steps() == ([2, 4, 6], [12])
+    turned = replace(ramp, mean=-mean)
+    assert (turned.peak, turned.steps()) == (ramp.peak, ramp.steps())
+
+
+def test_entries_are_spread_over_the_vocabulary(planted_directory, found, planted_model):
+    some = scan.scan(planted_directory, entries=7)
+    chosen = torch.tensor([0, 57, 114, 171, 228, 285, 342])
+    stream = firsttoken.static_path(weights_of(planted_model), chosen, 4)
+    torch.testing.assert_close(some.mean[4], stream.mean(0))
+    share = (stream.abs() > 100 * stream.abs().median()).float().mean(0)
+    assert torch.equal(some.share[4], share)
+    assert (found.share[4] > 0).any()
+
+
+@pytest.mark.parametrize("changed", ["config", "weights", "versions"])
+def test_layers_of_another_model_or_library_are_not_gone_on_from(changed, planted_directory, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(planted_directory, model)
+    said = []
+    first = scan.scan(model, 40, tmp_path / "kept")
+    if changed == "config":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    elif changed == "weights":
+        [file] = model.glob("*.safetensors")
+        values = load_file(file)
+        save_file({name: value * 1.5 for name, value in values.items()}, file, {"format": "pt"})
+    else:
+        monkeypatch.setattr(scan.importlib.metadata, "version", lambda name: f"{name} of tomorrow")
+    second = scan.scan(model, 40, tmp_path / "kept", said.append)
+    assert said == []
+    assert first.kept != second.kept
+    assert torch.equal(first.mean, second.mean) == (changed == "versions")
+
+
+def test_a_plan_counts_an_embedding_that_outweighs_a_layer(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, vocab_size=2**20, tie_word_embeddings=True, dtype="float32")
+    config.save_pretrained(tmp_path / "wide")
+    embedding = 4 * 64 * 2**20
+    assert embedding <= scan.plan(tmp_path / "wide").peak < 1.1 * embedding
 
 
 def test_it_is_the_census_and_the_static_path(found, planted_model):

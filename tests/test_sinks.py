@@ -382,6 +382,11 @@ def test_attention_is_compared_before_during_and_after_the_plateau(parts):
     small = sinks.over_depth(seen, replace(life, cycles=(life.main, small)))
     assert small.measured["attention_before"] == pytest.approx(0.15)
     assert small.measured["attention_before_without_a_spike"] == pytest.approx(0.1)
+    rows = life.trace.rows
+    early = rows.stream.clone()  # the spike tokens already spike as they enter layer 1, in a channel that has no cycle
+    early[life.main.is_spike, 2, -1] = 101 * life.trace.medians[2]
+    early = replace(life, trace=replace(life.trace, rows=replace(rows, stream=early)))
+    assert sinks.over_depth(seen, early).measured["attention_before_without_a_spike"] == pytest.approx(0.1)
     shorter = replace(life, cycles=(replace(life.main, plateau=(4, 8)),))
     assert sinks.over_depth(seen, shorter).measured["attention_after"] == pytest.approx(0.4)  # layer 4 still reads it
     assert found.control["attention_during_next_token"] == pytest.approx(0.01)

@@ -257,8 +257,8 @@ RULES: dict[str, Rule] = {
     "X-MX2": Rule(
         "One expert writes the spike: the one with the highest gain in its channel.",
         "ours; mixture of experts",
-        "one expert writes >= 80% of it, and no expert of the block has a larger ||U_k||_F in that channel",
-        lambda m: m["share_written"] >= 0.8 and m["gain_rank"] == 1,
+        "one expert writes 80% to 125% of it, and no expert of the block has a larger ||U_k||_F in that channel",
+        lambda m: 0.8 <= m["share_written"] <= 1.25 and m["gain_rank"] == 1,
         "share_written",
         controls=({"gain_rank": "gain_rank_ordinary_channels"},),
     ),

@@ -114,7 +114,7 @@ def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Pla
         size * (dtype.itemsize + FLOAT) + _weighing(layer, d, entries)
         for size, layer in zip(sizes, widths, strict=True)
     )
-    total = _numel(hf_model)
+    total, embedding = _numel(hf_model), _numel(hf_model.get_input_embeddings()) * dtype.itemsize
     first = _comes_first(os.fspath(spec))
     experts = [p.numel() for name, p in hf_model.named_parameters() if p.ndim == 3 and "experts" in name]
     apart = SUSPECTS * 2 * d * d * max((m for layer in widths for m in layer), default=0)
@@ -124,7 +124,7 @@ def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Pla
         parameters=total,
         dtype=str(dtype).removeprefix("torch."),
         read=(2 * total + sum(sorted(3 * d * sum(layer) for layer in widths)[-SUSPECTS:])) * dtype.itemsize,
-        peak=int(HELD * (layer + stream)),
+        peak=int(max(HELD * (layer + stream), embedding + stream)),
         operations=2 * entries * sum(sizes) + sum(PRODUCTS * m * m * d for layer in widths for m in layer) + apart,
         first=first,
         disk=total * dtype.itemsize if first else 0,
@@ -199,9 +199,10 @@ class Scan:
 
     @property
     def peak(self) -> tuple[int, int]:
-        """The point and channel where the mean is largest, in medians of the point."""
+        """The point where the spike is largest, and its channel: where the mean is largest in medians of the point."""
         over = self.mean.abs() / self.median[:, None]
-        return tuple(int(i) for i in torch.unravel_index(over.argmax(), over.shape))
+        channel = int(over.argmax()) % over.shape[1]
+        return int(self.mean[:, channel].abs().argmax()), channel
 
     def steps(self) -> tuple[list[int], list[int]]:
         """Blocks that write at least a tenth of the spike into its channel, up to the peak; and that take it back."""
@@ -280,7 +281,8 @@ def scan(
     first = torch.tensor([about.bos_token]) if about.prepends_bos else spread
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in ready.source.files]
     versions = [importlib.metadata.version(name) for name in ("spikesink", "torch", "transformers")]
-    key = sha256(json.dumps([files, first.tolist(), versions]).encode()).hexdigest()[:KEY]
+    config = (ready.source.directory / "config.json").read_text(encoding="utf-8")
+    key = sha256(json.dumps([files, config, first.tolist(), versions]).encode()).hexdigest()[:KEY]
     place = None if folder is None else Path(folder) / f"{ready.source.slug}-{key}"
     with nullcontext() if place is None else _alone(place):
         rows = _each_layer(weights, first, place, say)

@@ -25,10 +25,18 @@ from spikesink.amplifier import median
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.collapse import Collapse
 from spikesink.firsttoken import normalise
-from spikesink.lifecycle import Lifecycle, check_model, check_windows, is_spike, plateau_layers, right_after
+from spikesink.lifecycle import (
+    Lifecycle,
+    check_model,
+    check_windows,
+    is_spike,
+    plateau_layers,
+    right_after,
+    spike_rows,
+)
 from spikesink.models import Anatomy, anatomy, check_not_padding, check_tokens
 from spikesink.progress import progress
-from spikesink.trace import follow, received
+from spikesink.trace import SPIKE_OVER_MEDIAN, follow, received
 from spikesink.weights import Weights, no_projections
 
 EPSILON = 0.3  # Gu et al.'s
@@ -1040,9 +1048,15 @@ def _layers_before(life: Lifecycle) -> list[int]:
 
 
 def _layers_quiet(life: Lifecycle) -> list[int]:
-    """Of the layers before the main cycle, those that read no other cycle's plateau either."""
+    """Of the layers before the main cycle, those that read no other cycle's plateau and spike tokens without a spike.
+
+    These can spike before their cycle in another channel, which is then no cycle of its own.
+    """
+    trace = life.trace
     alive = {layer for cycle in life.cycles for layer in plateau_layers(cycle)}
-    return [layer for layer in _layers_before(life) if layer not in alive]
+    largest = spike_rows(life).stream.abs().amax(-1).quantile(0.5, dim=0)  # of each point
+    spiking = largest > SPIKE_OVER_MEDIAN * trace.medians
+    return [layer for layer in _layers_before(life) if layer not in alive and not spiking[2 * layer]]
 
 
 def _layers_after(life: Lifecycle) -> list[int]:

@@ -41,6 +41,7 @@ Where = Bool[Tensor, "window position"]
 FACTORS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 INDIFFERENT = 0.02  # a change of perplexity that is none to speak of: AB2's own limit
 SAME = 1e-6  # nats: rounding
+NO_CHANGE = "every spike token is the same one at the same place, so their mean is what stands there"
 FEW_SINKS = 0.1  # AB5's limit: what it must come down to
 NONE_TO_JUDGE = "no token of the windows to judge on spikes; measure more windows"
 NO_SINK = "hardly any head sinks on the first token to begin with"
@@ -658,7 +659,7 @@ def mean_does_not(broken: Broken, mean: Outcome, whole: Outcome, another_way: Ou
     if abs(another_way.perplexity / broken.clean.perplexity - 1) <= INDIFFERENT:
         return NotApplicable("as large a vector in a random direction changes nothing either, so no mean could do harm")
     if max(float(of.divergence.max()) for of in (mean, whole)) < SAME:
-        return NotApplicable("every spike token is the same one at the same place, so their mean is what stands there")
+        return NotApplicable(NO_CHANGE)
     return evidence(
         measured={
             "perplexity_clean": broken.clean.perplexity,
@@ -709,8 +710,11 @@ def spike_without_which(broken: Broken, apart: Outcome, open_: Outcome, zeroed: 
 
     `perplexity_own_prediction_open` leaves the spike tokens' own next-token predictions alone, and `elsewhere` is over
     all other positions: where they are the same as the clean run's, those predictions are all that it costs. Control:
-    the spike taken out with nothing held.
+    the spike taken out with nothing held. Not applicable where the constants are what stands there anyway (a BOS
+    token), as then nothing could be lost.
     """
+    if float(apart.divergence.max()) < SAME:
+        return NotApplicable(NO_CHANGE)
     elsewhere = ~broken.targets.spike[:, :-1]
     return evidence(
         measured={
