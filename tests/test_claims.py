@@ -122,6 +122,7 @@ DIFFERS = [
     ("X-MX1", HOLDS["X-MX1"] | {"share_of_spike_tokens": 0.89}),
     ("X-MX1", HOLDS["X-MX1"] | {"share_of_other_tokens": 0.51}),
     ("X-MX2", HOLDS["X-MX2"] | {"share_written": 0.79}),
+    ("X-MX2", HOLDS["X-MX2"] | {"share_written": 1.26}),
     ("X-MX2", HOLDS["X-MX2"] | {"gain_rank": 2}),
     ("TK1", {"share": 0.979}),
     ("TK2", {"max_relative_error": 1.1e-4}),

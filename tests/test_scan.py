@@ -49,13 +49,13 @@ def test_the_planted_spike_is_found_without_any_text(found):
 
 
 def test_the_spike_is_where_it_is_largest_though_the_median_grows(found):
-    """A ramp in channel 3, written by blocks 2, 4 and 6; in medians it is largest after block 2."""
+    """A ramp in channel 3, written by blocks 2, 4 and 6; largest in medians after block 2."""
     mean = torch.ones(13, 8)
-    mean[:, 3] = torch.tensor([1, 1, 400, 400, 700, 700, 1000, 1000, 1000, 1000, 1000, 1000, -100])
+    mean[:, 3] = torch.tensor([1, 1, 400, 400, 700, 700, 1000, 1000, 1000, 400, 700, 700, -100])
     median = torch.tensor([1.0, 1, 1, 1, 4, 4, 8, 8, 8, 8, 8, 8, 8])
     ramp = replace(found, mean=mean, median=median)
     assert ramp.peak == (6, 3)
-    assert ramp.steps() == ([2, 4, 6], [12])
+    assert ramp.steps() == ([2, 4, 6], [9, 12])
     turned = replace(ramp, mean=-mean)
     assert (turned.peak, turned.steps()) == (ramp.peak, ramp.steps())
 
@@ -256,6 +256,21 @@ def test_every_family_can_be_planned_and_scanned(family, tmp_path):
         assert scan.table(done).row_count == scan.SUSPECTS
         assert ("expert" in headings) == (family == "mixtral") == ("expert" in done.summary()["suspects"][0])
     assert (planned.unpacked > 0) == (family == "mixtral")
+
+
+def test_each_channel_is_that_of_the_expert_where_its_gain_is_largest(tmp_path):
+    moe("Qwen3Moe", tmp_path)
+    found, weights = scan.scan(tmp_path / "Qwen3Moe", 40), open_weights(tmp_path / "Qwen3Moe")
+    gains = torch.stack([torch.stack([amplifier.gains(f) for f in weights.experts(i).values()]) for i in range(3)])
+    torch.testing.assert_close(found.block_gain, gains.amax(1).float())
+    assert torch.equal(found.expert, gains.argmax(1))
+    assert len({one.expert for one in found.suspects}) > 1
+    for one in found.suspects:
+        layer = one.block // 2 - 1
+        assert one.expert == str(int(gains[layer, :, one.channel].argmax()))
+        ffn = weights.experts(layer)[one.expert]
+        share = amplifier.directions(ffn, [one.channel]).shares[0]
+        assert one.rank_one == pytest.approx(float(share), rel=1e-3)
 
 
 def test_an_expert_that_every_token_passes_is_named_as_the_model_names_it(tmp_path):
