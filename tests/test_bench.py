@@ -150,3 +150,17 @@ def test_the_readme_has_the_table_of_the_committed_bench():
     held = [memory.Memory(**{k: v for k, v in row.items() if k != "ratio"}) for row in data["memory"]]
     whole = bench.Bench("", 1, "", "", tuple(rows), None, tuple(held))
     assert whole.markdown() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_what_was_held_before_the_work_does_not_count():
+    """200 MB come and go before the work and 50 MB stay; the work itself takes 100 MB."""
+    script = (
+        "import torch; from spikesink import memory\n"
+        "torch.ones(50_000_000); stays = torch.ones(12_500_000)\n"
+        "memory.WORK['some'] = lambda spec: float(torch.ones(25_000_000).sum())\n"
+        "memory.work('some', '')"
+    )
+    done = json.loads(subprocess.check_output([sys.executable, "-c", script], text=True))
+    assert done["gave"] == 25_000_000
+    assert 0.95e8 < done["peak"] < 1.2e8

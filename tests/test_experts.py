@@ -3,12 +3,13 @@
 import pytest
 import torch
 import transformers
+from torch.nn import functional
 
 import spikesink
 from spikesink import amplifier, claims, experts
 from spikesink.claims import NotApplicable
 from spikesink.weights import weights_of
-from tests import planted
+from tests import planted, spiking
 from tests.test_families import GROUPED, tiny
 
 
@@ -57,6 +58,57 @@ def test_weighted_experts_add_up_to_what_the_block_writes(name, shared, tmp_path
         h = seen["h"] * model.original_model.model.layers[1].post_attention_layernorm.weight
         ours += torch.sigmoid(h @ mlp.shared_expert_gate.weight.T) * amplifier.write(ffns[shared[0]], seen["h"])
     torch.testing.assert_close(ours, seen["own"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "shares"), [("Qwen3Moe", False), ("Qwen2Moe", True)])
+def test_what_each_expert_writes_is_what_the_model_s_own_code_makes_of_it(name, shares, tmp_path, monkeypatch):
+    """Against transformers' own modules, with a router that is far from sure."""
+    torch.manual_seed(0)
+    more = {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 56}
+    sizes = GROUPED | {"num_experts_per_tok": 2, "num_hidden_layers": spiking.N_LAYERS} | more
+    hf_model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    spiking.make_spike(hf_model)
+    (tmp_path / "text.txt").write_text(planted.text(3, 32))
+    model = spikesink.load(planted.save(hf_model, tmp_path / name))
+    tokens = spikesink.windows(model, str(tmp_path / "text.txt"), 3, 32)
+    life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
+    found = experts.route(model, weights_of(model), tokens, life)
+    assert (found.block, found.channel, found.shares) == (2 * spiking.STEP_UP + 2, spiking.CHANNEL, shares)
+    mlp, seen = hf_model.model.layers[spiking.STEP_UP].mlp, {}
+    mlp.register_forward_hook(lambda module, args, output: seen.update(h=args[0], out=output))
+    with torch.no_grad():
+        hf_model(tokens)
+        spikes = (tokens == 1).flatten()
+        h = seen["h"].flatten(0, 1)[spikes]
+        out = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
+        chances = (h @ mlp.gate.weight.T).softmax(-1)
+        chosen = chances * (chances >= chances.topk(2).values[:, -1:])
+        chosen = chosen / chosen.sum(-1, keepdim=True) if hf_model.config.norm_topk_prob else chosen
+        writes = []
+        for both, down in zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True):
+            gate, up = (h @ both.T).chunk(2, dim=-1)
+            writes.append((functional.silu(gate) * up) @ down[spiking.CHANNEL])
+    assert torch.equal(found.is_spike, spikes)
+    assert 0.1 < float(chosen[chosen > 0].min()) < float(chosen.max()) < 0.9
+    torch.testing.assert_close(found.weight[spikes], chosen, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.write, chosen * torch.stack(writes, dim=1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.own, out.flatten(0, 1)[spikes, spiking.CHANNEL], rtol=1e-4, atol=1e-3)
+    together = experts.one_writer(found).measured["share_of_all_experts"]
+    assert together == pytest.approx(float((found.write.sum(1) / found.own).mean()))
+    assert (together == pytest.approx(1, abs=1e-4)) != shares
+    ordinary = life.trace.channels[life.trace.ordinary]
+    gains = torch.stack([amplifier.gains(ffn) for n, ffn in weights_of(model).experts(1).items() if n.isdecimal()], 1)
+    torch.testing.assert_close(found.gain, gains[spiking.CHANNEL].float())
+    torch.testing.assert_close(found.gain_ordinary, gains[ordinary].float())
+    own = experts._pass_router  # in some families the hook gives the chosen experts alone
+    monkeypatch.setattr(experts, "_pass_router", lambda *a: (passed := own(*a)) | {"weight": passed["weight"][:, :2]})
+    reason = experts.route(model, weights_of(model), tokens, life).reason
+    assert "does not show one weight for each expert" in reason
+
+
+def test_the_writer_writes_most_whatever_its_sign():
+    turned = by_hand(write=torch.tensor([[0.0, -90, 10], [10, -90, 0]]), own=torch.tensor([-100.0, -100]))
+    assert turned.writer == 1
 
 
 def test_layers_without_a_router_have_one_ffn(tmp_path):

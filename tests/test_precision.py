@@ -1,5 +1,7 @@
 """What survives in half precision, on the default model: which numbers stay, and how many of their digits."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from spikesink.weights import weights_of
 
 # Half a unit in the last place, relative: 8 and 11 bits of mantissa.
 EPSILON = {"bfloat16": 2**-8, "float16": 2**-11}
+PLATEAU = {"bfloat16": 0.01, "float16": 0.001}
 
 
 def measured(model) -> tuple[dict, dict[str, float]]:
@@ -54,6 +57,10 @@ def test_counts_stay_and_numbers_keep_the_digits_of_their_precision(dtype, exact
     assert counted == exact[0]
     for name, value in found.items():
         assert value == pytest.approx(exact[1][name], rel=8 * EPSILON[dtype]), name
+    # As README says it.
+    assert found["plateau value"] == pytest.approx(exact[1]["plateau value"], rel=PLATEAU[dtype])
+    assert math.exp(found["loss"] - exact[1]["loss"]) == pytest.approx(1, abs=0.005)
+    assert found["sink ratio"] == pytest.approx(exact[1]["sink ratio"], abs=0.005)
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
