@@ -67,6 +67,7 @@ def test_the_committed_table_is_made_from_the_committed_ledgers_and_reasons(tmp_
 
 
 def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_over():
+    """What is written of a claim that differs nowhere is what to keep in mind where it holds."""
     found, written = claims.ledgers(FIGURES), across.reasons(FIGURES)
     differing = {
         (key, name)
@@ -74,7 +75,12 @@ def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_o
         for key, row in data["claims"].items()
         if row["verdict"] == "differs"
     }
-    assert {key for key, _ in differing} == set(written)
+    text = (FIGURES / "README.md").read_text()
+    _, kept = text.split("## What to keep in mind where claims hold")
+    assert {key for key, _ in differing} <= set(written)
+    for key in set(written) - {key for key, _ in differing} - set(found):
+        assert kept.count(f"### {key}: ") == 1, key
+    assert all(text.count(written[name]) == 1 for name in found)
     assert [pair for pair in sorted(differing) if not across.speaks_of(written[pair[0]], pair[1])] == []
 
 
@@ -84,7 +90,7 @@ def test_every_committed_placeholder_is_a_number_of_a_ledger():
         filled = across.fill(text, found)
         assert NOT_MEASURED not in filled, key
         assert not re.search(r"[{}]", filled), key
-        assert len(filled) > 150, key
+        assert len(filled) > (150 if key not in found else 50), key
 
 
 def test_the_table_has_a_column_for_each_model_and_a_cell_for_each_verdict(figures):
@@ -134,8 +140,8 @@ def test_a_claim_that_holds_of_its_control_too_is_marked_and_the_control_named(t
     assert row[2:4] == ["holds\\* (0.9)", "holds (0.9)"]
     assert any(line.startswith("| NM1 | holds (of max_over_sqrt_d_other_tokens too) |") for line in text)
     assert sum("| NM1 | holds |" in line for line in text) == 1
-    assert any("- 1 on two models or more, and of no control: LC1 " in line for line in text)
-    assert any("on those named): NM1 bounded by √d, and close to it (large)." in line for line in text)
+    assert any("- 1 hold firmly: on two models or more, and of no control: LC1 " in line for line in text)
+    assert any("and sinks: NM1 h̃ is bounded by √d, the spike close to it (on large)." in line for line in text)
     assert drawn(plots.verdicts(board)).count("holds*") == 1
 
 
@@ -206,7 +212,10 @@ def test_the_summary_sorts_claims_by_where_they_hold(figures):
     }
     text = lines(figures)
     assert "- **1 of 5 claims hold wherever they could be put.**" in text
-    assert "  - 1 on the only model that they could be put to: SK1 many heads sink on the first token (three)." in text
+    only = (
+        "  - 1 hold on the only model that they could be put to: SK1 many heads sink on the first token (put to three)."
+    )
+    assert only in text
     assert "- **1 of 5 claims differ on one|bar alone**: LC1 one to three early FFN blocks write it." in text
     assert "- 1 more could be put to none of these models: LC2 blocks in between hardly write." in text
 
@@ -240,6 +249,17 @@ def test_reasons_stand_under_the_table_with_numbers_out_of_the_ledgers(figures):
     assert text[at + 4].endswith(NOT_LOOKED_INTO)
     assert not any("preface" in line or "Nothing differs" in line for line in text)
     assert text.index("### LC1: One to three early FFN blocks write the spike.") < at < text.index("## one|bar")
+
+
+def test_what_to_keep_in_mind_and_what_a_model_is_stand_in_their_places(figures):
+    (figures / "reasons.md").write_text(
+        "## SK1\n\nOn three it is {three:SK1.sink_ratio}.\n\n## two\n\nTwo is tuned.\n\n## LC2\n\nOn two: nothing.\n"
+    )
+    text = lines(figures)
+    at = text.index("## What to keep in mind where claims hold")
+    assert text[at + 2 : at + 5] == ["### SK1: Many heads sink on the first token.", "", "On three it is 0.75."]
+    assert at < text.index("## two") < text.index("Two is tuned.")
+    assert "On two: nothing." not in text  # it could be put to none
 
 
 def test_a_section_about_other_models_is_not_shown(figures):

@@ -270,7 +270,7 @@ ENVIRONMENT = {
     "a budget that no notebook could use": (
         lambda w: w.with_environment(lambda: prepare(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=much"),
         LoadError,
-        "max_memory {'cpu': 'much'} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.",
+        "SPIKESINK_MAX_MEMORY 'cpu=much' holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.",
     ),
     "figures that cannot be made": (
         lambda w: w.with_environment(

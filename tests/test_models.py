@@ -426,3 +426,15 @@ def test_two_processes_cache_the_same_model_at_once(tmp_path, cache):
     assert all(process.returncode == 0 for process in both), results
     assert results[0][0] == results[1][0]
     assert left_in(cache) == [results[0][0].strip()[:32]]
+
+
+def test_an_interruption_that_a_library_took_for_an_error_is_one_still(random_directory, monkeypatch):
+    def interrupted(*args, **options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")  # noqa: B904
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spikesink.load(random_directory)

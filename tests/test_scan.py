@@ -158,6 +158,14 @@ def test_an_interrupted_scan_goes_on_where_it_was(lost, found, planted_directory
     assert began == list(range(6))
 
 
+def test_a_kept_layer_that_is_damaged_is_done_again(planted_directory, found, tmp_path):
+    kept = scan.scan(planted_directory, 400, tmp_path).kept
+    (kept / "layer-003.safetensors").write_bytes(b"damaged")
+    again = scan.scan(planted_directory, 400, tmp_path)
+    assert torch.equal(again.mean, found.mean)
+    assert again.suspects == found.suspects
+
+
 def test_a_finished_scan_leaves_its_own_layers_and_those_of_other_models(planted_directory, random_directory, tmp_path):
     other = scan.scan(random_directory, 40, tmp_path).kept
     longer = tmp_path / f"planted-llama-2-{'0' * scan.KEY}"  # of a model whose name begins alike

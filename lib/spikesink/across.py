@@ -30,49 +30,42 @@ NOT_LOOKED_INTO = "The reason was not looked into."
 PICTURE = "claims"
 
 # The words that the table needs, in the order of the chain.
-GLOSSARY = (
-    (
-        "Names of claims",
-        "LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM "
-        "RMSNorm, SK the sink, AB what cutting the chain does. X- marks a claim of ours; the others are the paper's.",
-    ),
-    (
-        "Spike",
-        "an entry of the residual stream thousands of times larger than most. Its *channel* is the coordinate, its "
-        "*tokens* those that have it, its *step-up* and *step-down* the blocks that write it and take it back, the "
-        "*plateau* all between. Blocks are counted from 1, attention odd and FFN even.",
-    ),
-    (
-        "Medians",
-        "an entry divided by the median of all entries' absolute values at that place. Other quantities are "
-        "divided by their own median over channels.",
-    ),
-    (
-        "h̃, s*",
-        "h̃ is a token's vector as RMSNorm passes it on; s* the direction in it that the step-up block amplifies.",
-    ),
-    (
-        "Sink",
-        "the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets "
-        "more than ε, on average over the T tokens of a window.",
-    ),
-    ("BOS", "the token that some tokenizers put before every text."),
-    ("Perplexity", "exp of the mean loss, in the windows that are named under each model below."),
-    ("Control", "the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks."),
-)
+GLOSSARY = """
+- **Names of claims**: LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM
+  RMSNorm, SK the sink, AB what cutting the chain does. X- marks a claim of ours; the others are the paper's.
+- **Spike**: an entry of the residual stream thousands of times larger than most. Its *channel* is the coordinate, its
+  *tokens* those that have it, its *step-up* and *step-down* the blocks that write it and take it back, the *plateau*
+  all between. Blocks are counted from 1, attention odd and FFN even.
+- **Cycle**: one rise and fall of a channel. The largest is the main one; a model can have smaller ones besides.
+- **Ordinary**: tokens or channels drawn at random, without those that spike or are followed for their size.
+- **Medians**: an entry over the median of all entries' absolute values there; other quantities over their own median
+  over channels.
+- **h̃, s\\***: h̃ is a token's vector as RMSNorm passes it on; s\\* the direction in it that the step-up block amplifies.
+- **U_k, S_k, λ**: what of a block's weights makes channel k. ||U_k||_F is its gain; its form is h̃' S_k h̃, and λ the
+  first eigenvalue of S_k.
+- **Static map**: a token that stands first attends to itself alone, so what attention writes there is one matrix.
+- **Participation ratio**: how many channels a vector's squares are spread over; 1 if one holds all.
+- **Sink**: the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets
+  more than ε = 0.3 of the attention of a window's queries, on average; T is how many tokens the window has.
+- **BOS**: the token that some tokenizers put before every text.
+- **Perplexity**: exp of the mean loss. The cuts (AB) are judged on 8 windows of 64 tokens, the rest on what stands
+  under each model below.
+- **Control**: the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks. In AB it
+  can also be a second way to the same cut.
+"""
 
 # A claim in a few words, for a picture; one that has none is shown by its statement, cut short.
 SHORT = {
     "LC1": "one to three early FFN blocks write it",
     "LC2": "blocks in between hardly write",
     "LC3": "late FFN blocks cancel it",
-    "LC4": "it lives in few channels",
-    "LC5": "in the same ones on all spike tokens",
-    "LC6": "at fixed ratios",
+    "LC4": "the spike lives in few channels",
+    "LC5": "the same channels on all spike tokens",
+    "LC6": "spike channels have fixed ratios",
     "LC7": "few tokens spike, the first nearly always",
     "AM1": "the gate is near the identity",
     "AM2": "the spike channel's gain is high",
-    "AM3": "its form is of rank one",
+    "AM3": "the channel's form is of rank one",
     "AM4": "spike channels share s*",
     "AM5": "the write is λ(s*·h̃)²",
     "AM6": "spike tokens lie along s*",
@@ -81,12 +74,12 @@ SHORT = {
     "X-MX1": "the router sends spikes to one expert",
     "X-MX2": "one expert writes the spike",
     "TK1": "nearly any token spikes when first",
-    "TK2": "its attention is one static map",
+    "TK2": "the first token's attention: a static map",
     "TK3": "the same tokens elsewhere do not spike",
     "TK4": "spiking delimiters look at themselves",
-    "X-TK5": "so do those of a smaller cycle",
-    "NM1": "bounded by √d, and close to it",
-    "NM2": "sparse: hardly more than one channel",
+    "X-TK5": "self-attending delimiters, smaller cycle",
+    "NM1": "h̃ is bounded by √d, the spike close to it",
+    "NM2": "h̃ is sparse: hardly more than one channel",
     "NM3": "one vector for all spike tokens",
     "NM4": "one vector over the plateau",
     "NM5": "a fixed vector can stand in its place",
@@ -98,9 +91,9 @@ SHORT = {
     "SK6": "few rows of W_K make the key",
     "SK7": "the sink's values are small",
     "X-SK8": "a smaller cycle has sinks of its own",
-    "X-SK9": "secondary sinks: the same direction",
+    "X-SK9": "secondary sinks: the primary's direction",
     "AB1": "zeroing the spike breaks the model",
-    "AB2": "its mean in its place does not",
+    "AB2": "the spike's mean in its place does no harm",
     "AB3": "without the step-up the sink goes",
     "AB4": "the spike can go, the sink stay",
     "AB5": "the sink can go, the spike stay",
@@ -258,7 +251,7 @@ def render(figures: Path) -> Path:
     Raises:
         ValueError: a ledger, or `reasons.md` beside it, is damaged.
     """
-    found = claims.ledgers(figures)
+    found, written = claims.ledgers(figures), reasons(figures)
     whole = board(found)
     lines = [
         "# Claims, by model",
@@ -272,10 +265,10 @@ def render(figures: Path) -> Path:
         *_summary(whole),
         *_glossary(),
         *_table(whole),
-        *_reasons(figures, found, whole),
+        *_reasons(written, found, whole),
     ]
     for name, data in found.items():
-        lines += ["", *_one_model(name, data)]
+        lines += ["", *_one_model(name, data, written.get(name, ""))]
     path, text = figures / "README.md", "\n".join(lines) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with claims.writing_to(figures):
@@ -298,9 +291,9 @@ def draw(figures: Path) -> Path:
 def _summary(whole: Board) -> list[str]:
     """In words: what holds everywhere and how firmly, what differs on one model alone, on several, on all."""
 
-    def listed(rows: Sequence[Row], on=lambda row: []) -> str:
+    def listed(rows: Sequence[Row], on=lambda row: [], how: str = "put to") -> str:
         return "; ".join(
-            f"{row.claim_id} {row.short}" + (f" ({', '.join(on(row))})" if on(row) else "") for row in rows
+            f"{row.claim_id} {row.short}" + (f" ({how} {', '.join(on(row))})" if on(row) else "") for row in rows
         )
 
     def where(row: Row) -> list[str]:
@@ -315,24 +308,26 @@ def _summary(whole: Board) -> list[str]:
     if whole.universal:
         lines.append(f"- **{len(whole.universal)} {judged} hold wherever they could be put.**")
     if whole.firm:
-        lines.append(f"  - {len(whole.firm)} on two models or more, and of no control: {listed(whole.firm, once)}.")
+        what = "hold firmly: on two models or more, and of no control"
+        lines.append(f"  - {len(whole.firm)} {what}: {listed(whole.firm, once)}.")
     if whatever:
-        what = "of a control as well, so that they are true of more than spikes and sinks"
-        lines.append(f"  - {len(whatever)} {what} (on all models, or on those named): {listed(whatever, where)}.")
+        what = "hold of a control as well, so that they are true of more than spikes and sinks"
+        lines.append(f"  - {len(whatever)} {what}: {listed(whatever, where, 'on')}.")
     if single:
-        lines.append(f"  - {len(single)} on the only model that they could be put to: {listed(single, once)}.")
+        lines.append(f"  - {len(single)} hold on the only model that they could be put to: {listed(single, once)}.")
     groups = [(f"differ on {model} alone", whole.only_on(model)) for model in whole.models]
     groups += [("differ on several models and hold on others", whole.on_several)]
     groups += [("differ wherever they could be put", whole.nowhere)]
     lines += [f"- **{len(rows)} {judged} {what}**: {listed(rows, once)}." for what, rows in groups if rows]
     if unjudged := [row for row in whole.rows if not row.put_to]:
         lines.append(f"- {len(unjudged)} more could be put to none of these models: {listed(unjudged)}.")
+    if len(whole.models) > 1:
+        lines += ["", "One model of a family cannot tell the family's habit from its own."]
     return [*lines, ""] if lines else []
 
 
 def _glossary() -> list[str]:
-    words = [f"- **{name}**: {text}" for name, text in GLOSSARY]
-    return ["<details><summary>What the words mean</summary>", "", *words, "", "</details>", ""]
+    return ["<details><summary>What the words mean</summary>", *GLOSSARY.splitlines(), "", "</details>", ""]
 
 
 def _table(whole: Board) -> list[str]:
@@ -384,12 +379,13 @@ def _words(cell: Cell | None) -> str:
     return f"{verdict} ({escape(numbers)})" if numbers else verdict
 
 
-def _one_model(name: str, data: Mapping[str, Any]) -> list[str]:
+def _one_model(name: str, data: Mapping[str, Any], about: str) -> list[str]:
     n, length = data["windows"]
     lines = [
         f"## {name}",
         "",
         f"`{data['spec']}`, {n} windows of {length} tokens of `{data['text']}`, {data['dtype']}, seed {data['seed']}.",
+        *(["", about] if about else []),
         "",
         "| claim | verdict | measured | control |",
         "|---|---|---|---|",
@@ -407,23 +403,30 @@ def _values(values: Mapping[str, Any]) -> str:
     return escape(text).replace("\n", "\\n")
 
 
-def _reasons(figures: Path, found: Mapping[str, Mapping[str, Any]], whole: Board) -> list[str]:
-    """A paragraph for each claim that differs somewhere: its section, and a sentence for each model it leaves out."""
-    written, lines = reasons(figures), []
+def _reasons(written: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], whole: Board) -> list[str]:
+    """A paragraph for each claim that differs somewhere: its section, and a sentence for each model it leaves out.
+
+    And after them, the sections of claims that hold wherever they could be put.
+    """
+    lines, held = [], []
     for row in whole.rows:
-        if not row.differs_on:
-            continue
         text = written.get(row.claim_id, "")
+        head = ["", f"### {row.claim_id}: {row.statement}", ""]
+        if not row.differs_on:
+            if any(speaks_of(text, name) for name in row.put_to):
+                held += [*head, fill(text, found)]
+            continue
         silent = [name for name in row.differs_on if not speaks_of(text, name)]
         # A section that speaks of no model that is here was written about others.
         paragraphs = [fill(text, found)] if len(silent) < len(row.differs_on) else []
         paragraphs += [_unexplained(row.claim_id, name, found[name]["claims"][row.claim_id]) for name in silent]
-        lines += ["", f"### {row.claim_id}: {row.statement}", "", "\n\n".join(paragraphs)]
-    return ["", "## Where models differ, and why as far as it was tested", *lines] if lines else []
+        lines += [*head, "\n\n".join(paragraphs)]
+    lines = ["", "## Where models differ, and why as far as it was tested", *lines] if lines else []
+    return [*lines, *(["", "## What to keep in mind where claims hold", *held] if held else [])]
 
 
 def reasons(figures: Path) -> dict[str, str]:
-    """The sections of `figures/reasons.md`, a claim's id each, as they are written; none where there is no such file.
+    """The sections of `figures/reasons.md`, a claim's id or a model's name each; none where there is no such file.
 
     Raises:
         ValueError: two sections are about one claim.

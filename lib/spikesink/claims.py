@@ -85,7 +85,8 @@ class Rule:
     headline: str  # which measured value stands for the claim in a table
     beside: str = ""  # the measured value that the headline is to be compared with
     # Control values to put in place of measured ones: where the rule holds of those too, the claim is true of more than
-    # spikes and sinks. None where the rule itself compares all that was measured with a control.
+    # spikes and sinks. Not among them are second ways to the same cut, which should meet the rule; and there are none
+    # where the rule itself compares all that was measured with a control.
     controls: tuple[Mapping[str, str], ...] = ()
 
 
@@ -112,6 +113,7 @@ RULES: dict[str, Rule] = {
         controls=(
             {"share_written": "share_written_ordinary_tokens"},
             {"share_written": "share_written_ordinary_channels"},
+            {"share_written": "write_over_own_value_ordinary_channels"},
         ),
     ),
     "LC2": Rule(
@@ -325,7 +327,10 @@ RULES: dict[str, Rule] = {
         "0.5 <= max abs(h~_k) / sqrt(d) <= 1.001 during the plateau",
         lambda m: 0.5 <= m["max_over_sqrt_d"] <= 1.001,
         "max_over_sqrt_d",
-        controls=({"max_over_sqrt_d": "max_over_sqrt_d_other_tokens"},),
+        controls=(
+            {"max_over_sqrt_d": "max_over_sqrt_d_before"},
+            {"max_over_sqrt_d": "max_over_sqrt_d_other_tokens"},
+        ),
     ),
     "NM2": Rule(
         "RMSNorm makes a spike token sparse: hardly more than one channel is left.",

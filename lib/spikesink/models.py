@@ -437,8 +437,9 @@ def _device(device: str | torch.device | None) -> str | torch.device:
 
 def _budget(given: Mapping[int | str, int | str] | None) -> dict[int | str, int | str] | None:
     """How much of each device a model may take: all that is free, but where something else is said."""
-    asked = os.environ.get("SPIKESINK_MAX_MEMORY", "")
+    asked, said = os.environ.get("SPIKESINK_MAX_MEMORY", ""), f"max_memory {given}"
     if given is None and asked.split():
+        said = f"SPIKESINK_MAX_MEMORY {asked!r}"
         pairs = [pair.partition("=")[::2] for pair in asked.split()]
         if not all(name and size for name, size in pairs):
             raise LoadError(
@@ -454,9 +455,9 @@ def _budget(given: Mapping[int | str, int | str] | None) -> dict[int | str, int 
         upper = {name: size.upper() if isinstance(size, str) else size for name, size in given.items()}
         sizes = {name: convert_file_size_to_int(size) for name, size in upper.items()}
     except (AttributeError, ValueError):
-        raise LoadError(f"max_memory {given} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.") from None
+        raise LoadError(f"{said} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.") from None
     if unknown := [name for name in sizes if name not in there]:
-        raise LoadError(f"max_memory names {unknown[0]!r}, which is no device here; there are {list(there)}.")
+        raise LoadError(f"{said} names {unknown[0]!r}, which is no device here; there are {list(there)}.")
     return there | sizes
 
 
@@ -691,6 +692,8 @@ def _named_errors(spec: str, directory: Path | None = None, part: str = "it") ->
         chain, names = error, []
         while chain is not None:
             names.append(type(chain))
+            if isinstance(chain, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # some libraries turn it into an error of their own
             chain = chain.__cause__ or chain.__context__
         if any(issubclass(name, GatedRepoError) for name in names):
             advice = "access to it is restricted on the hub; ask for it there, then log in with: hf auth login"

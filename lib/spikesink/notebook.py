@@ -46,6 +46,11 @@ class Ledger:
             held = claims.held_by(key, claim.measured, claim.control) if claim.verdict == "holds" else []
             verdict = f"**{claim.verdict}**" + (f"<br>of {', '.join(held)} too" if held else "")
             lines.append(f"| {name} | {verdict} | {_lines(claim.measured)} | {_lines(claim.control)} |")
+        if any("<br>of " in line for line in lines):
+            lines += [
+                "",
+                "*of … too*: the rule holds of that control as well, so the claim is true of more than spikes.",
+            ]
         return Markdown("\n".join(lines))
 
 

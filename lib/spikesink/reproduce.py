@@ -199,7 +199,7 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise NotebookError(
-            f"the folder {folder} cannot be written ({error.strerror or error}); make room there, or give another."
+            f"the folder {folder} cannot be written ({error.strerror or error}); make it writable, or give another."
         ) from None
 
 

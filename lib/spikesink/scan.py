@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
@@ -189,6 +189,7 @@ class Scan:
     model: str
     entries: int  # that were put at position 0
     only_bos: bool  # whether that was BOS alone, which the tokenizer always puts there
+    block_norm: bool  # whether a norm follows each block, so that its gain is not what reaches the stream
     block_gain: Float[Tensor, "ffn d_model"] | None  # ||U_k||_F, of the expert where it is largest; None without a gate
     expert: Int[Tensor, "ffn d_model"] | None  # that expert's place in `Weights.experts`; 0 where there is one FFN
     mean: Float[Tensor, "point d_model"]  # the stream at position 0, mean over entries
@@ -296,6 +297,7 @@ def scan(
         model=ready.source.slug,
         entries=len(first),
         only_bos=about.prepends_bos,
+        block_norm=about.norm_placement != "pre",
         block_gain=gain,
         expert=expert,
         mean=torch.cat(columns["mean"]),
@@ -430,9 +432,18 @@ def _layers_done(place: Path | None, n_layers: int) -> int:
     """How many layers are kept, from the first on, with the stream that leaves the last of them."""
     if place is None:
         return 0
-    kept = next((layer for layer in range(n_layers) if not (place / _name(layer)).is_file()), n_layers)
+    kept = next((layer for layer in range(n_layers) if not _is_whole(place / _name(layer))), n_layers)
     # An interruption between the two files of a layer leaves the stream of that layer or of the one before it.
-    return next((n for n in (kept, kept - 1) if n > 0 and (place / f"stream-{n:03d}.safetensors").is_file()), 0)
+    return next((n for n in (kept, kept - 1) if n > 0 and _is_whole(place / f"stream-{n:03d}.safetensors")), 0)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file that was kept is there and can be read."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _stream(place: Path, done: int) -> Float[Tensor, "token d_model"]:
@@ -521,6 +532,8 @@ def _scan_one(model: str, chosen: argparse.Namespace, console: Console) -> None:
     console.print(found.sentence())
     if found.suspects is not None:
         console.print(table(found))
+    if found.suspects is not None and found.block_norm:
+        console.print("A norm follows each block of this model, so a channel of large gain need not get a large write.")
     console.print(f"Written to {figures / 'scan.json'}; the layers are kept in {found.kept}, for the same scan again")
 
 

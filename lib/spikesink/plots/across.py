@@ -62,7 +62,7 @@ def verdicts(board: Board) -> Figure:
             _cell(ax, cell, mine[name], y, OURS)
         if row.reported:
             _cell(ax, _together(row.reported), theirs, y, THEIRS)
-        if len(row.put_to) > 1:
+        if row.put_to and len(mine) > 1:
             _tally(ax, row, tally, y, row in board.firm)
     _links(ax, board.rows, width)
     for name, x in mine.items():
@@ -176,7 +176,7 @@ def _count(ax, board: Board, name: str, x: float, y: float) -> None:
 def _key(ax, y: float) -> None:
     what = (
         "Small print: what the numbers are; after a stroke, what the first is compared with. Blank: not measured here.",
-        "Firmly (bold): put to two models or more, and of no control. Rules and controls: README.md beside this.",
+        "Firmly (bold): on two models or more, and for no control, as it should be. More: README.md beside this.",
     )
     for i, line in enumerate(what):
         ax.text(0, y - 0.28 + 0.16 * i, line, fontsize=7.5, va="center", color="#555555")
