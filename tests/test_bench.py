@@ -154,13 +154,18 @@ def test_the_readme_has_the_table_of_the_committed_bench():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_what_was_held_before_the_work_does_not_count():
-    """200 MB come and go before the work and 50 MB stay; the work itself takes 100 MB."""
+    """200 MB come and go before the work and 50 MB stay; the work itself takes 100 MB. So of a trace, after loading."""
     script = (
         "import torch; from spikesink import memory\n"
         "torch.ones(50_000_000); stays = torch.ones(12_500_000)\n"
         "memory.WORK['some'] = lambda spec: float(torch.ones(25_000_000).sum())\n"
-        "memory.work('some', '')"
+        "memory.work('some', '')\n"
+        "memory.load = lambda spec: torch.ones(50_000_000).sum()\n"
+        "memory._traced = lambda model, n: float(torch.ones(n * 6_250_000).sum())\n"
+        "memory.work('4 windows', '')"
     )
-    done = json.loads(subprocess.check_output([sys.executable, "-c", script], text=True))
-    assert done["gave"] == 25_000_000
-    assert 0.95e8 < done["peak"] < 1.2e8
+    ran = subprocess.check_output([sys.executable, "-c", script], text=True)
+    work, trace = map(json.loads, ran.splitlines())
+    assert work["gave"] == 25_000_000
+    assert 0.95e8 < work["peak"] < 1.2e8
+    assert 0.95e8 < trace["peak"] < 1.2e8

@@ -720,11 +720,11 @@ COMMAND = {
     "a damaged tokenizer": (["--model", "{damaged}"], "… its tokenizer is incomplete or damaged (…); get it again."),
     "figures below a file": (
         ["--figures", "{file}/figures"],
-        "the folder … cannot be written (Not a directory); make room there, or give another.",
+        "the folder … cannot be written (Not a directory); make it writable, or give another.",
     ),
     "a build folder below a file": (
         ["--build", "{file}/build"],
-        "the folder … cannot be written (Not a directory); make room there, or give another.",
+        "the folder … cannot be written (Not a directory); make it writable, or give another.",
     ),
 }
 

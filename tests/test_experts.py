@@ -1,5 +1,7 @@
 """A mixture of experts: the census against forming each form, and the router's choice on a spike that was planted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -109,6 +111,8 @@ def test_what_each_expert_writes_is_what_the_model_s_own_code_makes_of_it(name, 
 def test_the_writer_writes_most_whatever_its_sign():
     turned = by_hand(write=torch.tensor([[0.0, -90, 10], [10, -90, 0]]), own=torch.tensor([-100.0, -100]))
     assert turned.writer == 1
+    either = by_hand(write=torch.tensor([[0.0, -90, 10], [10, 90, 0]]), own=torch.tensor([-100.0, 100]))
+    assert either.writer == 1
 
 
 def test_layers_without_a_router_have_one_ffn(tmp_path):
@@ -136,6 +140,18 @@ def test_where_there_is_no_census_it_says_why(name, reason, tmp_path):
     routing = experts.route(model, weights, tokens, life)
     assert isinstance(routing, NotApplicable)
     assert experts.same_choice(routing) == experts.one_writer(routing) == routing
+
+
+def test_no_routing_without_a_router_that_can_be_seen_or_of_other_windows(planted_model, trigger_tokens):
+    life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
+    weights = weights_of(planted_model)
+    found = experts.route(planted_model, weights, trigger_tokens, life)
+    assert found == NotApplicable("every layer has one FFN, and no router chooses")
+    with pytest.raises(ValueError, match="windows"):
+        experts.route(planted_model, weights, trigger_tokens[:5], life)
+    unseen = replace(weights.anatomy, n_experts=4, router_hooks=(None,) * 6)
+    found = experts.route(planted_model, replace(weights, anatomy=unseen), trigger_tokens, life)
+    assert found.reason == "in the first step-up block, 4, no router's choice of known experts can be seen"
 
 
 def by_hand(**changed) -> experts.Routing:

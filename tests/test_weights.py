@@ -1,5 +1,6 @@
 """Weights by layer: what is read from files is what is loaded, and both give what the model's own block writes."""
 
+import platform
 import shutil
 
 import pytest
@@ -8,10 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import spikesink
-from spikesink import amplifier
+from spikesink import amplifier, memory, weights
 from spikesink.claims import NotApplicable
 from spikesink.models import LoadError
-from spikesink.weights import open_weights, weights_of
+from spikesink.weights import give_back, open_weights, weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
 
@@ -117,6 +118,28 @@ def test_one_layer_outlives_the_next(planted_directory):
     weights.attention(2)
     for name, value in kept.items():
         assert torch.equal(getattr(first, name), value), name
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory in ways of their own")
+def test_freed_memory_between_blocks_in_use_is_given_back():
+    blocks = [bytes(1000) for _ in range(100_000)]
+    between = blocks[::1000]  # they stay
+    del blocks
+    before = memory._resident("VmRSS")
+    give_back()
+    assert before - memory._resident("VmRSS") > 5e7
+    assert len(between) == 100
+
+
+def test_memory_is_given_back_with_each_layer_that_is_read_and_only_then(planted_directory, planted_model, monkeypatch):
+    calls = []
+    monkeypatch.setattr(weights, "give_back", lambda: calls.append(1))
+    weights_of(planted_model).ffn(0)
+    assert not calls
+    read = open_weights(planted_directory)
+    for layer in (0, 1):
+        read.ffn(layer)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
