@@ -130,7 +130,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(random_directory, tmp
     [
         ({"cpu": "much"}, "max_memory {'cpu': 'much'} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB."),
         ({"cpu": None}, "max_memory {'cpu': None} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB."),
-        ({"attic": "8GB"}, "max_memory names 'attic', which is no device here; there are ['cpu']."),
+        ({"attic": "8GB"}, "max_memory {'attic': '8GB'} names 'attic', which is no device here; there are ['cpu']."),
     ],
 )
 def test_a_budget_that_is_none_is_one_sentence(given, said, random_directory):

@@ -460,7 +460,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
     arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
     assert scan.main(["--model", str(planted_directory), "--entries", "40", *arguments]) == 1
     said = capsys.readouterr().out
-    assert re.fullmatch(r"the folder .* cannot be written \(Not a directory\); make room there, .*\n", said)
+    assert re.fullmatch(r"the folder .* cannot be written \(Not a directory\); make it writable, .*\n", said)
 
 
 def test_several_models_are_scanned_in_turn(planted_directory, random_directory, tmp_path, capsys):

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import spikesink
-from spikesink import amplifier, memory, weights
+from spikesink import amplifier, memory
 from spikesink.claims import NotApplicable
 from spikesink.models import LoadError
 from spikesink.weights import give_back, open_weights, weights_of
@@ -133,7 +133,7 @@ def test_freed_memory_between_blocks_in_use_is_given_back():
 
 def test_memory_is_given_back_with_each_layer_that_is_read_and_only_then(planted_directory, planted_model, monkeypatch):
     calls = []
-    monkeypatch.setattr(weights, "give_back", lambda: calls.append(1))
+    monkeypatch.setattr("spikesink.weights.give_back", lambda: calls.append(1))
     weights_of(planted_model).ffn(0)
     assert not calls
     read = open_weights(planted_directory)
