@@ -52,12 +52,19 @@ def test_the_spike_is_where_it_is_largest_though_the_median_grows(found):
     """A ramp in channel 3, written by blocks 2, 4 and 6; largest in medians after block 2."""
     mean = torch.ones(13, 8)
     mean[:, 3] = torch.tensor([1, 1, 400, 400, 700, 700, 1000, 1000, 1000, 400, 700, 700, -100])
-    median = torch.tensor([1.0, 1, 1, 1, 4, 4, 8, 8, 8, 8, 8, 8, 8])
+    median = torch.tensor([1.0, 1, 1, 1, 4, 4, 8, 8, 8, 8, 8, 8, 100])
+    mean[12, 5] = 2000  # the largest of all, and 20 medians of its point
     ramp = replace(found, mean=mean, median=median)
     assert ramp.peak == (6, 3)
     assert ramp.steps() == ([2, 4, 6], [9, 12])
     turned = replace(ramp, mean=-mean)
     assert (turned.peak, turned.steps()) == (ramp.peak, ramp.steps())
+
+
+def test_a_share_is_of_what_exceeds_a_hundred_medians():
+    h = torch.ones(4, 8)
+    h[:, 2] = torch.tensor([99.0, 101, -101, 60])
+    assert scan._at_a_point(h)["share"].tolist() == [0, 0, 0.5, 0, 0, 0, 0, 0]
 
 
 def test_entries_are_spread_over_the_vocabulary(planted_directory, found, planted_model):
