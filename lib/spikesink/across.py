@@ -30,7 +30,8 @@ NOT_LOOKED_INTO = "The reason was not looked into."
 PICTURE = "claims"
 
 # The words that the table needs, in the order of the chain.
-GLOSSARY = """
+GLOSSARY = """<details><summary>What the words mean</summary>
+
 - **Names of claims**: LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM
   RMSNorm, SK the sink, AB what cutting the chain does. X- marks a claim of ours; the others are the paper's.
 - **Spike**: an entry of the residual stream thousands of times larger than most. Its *channel* is the coordinate, its
@@ -46,12 +47,14 @@ GLOSSARY = """
 - **Static map**: a token that stands first attends to itself alone, so what attention writes there is one matrix.
 - **Participation ratio**: how many channels a vector's squares are spread over; 1 if one holds all.
 - **Sink**: the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets
-  more than ε = 0.3 of the attention of a window's queries, on average; T is how many tokens the window has.
+  more than ε of the attention of a window's queries, on average; T is how many tokens the window has. SK1 has both.
 - **BOS**: the token that some tokenizers put before every text.
-- **Perplexity**: exp of the mean loss. The cuts (AB) are judged on 8 windows of 64 tokens, the rest on what stands
-  under each model below.
+- **Perplexity**: exp of the mean loss. The cuts (AB) are judged on fewer and shorter windows than stand under each
+  model below; AB1 has their number and length.
 - **Control**: the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks. In AB it
   can also be a second way to the same cut.
+
+</details>
 """
 
 # A claim in a few words, for a picture; one that has none is shown by its statement, cut short.
@@ -220,7 +223,7 @@ def _cell(claim_id: str, claim: Mapping[str, Any]) -> Cell:
     measured, control, rule = claim["measured"], claim["control"], RULES.get(claim_id)
     if rule is None or claim["verdict"] == "n/a":
         return Cell(claim["verdict"])
-    held = claims.held_by(claim_id, measured, control) if claim["verdict"] == "holds" else []
+    held = claims.held_by(claim_id, measured, control)
     return Cell(claim["verdict"], measured.get(rule.headline), measured.get(rule.beside), held)
 
 
@@ -263,7 +266,8 @@ def render(figures: Path) -> Path:
         f"![Claims x models, coloured by verdict]({PICTURE}.png)",
         "",
         *_summary(whole),
-        *_glossary(),
+        *GLOSSARY.splitlines(),
+        "",
         *_table(whole),
         *_reasons(written, found, whole),
     ]
@@ -324,10 +328,6 @@ def _summary(whole: Board) -> list[str]:
     if len(whole.models) > 1:
         lines += ["", "One model of a family cannot tell the family's habit from its own."]
     return [*lines, ""] if lines else []
-
-
-def _glossary() -> list[str]:
-    return ["<details><summary>What the words mean</summary>", *GLOSSARY.splitlines(), "", "</details>", ""]
 
 
 def _table(whole: Board) -> list[str]:

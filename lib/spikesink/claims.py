@@ -599,12 +599,14 @@ def verdict(claim_id: str, measured: Mapping[str, Any]) -> str:
 
 
 def held_by(claim_id: str, measured: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
-    """The controls that a claim's rule holds of as well, by the name of their first value; none for an unknown claim.
+    """The controls that a claim's rule holds of as well, by the name of their first value; none where it differs.
 
-    A claim that holds of ordinary tokens too is true, but says nothing of spikes.
+    A claim that holds of ordinary tokens too is true, but says nothing of spikes. Of an unknown claim there are none.
     """
     rule = RULES.get(claim_id)
-    there = [names for names in (rule.controls if rule else ()) if set(names.values()) <= set(control)]
+    if rule is None or verdict(claim_id, measured) != "holds":
+        return []
+    there = [names for names in rule.controls if set(names.values()) <= set(control)]
     return [
         next(iter(names.values()))
         for names in there

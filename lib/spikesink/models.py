@@ -196,15 +196,19 @@ def gguf_file(spec: str) -> Path | None:
     return path if path is not None and path.is_file() and _is_gguf(path) else None
 
 
+def _twin(file: Path) -> Path:
+    """Where the dequantized twin of a GGUF file is, or will be."""
+    return cache_directory() / _sha256(file)[:32]
+
+
 def twin_of(file: Path) -> Path | None:
     """The cached safetensors twin of a GGUF file; None where it was not dequantized yet.
 
     The file is read to know it by its hash, unless nothing at all is cached.
     """
-    cache = cache_directory()
-    if not any(cache.glob("*/config.json")):
+    if not any(cache_directory().glob("*/config.json")):
         return None
-    twin = cache / _sha256(file)[:32]
+    twin = _twin(file)
     return twin if _is_whole(twin) else None
 
 
@@ -266,10 +270,7 @@ def load(
         # The bridge takes the device of the first parameter, which is nowhere when it is offloaded.
         places = getattr(hf_model, "hf_device_map", None)  # none where one device holds the whole
         bridge.cfg.device = _main_device(places or {"": next(hf_model.parameters()).device})
-    for norm in (module for module in bridge.modules() if isinstance(module, NormalizationBridge)):
-        if not hasattr(norm, "weight"):
-            # A norm that learns nothing cannot be run with an edit in it otherwise: the bridge reads its weight then.
-            norm.weight = torch.ones(())
+    _give_norms_a_weight(bridge)
     # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
@@ -308,6 +309,16 @@ def check_not_padding(model: TransformerBridge, tokens: Tensor) -> None:
         raise ValueError(
             f"window {empty[0]} holds nothing but padding (token {padding}); leave it out, or fill it with text."
         )
+
+
+def _give_norms_a_weight(bridge: TransformerBridge) -> None:
+    """Let norms that learn nothing be run with an edit in them, for which the bridge reads a weight.
+
+    Norms without parameters: https://github.com/TransformerLensOrg/TransformerLens/issues/1570
+    """
+    for norm in bridge.modules():
+        if isinstance(norm, NormalizationBridge) and not hasattr(norm, "weight"):
+            norm.weight = torch.ones(())
 
 
 def anatomy(model: TransformerBridge) -> Anatomy:
@@ -602,7 +613,7 @@ def _dequantized(file: Path) -> Path:
     if not _is_gguf(file):
         raise LoadError(f"{file} is not a GGUF file (it does not begin with GGUF); download it again.")
     cache = cache_directory()
-    target = cache / _sha256(file)[:32]
+    target = _twin(file)
     if _is_whole(target):
         return target
     with _writing_to(cache):

@@ -43,7 +43,7 @@ class Ledger:
         lines = ["| claim | verdict | measured | control |", "|---|---|---|---|"]
         for key, claim in judged.items():
             name = claims.escape(f"**{key}** {claim.statement}<br>*{claim.rule}*")
-            held = claims.held_by(key, claim.measured, claim.control) if claim.verdict == "holds" else []
+            held = claims.held_by(key, claim.measured, claim.control)
             verdict = f"**{claim.verdict}**" + (f"<br>of {', '.join(held)} too" if held else "")
             lines.append(f"| {name} | {verdict} | {_lines(claim.measured)} | {_lines(claim.control)} |")
         if any("<br>of " in line for line in lines):

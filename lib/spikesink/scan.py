@@ -474,17 +474,12 @@ def table(found: Scan) -> Table:
 
 
 def _size(n_bytes: float) -> str:
-    return f"{_digits(n_bytes / 1e9)} GB" if n_bytes >= 1e9 else f"{_digits(n_bytes / 1e6)} MB"
+    return f"{brief(n_bytes / 1e9)} GB" if n_bytes >= 1e9 else f"{brief(n_bytes / 1e6)} MB"
 
 
 def _count(n: float) -> str:
     size, word = next((pair for pair in ((1e12, "trillion"), (1e9, "billion")) if n >= pair[0]), (1e6, "million"))
-    return f"{_digits(n / size)} {word}"
-
-
-def _digits(value: float) -> str:
-    """Three digits that count, without an exponent."""
-    return f"{float(f'{value:.3g}'):,.12g}"
+    return f"{brief(n / size)} {word}"
 
 
 def _duration(seconds: float) -> str:

@@ -792,8 +792,8 @@ def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) 
         ValueError: `life` was found in another model.
     """
     check_model(life, weights.anatomy)
-    if (reason := no_projections(weights.anatomy)) is not None:
-        return NotApplicable(reason)
+    if (reason := _no_keys(weights.anatomy)) is not None:
+        return reason
     layers, channels = plateau_layers(found.cycle), list(found.cycle.channels)
     if not layers:
         return NotApplicable("no layer reads the plateau")

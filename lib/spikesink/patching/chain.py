@@ -60,9 +60,8 @@ class Constants:
     keys: Float[Tensor, "layer kv_head d_head"] | None
     values: Float[Tensor, "layer kv_head d_head"] | None
     other_keys: Float[Tensor, "layer kv_head d_head"] | None  # of all other tokens
-    reads: (
-        Float[Tensor, "block d_model"] | None
-    )  # h~ of spike tokens, as `reading` blocks read it; None: not to be seen
+    # h~ as `reading` blocks read it; None where that is not to be seen.
+    reads: Float[Tensor, "block d_model"] | None  # of spike tokens
     other_reads: Float[Tensor, "block d_model"] | None
     readout: Float[Tensor, " d_model"]  # h~ of spike tokens, as the unembedding reads it
 

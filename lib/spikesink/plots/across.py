@@ -55,6 +55,7 @@ def verdicts(board: Board) -> Figure:
     theirs = tally + TALLY + GAP
     width, bottom = theirs + THEIRS, HEIGHT * len(board.rows)
     fig, ax = _canvas(width, bottom)
+    firm = board.firm
     for i, row in enumerate(board.rows):
         y = i * HEIGHT
         _row(ax, row, y)
@@ -63,7 +64,7 @@ def verdicts(board: Board) -> Figure:
         if row.reported:
             _cell(ax, _together(row.reported), theirs, y, THEIRS)
         if row.put_to and len(mine) > 1:
-            _tally(ax, row, tally, y, row in board.firm)
+            _tally(ax, row, tally, y, row in firm)
     _links(ax, board.rows, width)
     for name, x in mine.items():
         _head(ax, name, x + OURS / 2, fontweight="bold")
