@@ -105,6 +105,8 @@ def collapse(
         return NotApplicable(life.reason)
     if about.attention_norm is None:
         return NotApplicable(f"the blocks of this {about.family} model read the stream itself, not through a norm")
+    if about.norm == "tanh":
+        return NotApplicable(f"the blocks of this {about.family} model read the stream through DynamicTanh, not a norm")
     check_windows(life, tokens)
     generator = torch.Generator().manual_seed(seed)
     sums = [_Sums(about, cycle.channels) for _ in range(3)]

@@ -20,10 +20,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.amplifier import step_up_direction
 from spikesink.claims import Evidence, NotApplicable, evidence
 from spikesink.lifecycle import STEP, Cycle, Lifecycle, check_model, check_windows, first_step_up, is_spike
-from spikesink.models import Anatomy, check_tokens, check_vocabulary
+from spikesink.models import Anatomy, check_tokens, check_vocabulary, run_layers
 from spikesink.progress import progress
 from spikesink.trace import not_finite
-from spikesink.weights import Weights, no_form, no_projections, no_static_map
+from spikesink.weights import Weights, no_form, no_linear_attention, no_static_map
 
 BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
 
@@ -413,14 +413,14 @@ def one_static_map(
     """
     about = weights.anatomy
     check_tokens(about, tokens)
-    if (reason := no_projections(about)) is not None:
+    if (reason := no_linear_attention(about)) is not None:
         return NotApplicable(reason)
     if model.cfg.dtype != torch.float32:
         return NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
     seen: dict[str, Tensor] = {}
     names = (*about.layer_hooks[:-1], *about.write_hooks[::2])
     with model.hooks(fwd_hooks=[(n, lambda v, hook: seen.update({hook.name: v.float().cpu()})) for n in names]):
-        model.original_model.base_model(tokens[:, :length].to(model.cfg.device), use_cache=False)
+        run_layers(model, tokens[:, :length])
     if not all(values.isfinite().all() for values in seen.values()):
         raise FloatingPointError(not_finite(model, "the residual stream or what attention adds to it"))
     at_first, later = [], []

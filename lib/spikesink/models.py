@@ -22,6 +22,7 @@ from accelerate.utils import convert_file_size_to_int, get_max_memory
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from jaxtyping import Int
 from platformdirs import user_cache_path
 from safetensors import safe_open
 from torch import Tensor
@@ -83,7 +84,7 @@ class Anatomy:
     d_mlp: int
     d_vocab: int
     context: int
-    norm: str  # "RMS" or "LN"
+    norm: str  # "RMS", "LN", or "tanh" where DynamicTanh stands in its place
     norm_placement: str  # "pre", "post" or "sandwich"
     norm_scale_offset: float  # the scale is offset + weight: 1 in Gemma, else 0
     norm_eps: float  # added to the mean square before the root
@@ -108,6 +109,7 @@ class Anatomy:
     edits_pattern: bool = True  # whether a change of the attention pattern reaches what the attention writes
     projects: bool = True  # whether keys and values are linear maps of h~, by matrices of their own
     separate_ffn: bool = True  # whether the FFN is a module of its own; else it reads all windows' tokens in one row
+    gated_attention: bool = False  # what the heads give passes a gate before it is written
     learned_sink: bool = False  # a learned logit takes part in each softmax, so that a token alone gets less than all
 
     @property
@@ -276,6 +278,15 @@ def load(
     bridge.source = ready.source
     bridge.offloaded = offloaded  # goes with the model
     return bridge
+
+
+def run_layers(model: TransformerBridge, tokens: Int[Tensor, "window position"]) -> None:
+    """Run a model for what its hooks see; of a bridge without the head, which can cost as much as all layers."""
+    tokens = tokens.to(model.cfg.device)
+    if hasattr(model, "original_model"):
+        model.original_model.base_model(tokens, use_cache=False)
+    else:
+        model(tokens)
 
 
 def check_ids(tokens: Tensor) -> None:

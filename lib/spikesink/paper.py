@@ -44,6 +44,37 @@ TRAINED = "trained 7B"
 TRAINED_SINK_RATIO = 0.46
 
 
+# The models of 7B that it trains, by family and by our name for the variant: sink ratio and largest activation. Where
+# it says no number but which way the sink ratio goes against the base, that word; None where it says nothing.
+TRAINED_BASE = (TRAINED_SINK_RATIO, 3_818)
+TRAINED_VARIANTS: dict[str, dict[str, tuple[float | str | None, float | None]]] = {
+    "optimization": {
+        "learning rate / 3": ("down", None),
+        "learning rate x 3": ("down", None),
+        "no weight decay": (0.338, 12_275),
+        "beta2 0.8": ("down", None),
+        "beta2 0.999": ("down", None),
+        "constant rate": ("up", None),
+        "half the steps": ("down", None),
+        "twice the steps": ("up", None),
+    },
+    "ffn": {"GeLU": (0.693, 3_369), "linear": (0.589, 688), "attention only": (0.739, 637)},
+    "normalization": {"sandwich": (0.447, 520), "sandwich + QK norm": (0.42, 92), "DynamicTanh": (0.61, 153)},
+    "heads": {
+        "d_head / 4, 4 times as many": (0.11, None),
+        "d_head x 2, half as many": (0.52, None),
+        "d_head / 8": (0.041, None),
+    },
+    "gates": {
+        "gate per channel": (0.045, 202),
+        "gate per head": (0.064, 186),
+        "gate per token": (0.312, None),
+        "static gate": ("stays", None),
+    },
+    "context": {"only short": (0.421, 5_411), "long": (0.13, 38_470), "only the longest": (0.012, 7_193)},
+}
+
+
 def reported() -> dict[str, dict[str, Reported]]:
     """What the paper reports of each of its models, by model and claim.
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy, check_ids, check_not_padding, check_tokens, check_vocabulary
+from spikesink.models import Anatomy, anatomy, check_ids, check_not_padding, check_tokens, check_vocabulary, run_layers
 from spikesink.progress import progress
 
 SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (DESIGN: claim LC4)
@@ -266,8 +266,7 @@ def follow(
         hooks += [(name, pattern_hook) for name in about.pattern_hooks]
     hooks += [(name, other_hook(call)) for name, call in also]
     with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        # The transformers model under its head: nothing here needs logits, which can cost as much as all layers.
-        model.original_model.base_model(tokens[None].to(model.cfg.device), use_cache=False)
+        run_layers(model, tokens[None])
     if silent := [name for name, _ in hooks if name not in fired]:
         raise RuntimeError(f"{len(silent)} hooks of this {about.family} model never fired, the first is {silent[0]}.")
 

@@ -105,7 +105,7 @@ class Weights:
         """
         self._check(layer)
         with self._of_ffn(layer) as block:
-            parts = gated_parts(block.mlp.original_component)
+            parts = gated_parts(_own(block.mlp))
             found = {name: self._gated(block, weights, biases) for name, weights, biases in parts}
         return {name: _finite(ffn, f"expert {name} of layer {layer}") for name, ffn in found.items()}
 
@@ -113,10 +113,12 @@ class Weights:
         """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
 
         Raises:
-            ValueError: the model has no such layer, or no W_V.
+            ValueError: the model has no such layer, no W_V, or a gate on what the heads give.
             FloatingPointError: its weights are not finite.
         """
         about = self.anatomy
+        if (reason := no_linear_attention(about)) is not None:
+            raise ValueError(f"{reason}.")
         with self._of_attention(layer, "ln1_post") as block:
             value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
             heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))
@@ -185,7 +187,7 @@ class Weights:
 
     def _norm(self, block: torch.nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
         """A norm's scale and its bias; ones and zeros where there is no norm, or one that learns nothing."""
-        norm = dict(block.named_children())[name].original_component if name is not None else None
+        norm = _own(dict(block.named_children())[name]) if name is not None else None
         scale, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
         ones = torch.ones(self.anatomy.d_model)
         return (
@@ -212,11 +214,20 @@ def no_projections(about: Anatomy) -> str | None:
     return None if about.projects else f"the attention of this {about.family} model has no W_K and W_V of its own"
 
 
+def no_linear_attention(about: Anatomy) -> str | None:
+    """Why attention that sees one token alone is no linear map of h~, or None where it is one."""
+    if about.gated_attention:
+        return f"what the heads of this {about.family} model give passes a gate"
+    return no_projections(about)
+
+
 def no_static_map(about: Anatomy) -> str | None:
     """Why a token that sees itself alone has no path that can be followed block by block, or None where it has."""
     if about.learned_sink:
         return f"a learned logit takes part in each softmax of this {about.family} model, also where one token is alone"
-    return no_separate_ffn(about) or no_projections(about)
+    if about.norm == "tanh":
+        return f"the blocks of this {about.family} model read the stream through DynamicTanh, which has no one scale"
+    return no_separate_ffn(about) or no_linear_attention(about)
 
 
 def no_separate_ffn(about: Anatomy) -> str | None:
@@ -241,6 +252,11 @@ def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dty
         LoadError: as `load` does.
     """
     return weights_of(load(spec, "disk", dtype))
+
+
+def _own(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that a bridge has wrapped; where there is no bridge, itself."""
+    return getattr(module, "original_component", module)
 
 
 @contextmanager
@@ -310,7 +326,7 @@ def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tens
 def _matrix(linear: torch.nn.Module) -> Float[Tensor, "out in"]:
     """A linear module's matrix; some families keep it transposed."""
     weight = _floats(linear.weight)
-    return weight.T if isinstance(linear.original_component, Conv1D) else weight
+    return weight.T if isinstance(_own(linear), Conv1D) else weight
 
 
 def _floats(values: Tensor | None, zeros: int = 0) -> Tensor:

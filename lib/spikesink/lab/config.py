@@ -1,0 +1,109 @@
+"""One run of the lab in one frozen dataclass: what the model is, what it is trained on, and how."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+BOS = 0  # the token that every window begins with
+LENGTH = 64  # tokens of the windows that every model is looked at: Gu et al.'s T
+CHOICES = {
+    "task": ("backcopy", "text"),
+    "norm": ("pre", "sandwich", "sandwich_qk", "qk", "dynamic_tanh"),
+    "ffn": ("swiglu", "gelu", "linear", "none"),
+    "gate": ("none", "channel", "head", "token", "static"),
+    "schedule": ("cosine", "constant"),
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be trained; the message is one sentence that says what would do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model and its training. Widths in channels, lengths in tokens; `seed` draws the weights and the batches.
+
+    Raises:
+        ConfigError: a value that cannot be, when it is made.
+    """
+
+    task: str = "text"  # what it is trained on: Bigram-Backcopy, or text
+    d_vocab: int = 1024
+    d_model: int = 128
+    n_layers: int = 4
+    heads: tuple[int, int] = (64, 2)  # d_head, and how many of them
+    norm: str = "pre"  # RMSNorm before each block ("pre"), after it too ("sandwich"), of queries and keys ("qk"), ...
+    ffn: str = "swiglu"
+    gate: str = "none"  # sigmoid on what the heads give: one a channel, a head or a token; "static" sees no input
+    lengths: tuple[int, int] = (32, 128)  # shortest and longest window; a batch has one length, a power of two times it
+    batch: int = 2048  # tokens a step, of all processes together
+    steps: int = 5000
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"  # down to a tenth, or constant; both after a warm-up
+    warmup: int = 100  # steps
+    weight_decay: float = 0.1  # of matrices; embeddings, norms and biases are left alone
+    beta2: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(known)}.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            least = 0 if field.name in ("seed", "weight_decay", "warmup") else 1 if field.type is int else 1e-12
+            if field.type is not str and not all(
+                isinstance(number, int | float) and not isinstance(number, bool) and number >= least
+                for number in numbers
+            ):
+                raise ConfigError(f"{field.name} is {value!r}; give no less than {least:g}.")
+        if self.d_head % 2:
+            raise ConfigError(f"heads of {self.d_head} channels cannot be rotated in pairs; give an even number.")
+        shortest, longest = self.lengths
+        if not 2 <= shortest <= longest or longest not in doubled(shortest, longest):
+            raise ConfigError(f"lengths are {self.lengths}; give 2 or more, and the longest a power of two times that.")
+        if longest < LENGTH:
+            raise ConfigError(
+                f"lengths are {self.lengths}; models are looked at windows of {LENGTH}, so train on those."
+            )
+        if self.batch % longest:
+            raise ConfigError(f"a batch of {self.batch} tokens holds no whole windows of {longest}; give a multiple.")
+        if not self.beta2 < 1:
+            raise ConfigError(f"beta2 is {self.beta2}; give less than 1.")
+
+    @property
+    def d_head(self) -> int:
+        """Channels of a head."""
+        return self.heads[0]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of a layer."""
+        return self.heads[1]
+
+    @property
+    def d_mlp(self) -> int:
+        """Hidden neurons: SwiGLU's three matrices have as many weights as two of width 4 d_model, in whole eights."""
+        if self.ffn == "none":
+            return 0
+        return round(self.d_model / 3) * 8 if self.ffn == "swiglu" else 4 * self.d_model
+
+    @property
+    def key(self) -> str:
+        """Twelve digits that two configurations share only when they are the same."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Config":
+        """The configuration that `asdict` wrote, after a trip through JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def doubled(shortest: int, longest: int) -> tuple[int, ...]:
+    """The shortest, twice that, and so on, up to the longest."""
+    lengths = [shortest]
+    while lengths[-1] * 2 <= longest:
+        lengths.append(lengths[-1] * 2)
+    return tuple(lengths)

@@ -1,0 +1,246 @@
+"""What the lab's models are trained on: Bigram-Backcopy, where the truth is known, or text through a small BPE.
+
+Every batch is a function of the seed and the step alone, so that a run that was stopped goes on as if it had not been,
+and several processes can each make their own part of it.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from filelock import FileLock
+from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from spikesink import texts
+from spikesink.claims import write_atomically
+from spikesink.lab.config import BOS, Config, ConfigError, doubled
+from spikesink.models import cache_directory
+from spikesink.progress import progress
+
+SOURCE = "packages"  # the Python source of the packages that spikesink is made with
+BOS_TOKEN = "<bos>"
+CHARACTERS = 120_000_000  # of text that are tokenized
+CHARACTERS_FOR_BPE = 20_000_000  # of these, from the beginning, that the BPE is learned from
+HELD_OUT = 50  # one document in so many is never trained on
+ENCODED_AT_ONCE = 256  # documents
+TRIGGERS = 5
+HELD_OUT_SEED = 2**31  # of windows that are looked at and never trained on
+
+
+class Task(Protocol):
+    """Something to train on; windows begin with BOS, whose id is `BOS`."""
+
+    name: str
+    sha256: str
+
+    def windows(
+        self, seed: int | tuple[int, ...], n: int, length: int, held_out: bool = False
+    ) -> Int[np.ndarray, "n length"]:
+        """Windows drawn by a seed."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """What tokens read."""
+
+
+def batch(task: Task, config: Config, step: int) -> Int[np.ndarray, "window position"]:
+    """The whole batch of a step; its windows have one length, drawn from those the configuration allows."""
+    lengths = doubled(*config.lengths)
+    length = lengths[int(np.random.default_rng((config.seed, step)).integers(len(lengths)))]
+    return task.windows((config.seed, step), config.batch // length, length)
+
+
+@dataclass(frozen=True)
+class Backcopy:
+    """Bigram-Backcopy (Guo et al., arXiv:2410.13835): after a trigger comes the token before it; else, a bigram's.
+
+    The bigram is that of the house text's characters, so its entropy is the least loss that a model can have.
+    """
+
+    d_vocab: int = 64
+    name: str = "backcopy"
+
+    @cached_property
+    def _text(self) -> str:
+        return texts.read("house").content
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text that the bigram is counted in."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    @cached_property
+    def characters(self) -> tuple[str, ...]:
+        """What each token stands for: BOS, then the commonest characters, the commonest first."""
+        common = [character for character, _ in Counter(self._text).most_common(self.d_vocab - 1)]
+        return (BOS_TOKEN, *common)
+
+    @cached_property
+    def triggers(self) -> tuple[int, ...]:
+        """The commonest letters but the first few characters of all, which would leave little else to see."""
+        return tuple(range(TRIGGERS, 2 * TRIGGERS))
+
+    @cached_property
+    def bigram(self) -> Float[np.ndarray, "d_vocab d_vocab"]:
+        """Probability of the next token; every pair was seen once more than it was, and nothing leads to BOS."""
+        index = {character: i for i, character in enumerate(self.characters)}
+        ids = [index[character] for character in self._text if character in index]
+        counts = np.ones((self.d_vocab, self.d_vocab))
+        counts[:, BOS] = 0
+        np.add.at(counts, (ids[:-1], ids[1:]), 1)
+        counts[BOS, list(self.triggers)] = 0  # a trigger in the first place would have BOS to copy
+        return counts / counts.sum(1, keepdims=True)
+
+    def windows(self, seed, n, length, held_out=False):
+        """Every window is new, held out or not: the seed decides."""
+        rng = np.random.default_rng((HELD_OUT_SEED, *np.atleast_1d(seed)) if held_out else seed)
+        draws, after = rng.random((n, length)), self.bigram.cumsum(1)
+        tokens = np.zeros((n, length), dtype=np.int64)
+        for i in range(1, length):
+            before = tokens[:, i - 1]
+            tokens[:, i] = np.minimum((after[before] < draws[:, i, None]).sum(1), self.d_vocab - 1)
+            if i > 1:
+                copied = np.isin(before, self.triggers)
+                tokens[copied, i] = tokens[copied, i - 2]
+        return tokens
+
+    def is_trigger(self, tokens: Int[np.ndarray, "*window"]) -> Bool[np.ndarray, "*window"]:
+        """Which tokens the next one is copied after."""
+        return np.isin(tokens, self.triggers)
+
+    def decode(self, tokens):
+        """What tokens read."""
+        return "".join(self.characters[token] for token in tokens)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents as tokens in one memory-mapped array; a window is BOS and a piece of one document."""
+
+    name: str
+    sha256: str
+    tokens: Int[np.ndarray, " token"]
+    ends: Int[np.ndarray, " document"]  # where each document ends
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all documents, held out or not."""
+        return len(self.tokens)
+
+    def _documents(self, length: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of each document that is long enough: the first place where a window may begin, and how many there are."""
+        begins = np.concatenate([[0], self.ends[:-1]])
+        places = self.ends - begins - (length - 1) + 1
+        use = (places > 0) & ((np.arange(len(self.ends)) % HELD_OUT == 0) == held_out)
+        if not use.any():
+            raise ConfigError(f"no document of {self.name} has {length} tokens; ask for shorter windows.")
+        return begins[use], places[use]
+
+    def windows(self, seed, n, length, held_out=False):
+        """Windows from places drawn evenly over all documents that are long enough."""
+        begins, places = self._documents(length, held_out)
+        upto = places.cumsum()
+        drawn = np.random.default_rng(seed).integers(upto[-1], size=n)
+        document = np.searchsorted(upto, drawn, side="right")
+        start = begins[document] + drawn - (upto[document] - places[document])
+        body = self.tokens[start[:, None] + np.arange(length - 1)]
+        return np.concatenate([np.full((n, 1), BOS), body], axis=1).astype(np.int64)
+
+    def decode(self, tokens):
+        """What tokens read."""
+        return self.tokenizer.decode(tokens)
+
+
+def open_task(config: Config, source: str = SOURCE) -> Task:
+    """What a configuration trains on; a text is tokenized once into the cache.
+
+    Args:
+        config: of the run.
+        source: of the text tier: "packages", or whatever `texts.read` takes.
+
+    Raises:
+        ConfigError: too little text.
+        TextError: as `texts.read` does.
+    """
+    return Backcopy(config.d_vocab) if config.task == "backcopy" else corpus(source, config.d_vocab)
+
+
+def corpus(source: str = SOURCE, d_vocab: int = 2048) -> Corpus:
+    """A text as tokens of a byte-level BPE that is learned from it; made once and kept in the cache."""
+    documents = list(_packages()) if source == SOURCE else texts.read(source).content.split("\n\n\n")
+    sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    place = cache_directory() / "lab" / f"{sha256[:20]}-{d_vocab}"
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        if not (place / "done.json").exists():
+            _tokenize(documents, d_vocab, place)
+    return Corpus(
+        source,
+        sha256,
+        np.load(place / "tokens.npy", mmap_mode="r"),
+        np.load(place / "ends.npy"),
+        PreTrainedTokenizerFast(tokenizer_file=str(place / "tokenizer.json"), bos_token=BOS_TOKEN),
+    )
+
+
+def _packages() -> Iterator[str]:
+    """The Python files of the packages that spikesink asks for, in an order that is the same everywhere, each once."""
+    names = [name.split(";")[0] for name in metadata.requires("spikesink") or () if "extra ==" not in name]
+    files = []
+    for name in names:
+        for file in metadata.files("".join(_leading(name))) or ():
+            if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts:
+                files.append((hashlib.sha256(str(file).encode()).hexdigest(), file))
+    seen, size = set(), 0
+    for _, file in sorted(files):
+        content = file.locate().read_text(encoding="utf-8", errors="ignore")
+        if content and content not in seen:
+            seen.add(content)
+            size += len(content)
+            yield content
+        if size >= CHARACTERS:
+            return
+
+
+def _leading(requirement: str) -> Iterator[str]:
+    for character in requirement:
+        if not (character.isalnum() or character in "-_."):
+            return
+        yield character
+
+
+def _tokenize(documents: list[str], d_vocab: int, place: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=d_vocab,
+        special_tokens=[BOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learned, size = [], 0
+    for document in documents:
+        learned.append(document)
+        size += len(document)
+        if size >= CHARACTERS_FOR_BPE:
+            break
+    tokenizer.train_from_iterator(learned, trainer)
+    parts, ends = [], []
+    for start in progress(range(0, len(documents), ENCODED_AT_ONCE), "tokenizing", "batch"):
+        for encoded in tokenizer.encode_batch(documents[start : start + ENCODED_AT_ONCE]):
+            parts.append(np.array(encoded.ids, dtype=np.uint16))
+            ends.append(len(parts[-1]))
+    np.save(place / "tokens.npy", np.concatenate(parts))
+    np.save(place / "ends.npy", np.cumsum(ends))
+    tokenizer.save(str(place / "tokenizer.json"))
+    write_atomically(place / "done.json", json.dumps({"documents": len(ends), "tokens": int(sum(ends))}))

@@ -1,0 +1,120 @@
+"""The six families: variants that differ from their tier's base in one field each."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spikesink.lab.config import Config
+
+BASES = {
+    "task": Config(
+        task="backcopy",
+        d_vocab=64,
+        d_model=64,
+        n_layers=3,
+        heads=(32, 2),
+        lengths=(32, 128),
+        batch=4096,
+        steps=1500,
+        learning_rate=1e-3,
+    ),
+    "text": Config(),
+    "large": Config(
+        d_vocab=16384,
+        d_model=768,
+        n_layers=12,
+        heads=(64, 12),
+        lengths=(64, 1024),
+        batch=2**17,
+        steps=20_000,
+        learning_rate=6e-4,
+        warmup=1000,
+    ),
+}
+BASE = "base"
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change of the base: a `field` of its configuration, and its value as a function of the base."""
+
+    family: str
+    name: str
+    field: str
+    value: Callable[[Config], Any]
+    headline: bool = False  # three seeds at every tier, and its weights are kept
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that belongs to a tier."""
+
+    tier: str
+    name: str
+    config: Config
+
+    @property
+    def label(self) -> str:
+        """The name of its files: the variant's, with nothing in it that a file system minds, and the seed."""
+        plain = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        return f"{'-'.join(filter(None, plain.split('-')))}-{self.config.seed}"
+
+
+def _times(factor: float) -> Callable[[Any], Any]:
+    return lambda value: type(value)(value * factor)
+
+
+def _is(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+def _heads(width: float, number: float) -> Callable[[tuple[int, int]], tuple[int, int]]:
+    return lambda heads: (int(heads[0] * width), int(heads[1] * number))
+
+
+VARIANTS = (
+    Variant("optimization", "learning rate / 3", "learning_rate", _times(1 / 3)),
+    Variant("optimization", "learning rate x 3", "learning_rate", _times(3)),
+    Variant("optimization", "no weight decay", "weight_decay", _is(0.0), headline=True),
+    Variant("optimization", "weight decay x 5", "weight_decay", _times(5)),
+    Variant("optimization", "beta2 0.8", "beta2", _is(0.8)),
+    Variant("optimization", "beta2 0.999", "beta2", _is(0.999)),
+    Variant("optimization", "constant rate", "schedule", _is("constant")),
+    Variant("optimization", "half the steps", "steps", _times(1 / 2)),
+    Variant("optimization", "twice the steps", "steps", _times(2)),
+    Variant("ffn", "GeLU", "ffn", _is("gelu")),
+    Variant("ffn", "linear", "ffn", _is("linear")),
+    Variant("ffn", "attention only", "ffn", _is("none"), headline=True),
+    Variant("normalization", "sandwich", "norm", _is("sandwich"), headline=True),
+    Variant("normalization", "sandwich + QK norm", "norm", _is("sandwich_qk")),
+    Variant("normalization", "QK norm", "norm", _is("qk")),
+    Variant("normalization", "DynamicTanh", "norm", _is("dynamic_tanh"), headline=True),
+    Variant("heads", "d_head / 4, 4 times as many", "heads", _heads(1 / 4, 4)),
+    Variant("heads", "d_head / 2, twice as many", "heads", _heads(1 / 2, 2)),
+    Variant("heads", "d_head x 2, half as many", "heads", _heads(2, 1 / 2)),
+    Variant("heads", "d_head / 8", "heads", _heads(1 / 8, 1), headline=True),
+    Variant("heads", "d_head / 2", "heads", _heads(1 / 2, 1)),
+    Variant("gates", "gate per channel", "gate", _is("channel"), headline=True),
+    Variant("gates", "gate per head", "gate", _is("head"), headline=True),
+    Variant("gates", "gate per token", "gate", _is("token")),
+    Variant("gates", "static gate", "gate", _is("static")),
+    Variant("context", "only short", "lengths", lambda lengths: (lengths[0], lengths[1] // 2)),
+    Variant("context", "long", "lengths", lambda lengths: (lengths[1] // 2, lengths[1])),
+    Variant("context", "only the longest", "lengths", lambda lengths: (lengths[1], lengths[1]), headline=True),
+)
+FAMILIES = tuple(dict.fromkeys(variant.family for variant in VARIANTS))
+
+
+def planned(tier: str) -> Iterator[Planned]:
+    """The runs of a tier, those that say most first: the base, all variants once, then the other seeds.
+
+    Every variant of the task tier has three seeds; of the others the base and the headline ones.
+    """
+    base = BASES[tier]
+    yield from (Planned(tier, BASE, replace(base, seed=seed)) for seed in range(SEEDS))
+    for seed in range(SEEDS):
+        for variant in sorted(VARIANTS, key=lambda variant: not variant.headline):
+            if seed == 0 or variant.headline or tier == "task":
+                value = variant.value(getattr(base, variant.field))
+                yield Planned(tier, variant.name, replace(base, seed=seed, **{variant.field: value}))

@@ -1,0 +1,256 @@
+"""What the records of a tier say: each variant beside its base, with an interval, and beside what the paper finds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from spikesink import paper
+from spikesink.claims import Evidence, NotApplicable
+from spikesink.lab.families import BASE, FAMILIES, VARIANTS
+from spikesink.lab.records import Record
+
+LEVEL = 0.95
+STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
+CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
+FAMILY = {variant.name: variant.family for variant in VARIANTS}
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a measure of a variant differs from the base's: an interval over seeds, and which way the paper's goes.
+
+    A change of the sink ratio is a difference, one of the largest activation the log of a ratio.
+    """
+
+    measure: str
+    value: float
+    low: float
+    high: float
+    paper: str | None  # "up", "down", "stays"; None where the paper does not say
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """The value, and the ends of its interval."""
+        return self.value, self.low, self.high
+
+    @property
+    def way(self) -> str:
+        """Which way it goes here: "up" or "down" if the interval leaves no doubt, else "unclear"."""
+        return "up" if self.low > 0 else "down" if self.high < 0 else "unclear"
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether it goes the paper's way; None where the paper does not say.
+
+        What stays in the paper is to stay here: to show no change that is beyond doubt and beyond the band.
+        """
+        if self.paper is None:
+            return None
+        if self.paper == "stays":
+            return self.way == "unclear" or abs(self.value) <= _band(self.measure)
+        return self.way == self.paper
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A variant beside its base; means over seeds, of the largest activation the geometric one."""
+
+    name: str
+    loss: float
+    sink_ratio: float
+    max_activation: float
+    seeds: int
+    sink: Change
+    spike: Change
+
+
+def _band(measure: str) -> float:
+    return STAYS_SINK if measure == "sink" else STAYS_SPIKE
+
+
+def _values(records: Iterable[Record], measure: str) -> np.ndarray:
+    values = np.array([record.final["sink_ratio" if measure == "sink" else "max_activation"] for record in records])
+    return values if measure == "sink" else np.log(values)
+
+
+def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records by variant, the base first, in the order in which families list them."""
+    order = [BASE, *FAMILY]
+    found = {name: [r for r in records if r.name == name] for name in order}
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def pooled(records: Sequence[Record], measure: str) -> tuple[float, int]:
+    """Standard deviation over seeds, one for all variants of which there are several, and its degrees of freedom."""
+    groups = [_values(rows, measure) for rows in by_name(records).values() if len(rows) > 1]
+    freedom = sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return math.nan, 0
+    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom), freedom
+
+
+def change(records: Sequence[Record], name: str, measure: str) -> Change:
+    """A variant's change against the base, with an interval from the spread over seeds that all variants share.
+
+    One standard deviation is estimated from all variants with several seeds; a variant with one seed has the wider
+    interval that its one value deserves.
+    """
+    named = by_name(records)
+    ours, base = _values(named[name], measure), _values(named[BASE], measure)
+    deviation, freedom = pooled(records, measure)
+    value = float(ours.mean() - base.mean())
+    margin = stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / len(ours) + 1 / len(base))
+    return Change(measure, value, value - float(margin), value + float(margin), direction(name, measure))
+
+
+def direction(name: str, measure: str) -> str | None:
+    """Which way the paper's variant goes against its base; None where it does not say."""
+    sink, spike = paper.TRAINED_VARIANTS[FAMILY[name]].get(name, (None, None))
+    found, base = (sink, paper.TRAINED_BASE[0]) if measure == "sink" else (spike, paper.TRAINED_BASE[1])
+    if found is None or isinstance(found, str):
+        return found
+    moved = found - base if measure == "sink" else math.log(found / base)
+    return "stays" if abs(moved) <= _band(measure) else "up" if moved > 0 else "down"
+
+
+def compared(records: Sequence[Record], family: str | None = None) -> list[Compared]:
+    """Every variant of a family (or of all) that was trained, beside the base."""
+    return [
+        Compared(
+            name=name,
+            loss=float(np.mean([record.final["held_out_loss"] for record in rows])),
+            sink_ratio=float(_values(rows, "sink").mean()),
+            max_activation=float(np.exp(_values(rows, "spike").mean())),
+            seeds=len(rows),
+            sink=change(records, name, "sink"),
+            spike=change(records, name, "spike"),
+        )
+        for name, rows in by_name(records).items()
+        if name != BASE and family in (None, FAMILY[name])
+    ]
+
+
+def table(found: Sequence[Compared]) -> pd.DataFrame:
+    """Variants as a tidy table, each change with its interval, and what the paper says of it."""
+    rows = [
+        {
+            "variant": one.name,
+            "seeds": one.seeds,
+            "loss": one.loss,
+            "sink ratio": one.sink_ratio,
+            "against base": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
+            "paper: sink": one.sink.paper or "",
+            "largest activation": one.max_activation,
+            "times base": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
+            "paper: spike": one.spike.paper or "",
+        }
+        for one in found
+    ]
+    return pd.DataFrame(rows).set_index("variant")
+
+
+def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
+    """TR1 to TR6: for each variant that the paper reports, does the change against the base go its way here?
+
+    A change counts where its interval over seeds leaves no doubt (see `Change`). Control: each of the base's own seeds
+    in a variant's place, put beside the others with the interval that a variant of one seed has; a "change" there is a
+    false alarm.
+
+    Args:
+        records: of the text tier, by which the verdict is given.
+        family: one of `families.FAMILIES`.
+        task: records of the task tier, to set beside it.
+    """
+    named = by_name(records)
+    found = compared(records, family) if BASE in named else []
+    if not found:
+        return NotApplicable(f"no record of the {family} family; train them with make ablations TIER=text")
+    if pooled(records, "sink")[1] == 0:
+        return NotApplicable("no variant has a second seed, so that no change can be told from chance")
+    changes = [(one.name, change) for one in found for change in (one.sink, one.spike)]
+    labels = {True: [], False: []}
+    for name, one in changes:
+        if one.agrees is not None:
+            labels[one.agrees].append(f"{name}: {one.measure}")
+    measured = {
+        "variants": [_base(named[BASE]), *map(_row, found)],
+        "agree": labels[True],
+        "differ": labels[False],
+        "n_agree": len(labels[True]),
+        "n_reported": len(labels[True]) + len(labels[False]),
+    }
+    if BASE in by_name(task):
+        measured["variants_task"] = [_base(by_name(task)[BASE]), *map(_row, compared(task, family))]
+    base = {m: _values(named[BASE], m) for m in ("sink", "spike")}
+    alarms = [abs(v - np.delete(of, i).mean()) for of in base.values() for i, v in enumerate(of) if len(of) > 1]
+    limits = [
+        stats.t.ppf((1 + LEVEL) / 2, pooled(records, m)[1]) * pooled(records, m)[0] * math.sqrt(1 + 1 / (len(of) - 1))
+        for m, of in base.items()
+        for _ in of
+        if len(of) > 1
+    ]
+    control = {
+        "base_sink_ratios": base["sink"].tolist(),
+        "base_max_activations": np.exp(base["spike"]).tolist(),
+        "changes_among_base_seeds": sum(a > limit for a, limit in zip(alarms, limits, strict=True)),
+        "of": len(alarms),
+    }
+    return Evidence(measured, control)
+
+
+def _row(one: Compared) -> dict[str, float | int | str]:
+    return {
+        "name": one.name,
+        "loss": one.loss,
+        "sink_ratio": one.sink_ratio,
+        "max_activation": one.max_activation,
+        "seeds": one.seeds,
+        "sink_change": one.sink.value,
+        "sink_low": one.sink.low,
+        "sink_high": one.sink.high,
+        "spike_factor": math.exp(one.spike.value),
+        "spike_low": math.exp(one.spike.low),
+        "spike_high": math.exp(one.spike.high),
+    }
+
+
+def _base(rows: Sequence[Record]) -> dict[str, float | int | str]:
+    return {
+        "name": BASE,
+        "loss": float(np.mean([record.final["held_out_loss"] for record in rows])),
+        "sink_ratio": float(_values(rows, "sink").mean()),
+        "max_activation": float(np.exp(_values(rows, "spike").mean())),
+        "seeds": len(rows),
+    }
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Rank correlations over runs with the loss on held-out text."""
+
+    sink: float
+    spike: float
+    runs: int
+
+
+def follow_loss(records: Sequence[Record], family: str = "optimization") -> Followed:
+    """Whether sink ratio and largest activation follow how well training went, over a family's runs and the base's."""
+    rows = [record for record in records if record.name == BASE or FAMILY[record.name] == family]
+    loss = [record.final["held_out_loss"] for record in rows]
+    sink, spike = (float(stats.spearmanr(loss, _values(rows, m)).statistic) for m in ("sink", "spike"))
+    return Followed(sink, spike, len(rows))
+
+
+def emergence(records: Sequence[Record]) -> pd.DataFrame:
+    """Curves of runs as one tidy table: a row for each run and step at which it was looked at."""
+    frames = [
+        pd.DataFrame(record.curve).assign(
+            name=record.name, seed=record.config.seed, tokens=np.array(record.curve["step"]) * record.config.batch
+        )
+        for record in records
+    ]
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,152 @@
+"""Train what is missing of a tier: what `make ablations` calls. Alone, several runs at once, or under torchrun."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from spikesink.lab.config import ConfigError
+from spikesink.lab.data import SOURCE, open_task
+from spikesink.lab.families import BASES, Planned, planned
+from spikesink.lab.records import file_of, keep, read
+from spikesink.lab.train import Machine, TrainingError, train
+from spikesink.texts import TextError
+
+POLLED = 0.5  # seconds between looks at what the processes tell
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted."""
+    args = _parser().parse_args(arguments)
+    folder, build = args.figures / "lab", args.build / "lab"
+    missing = [plan for plan in planned(args.tier) if not _is_there(plan, folder)]
+    if args.only:
+        missing = [plan for plan in missing if args.only in plan.label]
+    if not missing:
+        print(f"All runs of the {args.tier} tier are there, in {folder / args.tier}.")
+        return 0
+    try:
+        open_task(missing[0].config, args.text)  # tokenized once, before the processes ask for it
+    except (ConfigError, TextError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    machine = Machine(args.device, args.precision, not args.eager)
+    try:
+        failed = _together(missing, args, machine) if "RANK" in os.environ else _side_by_side(missing, args, machine)
+    except KeyboardInterrupt:
+        print(f"Interrupted; the runs go on from their checkpoints in {build} the next time.", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if failed else 0
+
+
+def _is_there(plan: Planned, folder: Path) -> bool:
+    """Whether a run's record is there, and is of the configuration that it is to have now."""
+    file = file_of(plan, folder)
+    return file.exists() and read(file).config == plan.config
+
+
+def _one(plan: Planned, args: argparse.Namespace, machine: Machine, tell) -> None:
+    task, place = open_task(plan.config, args.text), args.build / "lab" / plan.tier / plan.label
+    run = train(plan.config, task, place, machine, tell)
+    if machine.rank == 0:
+        keep(run, plan, task, machine, args.figures / "lab")
+        (place / "checkpoint.pt").unlink()
+
+
+def _together(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
+    """One run after the other, each of all processes that torchrun started."""
+    torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    local = int(os.environ["LOCAL_RANK"])
+    device = f"cuda:{local}" if args.device == "cuda" else args.device
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    machine = replace(machine, device=device, rank=rank, world=world)
+    try:
+        for plan in plans:
+            with tqdm(total=plan.config.steps, desc=plan.label, unit="step", disable=machine.rank > 0) as bar:
+                _one(plan, args, machine, lambda run, bar=bar: bar.update(run.step - bar.n))
+    finally:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _side_by_side(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
+    """Several runs at once, a thread each; returns how many failed."""
+    context = multiprocessing.get_context("spawn")
+    news, total = context.SimpleQueue(), sum(plan.config.steps * plan.config.batch for plan in plans)
+    failed, waiting = 0, list(plans)
+    now: dict[str, tuple[int, float]] = {}  # tokens done and the last loss of each run
+    with (
+        tqdm(total=total, unit="token", unit_scale=True, desc=f"{len(plans)} runs", smoothing=0.02) as bar,
+        ProcessPoolExecutor(args.jobs, context, _begin, (news, args.jobs)) as pool,
+    ):
+        running: dict[Future, Planned] = {}
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                plan = waiting.pop(0)
+                running[pool.submit(_in_process, plan, args, machine)] = plan
+            done, _ = wait(running, timeout=POLLED, return_when=FIRST_COMPLETED)
+            while not news.empty():
+                label, tokens, loss = news.get()
+                now[label] = (tokens, loss)
+            bar.update(sum(tokens for tokens, _ in now.values()) - bar.n)
+            labels = [plan.label for plan in running.values() if plan.label in now]
+            bar.set_postfix_str(", ".join(f"{label} {now[label][1]:.2f}" for label in labels))
+            for future in done:
+                plan = running.pop(future)
+                try:
+                    bar.write(future.result())
+                except (TrainingError, OSError) as error:
+                    failed += 1
+                    bar.write(f"{plan.label}: {error}", file=sys.stderr)
+    return failed
+
+
+_news: Any = None  # what a process tells its progress by
+
+
+def _begin(news: Any, jobs: int) -> None:
+    global _news
+    _news = news
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to tidy up
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)))
+
+
+def _in_process(plan: Planned, args: argparse.Namespace, machine: Machine) -> str:
+    told = [-1]
+
+    def tell(run) -> None:
+        if run.losses and run.step - told[0] >= max(1, run.config.steps // 200):
+            told[0] = run.step
+            _news.put((plan.label, run.step * run.config.batch, run.losses[-1]))
+
+    _one(plan, args, machine, tell)
+    record = read(file_of(plan, args.figures / "lab"))
+    final, speed = record.final, record.tokens / record.seconds
+    return (
+        f"{plan.label}: loss {final['held_out_loss']:.3f}, sink ratio {final['sink_ratio']:.2f}, largest activation "
+        f"{final['max_activation']:.0f} ({final['max_first']:.0f} at position 0); {speed:,.0f} tokens a second"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m spikesink.lab", description=__doc__)
+    parser.add_argument("--tier", choices=tuple(BASES), default="task", help="which runs (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name")
+    parser.add_argument("--text", default=SOURCE, help="what the text tiers train on (default: %(default)s)")
+    parser.add_argument("--figures", type=Path, default=Path("figures"), help="records go to FIGURES/lab")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="checkpoints go to BUILD/lab")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
+    parser.add_argument("--eager", action="store_true", help="do not compile (a compiler is needed for that)")
+    return parser

@@ -1,0 +1,285 @@
+"""Train one configuration, watch spike and sink grow, and keep a record of it.
+
+A run that is stopped goes on from its last checkpoint as if nothing had been: its batches are functions of seed and
+step, and the checkpoint holds all else. Several processes (torchrun) each take their part of every batch.
+"""
+
+import contextlib
+import io
+import math
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from spikesink.claims import write_atomically
+from spikesink.lab.config import LENGTH, Config
+from spikesink.lab.data import Backcopy, Task, batch
+from spikesink.lab.model import Decoder
+from spikesink.patching.outcome import evaluate
+
+WINDOWS = 64  # held-out windows that are looked at
+LOOKS = 30  # times in a run
+KEPT_EVERY = 60.0  # seconds between checkpoints
+LEAST = 0.1  # what a cosine schedule ends at, of the learning rate
+LONGEST_STEP = 1.0  # norm that gradients are clipped to
+CHECKPOINT = "checkpoint.pt"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one sentence that names the step and the configuration."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is computed with; it changes the speed, and the last digits.
+
+    `rank` and `world` are this process's number and how many there are; `piece` is the most tokens that go through the
+    model at once, of each process.
+    """
+
+    device: str = "cpu"
+    precision: str = "bfloat16"  # of the products; weights and stream stay in float32
+    compiled: bool = True
+    piece: int = 2**15
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass
+class Run:
+    """A run as far as it has come; `curve` has a row a look."""
+
+    config: Config
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # of the steps since the last look
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def start(config: Config, machine: Machine = Machine()) -> Run:
+    """A run before its first step: weights drawn by the seed."""
+    model = Decoder(config).to(machine.device)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+    return Run(config, model, optimizer)
+
+
+def rate(config: Config, step: int) -> float:
+    """The learning rate of a step: up from nothing in the warm-up, then down a cosine, or constant."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def train(
+    config: Config,
+    task: Task,
+    folder: Path | None = None,
+    machine: Machine = Machine(),
+    tell: Callable[[Run], None] = lambda run: None,
+    until: int | None = None,
+) -> Run:
+    """Train to the last step, from the checkpoint in `folder` if one is there.
+
+    Args:
+        config: what to train.
+        task: what on, as `open_task` opens it.
+        folder: where checkpoints go; without one, none are kept.
+        machine: what with.
+        tell: is called after every step, for progress.
+        until: the step to stop at instead of the last.
+
+    Raises:
+        TrainingError: a loss that is not finite, or a checkpoint of another configuration.
+    """
+    run = start(config, machine)
+    if folder is not None:
+        _resume(run, folder)
+    loss_of = _loss_of(run.model, machine)
+    looks = looks_of(config)
+    last, kept = min(until or config.steps, config.steps), time.monotonic()
+    begun = kept - run.seconds
+    while True:
+        if run.step in looks and (not run.curve or run.curve[-1]["step"] < run.step):
+            run.curve.append(look(run, task))
+            run.losses.clear()
+        run.seconds = time.monotonic() - begun
+        done = run.step >= last
+        if folder is not None and machine.rank == 0 and (done or time.monotonic() - kept > KEPT_EVERY):
+            _keep(run, folder)
+            kept = time.monotonic()
+        tell(run)
+        if done:
+            return run
+        _step(run, task, loss_of, machine)
+
+
+def looks_of(config: Config) -> tuple[int, ...]:
+    """The steps before which spike and sink are measured, denser at the beginning; the last is the end of the run."""
+    return tuple(sorted({round(config.steps * (i / LOOKS) ** 1.5) for i in range(LOOKS + 1)}))
+
+
+def _step(run: Run, task: Task, loss_of: Callable, machine: Machine) -> None:
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate(run.config, run.step)
+    mine = torch.from_numpy(batch(task, run.config, run.step)[machine.rank :: machine.world]).to(machine.device)
+    pieces = mine.split(max(1, machine.piece // mine.shape[1]))
+    total = torch.zeros((), device=machine.device)
+    for i, piece in enumerate(pieces):
+        alone = machine.world == 1 or i == len(pieces) - 1
+        with contextlib.nullcontext() if alone else loss_of.no_sync(), torch.enable_grad():
+            loss = loss_of(piece) * (len(piece) / len(mine))
+            loss.backward()
+        total += loss.detach()
+    if machine.world > 1:
+        dist.all_reduce(total)
+        total /= machine.world
+    if not math.isfinite(value := float(total)):
+        raise _diverged(run, f"the loss is {value}")
+    nn.utils.clip_grad_norm_(run.model.parameters(), LONGEST_STEP)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.losses.append(value)
+    run.step += 1
+
+
+def _diverged(run: Run, what: str) -> TrainingError:
+    return TrainingError(f"{what} at step {run.step} of {run.config}; try a smaller learning rate.")
+
+
+class _Loss(nn.Module):
+    """Mean loss of a batch, as one module, so that it can be compiled and spread as a whole."""
+
+    def __init__(self, model: Decoder, machine: Machine):
+        super().__init__()
+        self.model, self.machine = model, machine
+
+    def forward(self, tokens: Int[Tensor, "window position"]) -> Tensor:
+        narrow = self.machine.precision != "float32"
+        kind = torch.device(self.machine.device).type
+        with torch.autocast(kind, dtype=getattr(torch, self.machine.precision)) if narrow else contextlib.nullcontext():
+            logits = self.model(tokens)
+        return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _loss_of(model: Decoder, machine: Machine) -> nn.Module:
+    loss = _Loss(model, machine)
+    if machine.world > 1:
+        loss = DistributedDataParallel(loss)
+    return torch.compile(loss, dynamic=False) if machine.compiled else loss
+
+
+def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
+    """What the model is like at this step, on held-out windows: loss, sink ratio, largest activations.
+
+    Activations are medians over windows of each one's largest: anywhere in the stream, at position 0, and elsewhere;
+    `median` is the median entry of the stream, at the layer where it is largest. `loss` is the mean over the steps
+    since the last look.
+
+    Raises:
+        TrainingError: the model's predictions are not finite.
+    """
+    tokens = torch.from_numpy(task.windows(0, windows, LENGTH, held_out=True))
+    try:
+        found = evaluate(run.model, tokens)
+    except FloatingPointError:
+        raise _diverged(run, "what the model predicts is not finite") from None
+    return {
+        "step": run.step,
+        "loss": sum(run.losses) / len(run.losses) if run.losses else float(found.loss.mean()),
+        "held_out_loss": float(found.loss.mean()),
+        "sink_ratio": found.sink_ratio,
+        "attention": float(found.score.mean()),
+        "max_activation": found.max_activation,
+        "max_first": float(found.largest[:, 0].median()),
+        "max_elsewhere": float(found.largest[:, 1:].amax(1).median()),
+        "median": _typical(run.model, tokens),
+    }
+
+
+@torch.inference_mode()
+def _typical(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
+    """The largest median over layers of what the stream's entries are in size."""
+    seen = []
+    hooks = [(name, lambda h, hook: seen.append(float(h.abs().median()))) for name in model.anatomy.layer_hooks]
+    with model.hooks(fwd_hooks=hooks):
+        model(tokens.to(model.cfg.device), stop_at_layer=model.anatomy.n_layers)
+    return max(seen)
+
+
+def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
+    """Of Bigram-Backcopy, what ought to be: losses against the least that can be had, and when heads are dormant.
+
+    Returns:
+        copy_loss: mean loss of what is copied, at best 0; excess: that of all else, above the bigram's entropy; and
+        attention_trigger and attention_other: by layer and head, the attention to position 0 of queries that are
+        triggers (and must look back at the token before) and of all others, which need to look nowhere.
+    """
+    rows = task.windows(0, windows, LENGTH, held_out=True)
+    tokens, trigger = torch.from_numpy(rows), torch.from_numpy(task.is_trigger(rows))
+    bigram = torch.from_numpy(task.bigram)
+    least = -bigram.xlogy(bigram).sum(-1)[tokens][:, 1:-1]
+    seen = {}
+    hooks = [(name, lambda p, hook: seen.update({hook.name: p[..., 0].cpu()})) for name in model.anatomy.pattern_hooks]
+    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
+        logits = model(tokens.to(model.cfg.device)).cpu()
+    loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2), tokens[:, 2:], reduction="none")
+    copies, later = trigger[:, 1:-1], slice(2, None)  # the first queries have little else to look at
+    to_first = torch.stack(list(seen.values()))[..., later].movedim(1, 2)  # layer, head, window, query
+    return {
+        "copy_loss": float(loss[copies].mean()),
+        "excess": float((loss - least)[~copies].mean()),
+        "attention_trigger": to_first[..., trigger[:, later]].mean(-1).tolist(),
+        "attention_other": to_first[..., ~trigger[:, later]].mean(-1).tolist(),
+    }
+
+
+def _keep(run: Run, folder: Path) -> None:
+    """Write the checkpoint, whole or not at all."""
+    state = {
+        "config": run.config.key,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "step": run.step,
+        "seconds": run.seconds,
+        "losses": run.losses,
+        "curve": run.curve,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def _resume(run: Run, folder: Path) -> None:
+    file = folder / CHECKPOINT
+    if not file.exists():
+        return
+    try:
+        state = torch.load(file, map_location=run.model.cfg.device, weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise TrainingError(
+            f"the checkpoint {file} is damaged ({error}); remove it, and the run begins anew."
+        ) from None
+    if state["config"] != run.config.key:
+        raise TrainingError(f"the checkpoint {file} is of another configuration; remove it, and the run begins anew.")
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.step, run.seconds, run.losses, run.curve = (state[name] for name in ("step", "seconds", "losses", "curve"))

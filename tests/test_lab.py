@@ -1,0 +1,450 @@
+"""The lab: its model against plain formulas and transformers, its tasks against their definitions, its training."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from spikesink import find_lifecycle, patching, sinks, trace_windows
+from spikesink.lab import data, families, records
+from spikesink.lab.config import BOS, Config, ConfigError, doubled
+from spikesink.lab.data import Backcopy
+from spikesink.lab.model import Decoder, DynamicTanh, Gate, RMSNorm
+from spikesink.lab.train import CHECKPOINT, Machine, TrainingError, looks_of, rate, train
+
+PLAIN = Machine(precision="float32", compiled=False)
+SMALL = Config(
+    task="backcopy",
+    d_vocab=64,
+    d_model=32,
+    n_layers=2,
+    heads=(16, 2),
+    lengths=(32, 128),
+    batch=512,
+    steps=4,
+    warmup=2,
+    learning_rate=1e-2,
+)
+# What each family changes in a model: parameters with one of these words in their names.
+CHANGED = {
+    "optimization": (),
+    "ffn": ("mlp",),
+    "normalization": ("ln1", "ln2", "ln_final", "_norm", "embed_scale"),
+    "heads": ("attn",),
+    "gates": ("attn.gate",),
+    "context": (),
+}
+
+
+def parameters(config: Config) -> dict[str, torch.Tensor]:
+    return dict(Decoder(config).named_parameters())
+
+
+def varied(variant: families.Variant, base: Config = SMALL) -> Config:
+    return replace(base, **{variant.field: variant.value(getattr(base, variant.field))})
+
+
+def random_tokens(config: Config, n: int = 3, length: int = 16) -> torch.Tensor:
+    return torch.randint(config.d_vocab, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base_run():
+    return train(SMALL, Backcopy(), None, PLAIN, until=2)
+
+
+@pytest.mark.parametrize("variant", [pytest.param(variant, id=variant.name) for variant in families.VARIANTS])
+def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(variant, base_run):
+    config = varied(variant)
+    assert [f.name for f in fields(Config) if getattr(config, f.name) != getattr(SMALL, f.name)] == [variant.field]
+    ours, base = parameters(config), parameters(SMALL)
+    for name in ours.keys() | base.keys():
+        same = name in ours and name in base and torch.equal(ours[name], base[name])
+        assert same or any(word in name for word in CHANGED[variant.family]), name
+    run = train(config, Backcopy(), None, PLAIN, until=2)
+    trained = dict(run.model.named_parameters())
+    assert all(values.isfinite().all() for values in trained.values())
+    unread = "ln2" if config.ffn == "none" else "nothing"
+    assert all(not torch.equal(values, ours[name]) for name, values in trained.items() if unread not in name)
+    if variant.family == "optimization" and variant.field not in ("steps", "schedule"):
+        of_base = dict(base_run.model.named_parameters())
+        assert run.curve[0] == base_run.curve[0]
+        assert any(not torch.equal(values, of_base[name]) for name, values in trained.items())
+
+
+def test_every_family_of_the_paper_is_there_with_one_name_for_each_variant():
+    assert families.FAMILIES == ("optimization", "ffn", "normalization", "heads", "gates", "context")
+    for tier in families.BASES:
+        labels = [plan.label for plan in families.planned(tier)]
+        assert len(labels) == len(set(labels))
+        assert all(set(label) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"norm": "batch"}, "norm is 'batch'; give one of pre, sandwich"),
+        ({"heads": (15, 2)}, "heads of 15 channels cannot be rotated"),
+        ({"lengths": (48, 64)}, "the longest a power of two times that"),
+        ({"lengths": (64, 32)}, "the longest a power of two times that"),
+        ({"lengths": (16, 32)}, "models are looked at windows of 64"),
+        ({"batch": 100}, "a batch of 100 tokens holds no whole windows of 128"),
+        ({"beta2": 1.0}, "beta2 is 1.0; give less than 1"),
+        ({"steps": 0}, "steps is 0; give no less than 1"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
+        ({"n_layers": True}, "n_layers is True"),
+        ({"d_model": "wide"}, "d_model is 'wide'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_when_it_is_made(values, says):
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+        replace(SMALL, **values)
+
+
+def test_a_configuration_survives_json():
+    for variant in families.VARIANTS:
+        config = varied(variant)
+        assert Config.read(json.loads(json.dumps(asdict(config)))) == config
+        assert config.key != SMALL.key
+
+
+@pytest.mark.parametrize("norm", ["pre", "qk"])
+@torch.inference_mode()
+def test_the_base_is_transformers_llama_and_with_qk_norm_its_qwen3(norm):
+    config = replace(SMALL, norm=norm)
+    ours = Decoder(config)
+    generator = torch.Generator().manual_seed(1)
+    for values in ours.parameters():  # scales of one and small matrices would hide much
+        values.add_(0.3 * torch.randn(values.shape, generator=generator))
+    kind, settings = (LlamaForCausalLM, LlamaConfig) if norm == "pre" else (Qwen3ForCausalLM, Qwen3Config)
+    theirs = kind(
+        settings(
+            vocab_size=config.d_vocab,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_mlp,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_heads,
+            head_dim=config.d_head,
+            rope_theta=10_000.0,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    )
+    names = {"unembed": "lm_head", "ln_final": "model.norm"}
+    inner = {
+        "blocks": "model.layers",
+        "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm",
+        "ln1": "input_layernorm",
+        "ln2": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.in": "mlp.up_proj",
+        "mlp.out": "mlp.down_proj",
+    } | {f"attn.{x}.": f"self_attn.{x}_proj." for x in "qkvo"}
+    state = {}
+    for name, values in ours.state_dict().items():
+        for mine, other in (names if not name.startswith("blocks") else inner).items():
+            name = name.replace(mine, other)
+        state["model.embed_tokens.weight" if name == "embed.weight" else name] = values
+    theirs.load_state_dict(state)
+    tokens = random_tokens(config)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_norms_are_their_formulas():
+    x = torch.randn(5, 32) * 7
+    rms, tanh = RMSNorm(32), DynamicTanh(32)
+    for norm in (rms, tanh):
+        norm.weight.copy_(torch.randn(32))
+    torch.testing.assert_close(rms(x), functional.rms_norm(x, (32,), rms.weight, 1e-6))
+    tanh.alpha.fill_(0.1)
+    tanh.bias.copy_(torch.randn(32))
+    e = torch.exp(0.2 * x)
+    torch.testing.assert_close(tanh(x), (e - 1) / (e + 1) * tanh.weight + tanh.bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("channel", (2, 16)), ("head", (2, 1)), ("token", (1, 1)), ("static", None)]
+)
+@torch.inference_mode()
+def test_a_gate_is_a_sigmoid_of_its_input_and_a_static_one_sees_none(kind, shape):
+    gate = Gate(replace(SMALL, gate=kind))
+    z, x = torch.randn(3, 5, 2, 16), torch.randn(3, 5, 32)
+    if kind == "static":
+        gate.logit.copy_(torch.randn(2, 16))
+        assert torch.equal(gate(z, x), gate(z, torch.randn(3, 5, 32)))
+        expected = z / (1 + torch.exp(-gate.logit))
+    else:
+        logit = torch.stack([x @ row for row in gate.logit.weight], -1).reshape(3, 5, *shape)
+        assert logit.shape[2] * logit.shape[3] == {"channel": 32, "head": 2, "token": 1}[kind]
+        expected = z / (1 + torch.exp(-logit))
+    torch.testing.assert_close(gate(z, x), expected)
+
+
+@torch.inference_mode()
+def test_a_gate_acts_before_the_output_matrix_and_reads_what_the_block_reads():
+    config = replace(SMALL, gate="head")
+    model, seen = Decoder(config), {}
+    model.blocks[0].attn.gate.logit.weight.mul_(50)
+    names = [
+        f"blocks.0.{name}" for name in ("ln1.hook_normalized", "attn.v.hook_out", "attn.hook_pattern", "hook_attn_out")
+    ]
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update({hook.name: x})) for name in names]):
+        model(random_tokens(config))
+    h, v, pattern, wrote = (seen[name] for name in names)
+    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+    z = z * torch.sigmoid(h @ model.blocks[0].attn.gate.logit.weight.T)[..., None]
+    torch.testing.assert_close(wrote, z.flatten(2) @ model.blocks[0].attn.o.weight.T)
+
+
+@torch.inference_mode()
+def test_a_sandwich_adds_what_a_second_norm_makes_of_each_write():
+    config = replace(SMALL, norm="sandwich")
+    model, seen = Decoder(config), {}
+    names = [f"blocks.1.{name}" for name in ("attn.o.hook_out", "hook_attn_out", "mlp.hook_out", "hook_mlp_out")]
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update({hook.name: x})) for name in names]):
+        model(random_tokens(config))
+    for before, after in (names[:2], names[2:]):
+        torch.testing.assert_close(seen[after], functional.rms_norm(seen[before], (32,), eps=1e-6))
+
+
+@torch.inference_mode()
+def test_the_other_ffns_are_their_formulas():
+    x = torch.randn(2, 3, 32)
+    for kind, activation in (("gelu", functional.gelu), ("linear", lambda y: y), ("none", None)):
+        mlp = Decoder(replace(SMALL, ffn=kind)).blocks[0].mlp
+        if activation is None:
+            assert not mlp(x).any()
+        else:
+            torch.testing.assert_close(mlp(x), activation(x @ getattr(mlp, "in").weight.T) @ mlp.out.weight.T)
+    sizes = {
+        kind: sum(p.numel() for p in Decoder(replace(SMALL, ffn=kind)).blocks[0].mlp.parameters())
+        for kind in ("swiglu", "gelu", "linear")
+    }
+    assert max(sizes.values()) / min(sizes.values()) < 1.05, "FFNs that are compared have as many weights"
+
+
+def test_backcopy_copies_after_a_trigger_and_follows_its_bigram_elsewhere():
+    task = Backcopy()
+    rows = task.windows(3, 3000, 48)
+    assert (rows[:, 0] == BOS).all()
+    assert not (rows[:, 1:] == BOS).any()
+    triggers = np.zeros_like(rows, dtype=bool)
+    for trigger in task.triggers:
+        triggers |= rows == trigger
+    assert not triggers[:, :2].any(), "a trigger has a token before it that can be copied"
+    copies = triggers[:, 1:-1]
+    assert (rows[:, 2:][copies] == rows[:, :-2][copies]).all()
+    assert 0.05 < copies.mean() < 0.5
+    first, second = rows[:, 1:-1][~copies], rows[:, 2:][~copies]
+    counts = np.zeros((64, 64))
+    np.add.at(counts, (first, second), 1)
+    for token in np.argsort(-counts.sum(1))[:5]:
+        n, p = counts[token].sum(), task.bigram[token]
+        spread = np.sqrt(p * (1 - p) / n)
+        assert (np.abs(counts[token] / n - p) <= 5 * spread + 1e-9).all()
+    np.testing.assert_allclose(task.bigram.sum(1), 1)
+
+
+def test_backcopys_bigram_is_that_of_the_house_text():
+    task = Backcopy()
+    text = [c for c in task._text if c in task.characters]
+    e, t = task.characters.index("e"), task.characters.index("t")
+    pairs = sum(1 for a, b in pairwise(text) if (a, b) == ("t", "e"))
+    others = sum(1 for a in text[:-1] if a == "t")
+    assert task.bigram[t, e] == pytest.approx((pairs + 1) / (others + 63))
+
+
+def test_windows_are_functions_of_the_seed_and_held_out_ones_are_others():
+    task = Backcopy()
+    np.testing.assert_array_equal(task.windows((1, 2), 4, 32), task.windows((1, 2), 4, 32))
+    assert (task.windows((1, 2), 4, 32) != task.windows((1, 3), 4, 32)).any()
+    assert (task.windows(1, 4, 32) != task.windows(1, 4, 32, held_out=True)).any()
+
+
+def test_a_batch_has_one_length_of_those_allowed_and_as_many_tokens_always():
+    config = replace(SMALL, lengths=(16, 64))
+    seen = set()
+    for step in range(30):
+        rows = data.batch(Backcopy(), config, step)
+        assert rows.size == config.batch
+        seen.add(rows.shape[1])
+    assert seen == set(doubled(16, 64)) == {16, 32, 64}
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    before = os.environ.get("SPIKESINK_CACHE")
+    os.environ["SPIKESINK_CACHE"] = str(folder)
+    text = "\n\n\n".join(f"document {i}: " + f"word{i} and others " * 40 for i in range(120))
+    (folder / "text.txt").write_text(text)
+    try:
+        yield data.corpus(str(folder / "text.txt"), 300), text
+    finally:
+        os.environ.pop("SPIKESINK_CACHE") if before is None else os.environ.update(SPIKESINK_CACHE=before)
+
+
+def test_a_window_of_a_corpus_is_bos_and_a_piece_of_one_document(small_corpus):
+    corpus, text = small_corpus
+    documents = text.split("\n\n\n")
+    for held_out in (False, True):
+        for row in corpus.windows(0, 50, 24, held_out):
+            assert row[0] == BOS
+            piece = corpus.decode(row[1:].tolist())
+            where = [i for i, document in enumerate(documents) if piece in document]
+            assert where
+            assert any((i % data.HELD_OUT == 0) == held_out for i in where)
+    with pytest.raises(ConfigError, match=r"no document of .* has 100000 tokens"):
+        corpus.windows(0, 1, 100_000)
+
+
+def test_a_corpus_is_tokenized_once(small_corpus, monkeypatch):
+    corpus, _ = small_corpus
+    monkeypatch.setattr(data, "_tokenize", None)
+    again = data.corpus(corpus.name, 300)
+    assert again.sha256 == corpus.sha256
+    np.testing.assert_array_equal(again.tokens, corpus.tokens)
+    assert corpus.tokenizer.bos_token_id == BOS
+
+
+def test_the_schedule_warms_up_and_comes_down_or_stays():
+    config = replace(SMALL, steps=1000, warmup=100)
+    assert rate(config, 0) == pytest.approx(config.learning_rate / 100)
+    assert rate(config, 100) == pytest.approx(config.learning_rate)
+    assert rate(config, 550) == pytest.approx(config.learning_rate * 0.55)
+    assert rate(config, 1000) == pytest.approx(config.learning_rate / 10)
+    assert rate(replace(config, schedule="constant"), 999) == config.learning_rate
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    config = replace(SMALL, steps=12)
+    whole = train(config, Backcopy(), None, PLAIN)
+    train(config, Backcopy(), tmp_path, PLAIN, until=5)
+    resumed = train(config, Backcopy(), tmp_path, PLAIN)
+    assert resumed.curve == whole.curve
+    assert [row["step"] for row in whole.curve] == list(looks_of(config))
+    for name, values in whole.model.state_dict().items():
+        assert torch.equal(values, resumed.model.state_dict()[name])
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    train(SMALL, Backcopy(), tmp_path, PLAIN, until=1)
+    with pytest.raises(TrainingError, match="is of another configuration; remove it"):
+        train(replace(SMALL, seed=1), Backcopy(), tmp_path, PLAIN)
+    (tmp_path / CHECKPOINT).write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match="is damaged"):
+        train(SMALL, Backcopy(), tmp_path, PLAIN)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_configuration():
+    config = replace(SMALL, steps=50, learning_rate=1e30, warmup=0)
+    with pytest.raises(
+        TrainingError,
+        match=r"(the loss|what the model predicts) is n(an|ot finite) at step \d+ of Config\(task='backcopy'",
+    ):
+        train(config, Backcopy(), None, PLAIN)
+
+
+def test_pieces_of_a_batch_add_up_to_the_whole():
+    one = train(SMALL, Backcopy(), None, PLAIN)
+    several = train(SMALL, Backcopy(), None, replace(PLAIN, piece=128))
+    for row, other in zip(one.curve, several.curve, strict=True):
+        assert other == pytest.approx(row, rel=1e-3)
+
+
+TOGETHER = """
+import json, sys, torch
+from dataclasses import replace
+from spikesink.lab.train import Machine, train
+from spikesink.lab.data import Backcopy
+from tests.test_lab import PLAIN, SMALL
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+run = train(replace(SMALL, steps=8), Backcopy(), None, replace(PLAIN, rank=rank, world=2))
+if rank == 0:
+    json.dump(run.curve, open(sys.argv[1], "w"))
+"""
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    script, out = tmp_path / "together.py", tmp_path / "curve.json"
+    script.write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    alone = train(replace(SMALL, steps=8), Backcopy(), None, PLAIN)
+    for row, other in zip(alone.curve, json.loads(out.read_text()), strict=True):
+        assert other == pytest.approx(row, rel=1e-4)
+
+
+@torch.inference_mode()
+def test_scores_of_an_attention_made_by_hand():
+    model, tokens = Decoder(SMALL), torch.from_numpy(Backcopy().windows(0, 4, 32))
+    for block in model.blocks:
+        block.attn.q.weight.zero_()  # every key gets the same
+    even = sum(1 / (i + 1) for i in range(32)) / 32
+    found = patching.evaluate(model, tokens)
+    torch.testing.assert_close(found.score, torch.full((4, 2, 2), even))
+    assert found.sink_ratio == 0
+    assert sinks.score(model, tokens).ratio() == 0
+    # Now the first layer's second head asks for BOS: its query is the same everywhere, its key is BOS's alone.
+    model.embed.weight.zero_()
+    model.embed.weight[BOS, 0] = 1
+    model.embed.weight[1:, 1] = 1
+    attention = model.blocks[0].attn
+    attention.q.weight.zero_()
+    attention.k.weight.zero_()
+    slowest = 16 + 7  # the pair of channels that turns least
+    attention.q.weight[slowest, :2] = 10
+    attention.k.weight[slowest, 0] = 10
+    found = patching.evaluate(model, tokens)
+    assert (found.score[:, 0, 1] > 0.99).all()
+    torch.testing.assert_close(found.score[:, 0, 0], torch.full((4,), even))
+    assert sinks.score(model, tokens).ratio() == pytest.approx(1 / 4)
+
+
+@torch.inference_mode()
+def test_the_library_sees_a_spike_that_is_written_into_a_lab_model():
+    model, tokens = Decoder(replace(SMALL, n_layers=4)), torch.from_numpy(Backcopy().windows(0, 6, 32))
+    model.eval()
+    up, down = model.blocks[1].mlp, model.blocks[3].mlp
+    model.embed.weight[BOS] = 0
+    model.embed.weight[BOS, 5] = 3
+    for mlp, sign in ((up, 1), (down, -1)):
+        for matrix in (mlp.gate, getattr(mlp, "in")):
+            matrix.weight[0] = 0
+            matrix.weight[0, 5] = 10
+        mlp.out.weight[:, 0] = 0
+        mlp.out.weight[9, 0] = sign
+    life = find_lifecycle(trace_windows(model, tokens))
+    assert life.main.step_up == (4,)
+    assert life.main.channel == 9
+    assert life.trace.closure < 1e-5
+
+
+def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_path, monkeypatch):
+    plan = families.Planned("text", families.BASE, replace(SMALL, steps=2))
+    run = train(plan.config, Backcopy(), None, PLAIN)
+    kept = records.keep(run, plan, Backcopy(), PLAIN, tmp_path)
+    again = records.read(records.file_of(plan, tmp_path))
+    assert again.config == plan.config
+    assert again.final["held_out_loss"] == pytest.approx(kept.final["held_out_loss"], rel=1e-5)
+    assert again.curve["step"] == [0, 1, 2]
+    assert records.read_all(tmp_path, "text") == [again]
+    model = records.open_model(records.file_of(plan, tmp_path).with_suffix(".safetensors"))
+    tokens = random_tokens(SMALL)
+    torch.testing.assert_close(model(tokens), run.model(tokens), rtol=1e-2, atol=2e-3)
