@@ -6,6 +6,7 @@ TEXT ?= house
 N_PROMPTS ?= 16
 SEQ_LEN ?= 256
 SEED ?= 0
+TIER ?= task
 FIGURES ?= figures
 PYTHON ?= python3
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test lab bench scan plan store help clean
+.PHONY: figures test lab ablations bench scan plan store help clean
 
 # A scan reads the files as they are and computes in float32 on the CPU.
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
@@ -31,6 +32,9 @@ test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of noteb
 
 lab: $(READY)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+ablations: $(READY)  ## train what is missing of the lab's models, TIER=task, text or large; stop it at any time, it goes on
+	@$(BIN)/python -m spikesink.lab --tier "$(TIER)" --figures "$(FIGURES)"
 
 bench: $(READY)  ## how fast it is and what memory it takes, as ratios within one run: a table here and in figures/bench.json
 	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
@@ -57,6 +61,8 @@ help:  ## this list
 	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
 	@echo "make scan takes MODEL and FIGURES, make plan takes MODEL; both work in float32 on the CPU, whatever the files are in."
+	@echo "make ablations takes TIER=$(TIER): task (about two hours on two cores), text (four) or large (a GPU); for one run, or"
+	@echo "  another device or several of them, see .venv/bin/python -m spikesink.lab --help and the README."
 	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
 
 $(READY): requirements.txt requirements-model.txt pyproject.toml

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 import spikesink
 from spikesink import claims, plots, sinks
+from spikesink.reproduce import asks_for_a_model
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [n for n in sorted((ROOT / "notebooks").glob("*.ipynb")) if asks_for_a_model(n)]
 WITH_CLAIMS = [notebook for notebook in NOTEBOOKS if "ledger.record(" in notebook.read_text()]
 
 

@@ -75,6 +75,12 @@ HOLDS |= {
     "AB7": {"factors": [0, 0.5, 1, 2], "perplexities": [9.0, 8.0, 7.9, 12.0]},
 }
 HOLDS["X-TK5"] = HOLDS["TK4"]
+HOLDS |= {f"TR{i}": {"n_agree": 3, "n_reported": 3} for i in range(1, 7)}
+HOLDS |= {
+    "X-TR7": {"spearman_sink": -0.5, "spearman_spike": 0.4},
+    "X-TR8": {"tokens_spike": [10, 20], "tokens_sink": [11, 21]},
+    "X-TR9": {"attention_other": [0.5, 0.9], "attention_trigger": [0.1, 0.0]},
+}
 DIFFERS = [
     ("NM1", {"max_over_sqrt_d": 0.49}),
     ("NM1", {"max_over_sqrt_d": 1.002}),
@@ -117,6 +123,14 @@ DIFFERS = [
     ("AM6", {"cosine_spike": 0.74, "cosine_other": 0.25}),
     ("AM7", {"step_up_rank": 11, "step_down_rank": 1, "n_pairs": 1000}),
     ("AM7", {"step_up_rank": 1, "step_down_rank": 11, "n_pairs": 1000}),
+    *((f"TR{i}", {"n_agree": 2, "n_reported": 3}) for i in range(1, 7)),
+    ("TR1", {"n_agree": 0, "n_reported": 0}),
+    ("X-TR7", {"spearman_sink": -0.49, "spearman_spike": 0.4}),
+    ("X-TR7", {"spearman_sink": 0.9, "spearman_spike": 0.4}),
+    ("X-TR7", {"spearman_sink": -0.6, "spearman_spike": -0.7}),
+    ("X-TR8", {"tokens_spike": [10, 21], "tokens_sink": [11, 21]}),
+    ("X-TR9", {"attention_other": [0.49, 0.9], "attention_trigger": [0.1, 0.0]}),
+    ("X-TR9", {"attention_other": [0.5, 0.9], "attention_trigger": [0.11, 0.0]}),
     ("X-AM8", HOLDS["X-AM8"] | {"scale_over_median": 9.9}),
     ("X-AM8", HOLDS["X-AM8"] | {"share_of_norm_other": 0.26}),
     ("X-MX1", HOLDS["X-MX1"] | {"share_of_spike_tokens": 0.89}),
@@ -173,8 +187,12 @@ def test_channels_may_be_one_per_cent_of_a_wide_model():
     assert claims.verdict("LC4", {"n_spike_channels": 41, "d_model": 4096}) == "differs"
 
 
+def all_ledgers() -> dict:
+    return claims.ledgers(FIGURES) | {claims.LAB: claims.lab_ledger(FIGURES)}
+
+
 def test_every_committed_verdict_can_be_recomputed_from_its_file():
-    ledgers = claims.ledgers(FIGURES)
+    ledgers = all_ledgers()
     assert "smollm2-135m" in ledgers
     for data in ledgers.values():
         for claim_id, row in data["claims"].items():
@@ -280,15 +298,17 @@ def test_every_rule_names_its_controls_or_compares_with_them_itself():
     for claim_id, rule in claims.RULES.items():
         measured = {name for names in rule.controls for name in names}
         controls = {name for names in rule.controls for name in names.values()}
-        assert bool(controls) != (claim_id in ("AM4", "AM6", "AB7")), claim_id
-        for data in claims.ledgers(FIGURES).values():
-            row = data["claims"][claim_id]
+        compare_by_themselves = ("AM4", "AM6", "AB7", *(f"TR{i}" for i in range(1, 7)))
+        assert bool(controls) != (claim_id in compare_by_themselves), claim_id
+        rows = [data["claims"][claim_id] for data in all_ledgers().values() if claim_id in data["claims"]]
+        assert rows, claim_id
+        for row in rows:
             if row["verdict"] != "n/a":
                 assert measured <= set(row["measured"]), claim_id
                 # A control that could not be measured on a model is left out of its ledger.
                 assert controls & set(row["control"]) or not controls, claim_id
                 assert rule.beside in ("", *row["measured"]), claim_id
-        known = {name for data in claims.ledgers(FIGURES).values() for name in data["claims"][claim_id]["control"]}
+        known = {name for row in rows for name in row["control"]}
         assert controls <= known or not known, claim_id
 
 

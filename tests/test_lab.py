@@ -2,19 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from spikesink import find_lifecycle, patching, sinks, trace_windows
-from spikesink.lab import data, families, records
+from spikesink.lab import data, families, records, run
 from spikesink.lab.config import BOS, Config, ConfigError, doubled
 from spikesink.lab.data import Backcopy
 from spikesink.lab.model import Decoder, DynamicTanh, Gate, RMSNorm
@@ -448,3 +451,61 @@ def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_
     model = records.open_model(records.file_of(plan, tmp_path).with_suffix(".safetensors"))
     tokens = random_tokens(SMALL)
     torch.testing.assert_close(model(tokens), run.model(tokens), rtol=1e-2, atol=2e-3)
+
+
+COMMAND = """
+import sys
+from spikesink.lab import families, run
+from tests.test_lab import LONGER
+if __name__ == "__main__":
+    families.BASES["task"] = LONGER
+    options = ["--only", "base-0", "--jobs", "1", "--eager", "--precision", "float32", "--checkpoint-every", "0"]
+    sys.exit(run.main([*options, "--figures", sys.argv[1], "--build", sys.argv[2]]))
+"""
+LONGER = replace(SMALL, n_layers=1, steps=150)
+
+
+def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    command = [sys.executable, script, tmp_path / "figures", tmp_path / "build"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    begun = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    checkpoint = tmp_path / "build" / "lab" / "task" / "base-0" / CHECKPOINT
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(begun.pid, signal.SIGINT)
+    said, _ = begun.communicate(timeout=60)
+    assert begun.returncode == 130, said
+    assert "the runs go on from their checkpoints" in said
+    record = tmp_path / "figures" / "lab" / "task" / "base-0.json"
+    assert not record.exists()
+    assert torch.load(checkpoint, weights_only=True)["step"] < LONGER.steps
+    ended = subprocess.run(command, env=environment, check=True, timeout=120, **pipes)
+    assert "base-0: loss" in ended.stdout
+    assert not checkpoint.exists()
+    whole = train(LONGER, Backcopy(), None, PLAIN)
+    found = records.read(record).curve
+    for name in ("loss", "sink_ratio", "max_activation"):
+        assert found[name] == pytest.approx([row[name] for row in whole.curve], rel=1e-3), name
+    assert "All runs" in subprocess.run(command, env=environment, check=True, timeout=60, **pipes).stdout
+
+
+def test_of_two_commands_one_leaves_a_run_to_the_other(tmp_path):
+    place = tmp_path / "build" / "lab" / "task" / "base-0"
+    place.mkdir(parents=True)
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    command = [sys.executable, script, tmp_path / "figures", tmp_path / "build"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    with FileLock(place / ".lock"):
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert "base-0: another process is at it" in ended.stdout
+
+
+def test_a_text_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    arguments = ["--tier", "text", "--text", "nosuch.txt", "--figures", str(tmp_path), "--build", str(tmp_path)]
+    assert run.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("there is no text 'nosuch.txt'")

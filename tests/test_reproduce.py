@@ -161,6 +161,22 @@ def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, m
     assert (figures / "claims.svg").is_file()
 
 
+def test_a_notebook_that_asks_for_no_model_runs_once_and_into_the_labs_folder(project):
+    notebook = project.root / "notebooks" / "02_lab.ipynb"
+    content = nbformat.read(project.root / "notebooks" / "01_one.ipynb", as_version=4)
+    content.cells[0].source = "SEED = 0\nFIGURES = None"
+    content.cells[1].source = NOTEBOOK.replace("Path(MODEL).name", '"lab"').replace("01-", "02-")
+    nbformat.write(content, notebook)
+    assert reproduce.asks_for_a_model(project.root / "notebooks" / "01_one.ipynb")
+    assert not reproduce.asks_for_a_model(notebook)
+    figures, build, console = project.root / "figures", project.root / "build", Console(record=True, width=200)
+    for said in ("02_lab: running on lab", "02_lab: up to date"):
+        given = {"SEED": 3, "FIGURES": str(figures), "TEXT": "house"}
+        assert reproduce.run_lab([notebook], given, figures, build, console) == 0
+        assert said in console.export_text()
+    assert (figures / "lab" / "02-picture.png").read_text() == "3"
+
+
 def test_an_interrupted_model_stops_those_after_it(project, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -176,7 +192,10 @@ def test_an_interrupted_model_stops_those_after_it(project, monkeypatch):
 
 def test_models_are_told_apart_by_commas_unless_a_path_has_them(random_directory, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reproduce, "run_each", lambda notebooks, models, *_: asked.append([m["MODEL"] for m in models]))
+    monkeypatch.setattr(
+        reproduce, "run_each", lambda notebooks, models, *_: asked.append([m["MODEL"] for m in models]) or 0
+    )
+    monkeypatch.setattr(reproduce, "run_lab", lambda *_: 0)
     with_comma = tmp_path / "a,b"
     shutil.copytree(random_directory, with_comma)
     for given in ("smollm2-135m", f"smollm2-135m, {random_directory},smollm2-135m,", str(with_comma), "a/b,c/d"):
@@ -292,8 +311,8 @@ def test_without_notebooks_it_says_where_to_run_it(tmp_path, monkeypatch, capsys
 
 def test_every_stored_notebook_says_what_its_ledger_says():
     """The committed ledger and the stored outputs come from the same run."""
-    data = claims.ledgers(ROOT / "figures")["smollm2-135m"]
-    for claim_id, row in data["claims"].items():
+    rows = claims.ledgers(ROOT / "figures")["smollm2-135m"]["claims"] | claims.lab_ledger(ROOT / "figures")["claims"]
+    for claim_id, row in rows.items():
         notebook = nbformat.read(ROOT / "notebooks" / f"{row['notebook']}.ipynb", as_version=4)
         shown = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
         assert any(f"**{claim_id}** {row['statement']}" in text and f"**{row['verdict']}**" in text for text in shown)

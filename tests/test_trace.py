@@ -102,8 +102,9 @@ def test_strongest_rows_are_kept_when_there_are_too_many(planted_model, trigger_
 
 def test_a_spike_is_followed_though_weaker_channels_fill_the_list_first(planted_model, trigger_tokens, monkeypatch):
     monkeypatch.setattr(module, "MAX_CHANNELS", 1)
-    monkeypatch.setattr(module, "SPIKE_OVER_MEDIAN", 20.0)  # in the first window, ordinary channels reach half of it
-    trace = spikesink.trace_windows(planted_model, trigger_tokens)
+    # With 20 medians, ordinary channels reach half of it in the first window.
+    trace = spikesink.trace_windows(planted_model, trigger_tokens, threshold=20)
+    assert trace.threshold == 20
     assert trace.channels[: trace.n_followed].tolist() == [9]
 
 

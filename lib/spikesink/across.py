@@ -102,6 +102,15 @@ SHORT = {
     "AB5": "the sink can go, the spike stay",
     "AB6": "random channels, other places: nothing",
     "AB7": "the more of the spike, the better",
+    "TR1": "better training, more sinks",
+    "TR2": "spikes and sinks need no SwiGLU",
+    "TR3": "norms set the spike, hardly the sink",
+    "TR4": "wide heads sink, narrow ones do not",
+    "TR5": "a gate that reads its input: no sinks",
+    "TR6": "long windows only: no sinks",
+    "X-TR7": "sinks follow the loss, spikes less",
+    "X-TR8": "the spike comes before the sink",
+    "X-TR9": "idle heads wait at position 0",
 }
 
 
@@ -271,6 +280,9 @@ def render(figures: Path) -> Path:
         *_table(whole),
         *_reasons(written, found, whole),
     ]
+    lab = claims.lab_ledger(figures)
+    if lab is not None:
+        lines += ["", *_trained(lab, written)]
     for name, data in found.items():
         lines += ["", *_one_model(name, data, written.get(name, ""))]
     path, text = figures / "README.md", "\n".join(lines) + "\n"
@@ -395,6 +407,46 @@ def _one_model(name: str, data: Mapping[str, Any], about: str) -> list[str]:
         held = ", ".join(_cell(key, claim).held_by)
         verdict = claim["verdict"] + (f" (of {held} too)" if held else "")
         lines.append(f"| {escape(key)} | {verdict} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
+    """The models that we train ourselves: each claim with its verdict, why, and its variants."""
+    lines = [
+        "## The models that we train ourselves",
+        "",
+        f"{data['spec']}, on `{data['text']}`; looked at on {data['windows'][0]} held-out windows of "
+        f"{data['windows'][1]} tokens. Changes are against the base, with 95% intervals over seeds.",
+    ]
+    for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+        measured, variants = dict(claim["measured"]), claim["measured"].get("variants", ())
+        for name in ("variants", "variants_task"):
+            measured.pop(name, None)
+        lines += [
+            "",
+            f"### [{key}](../notebooks/{claim['notebook']}.ipynb): {claim['statement']}",
+            "",
+            f"**{claim['verdict']}**. Holds where {claim['rule']}.",
+            "",
+            f"Measured: {_values(measured)}. Control: {_values(claim['control'])}.",
+            *(["", fill(written[key], {claims.LAB: data})] if key in written else []),
+            *(["", *_variants(variants)] if variants else []),
+        ]
+    return lines
+
+
+def _variants(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| variant | seeds | loss | sink ratio | change | largest activation | times the base's |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        change, times = (
+            f"{brief(row[value])} ({brief(row[f'{kind}_low'])} to {brief(row[f'{kind}_high'])})" if value in row else ""
+            for kind, value in (("sink", "sink_change"), ("spike", "spike_factor"))
+        )
+        cells = [row["name"], row["seeds"], brief(row["loss"]), brief(row["sink_ratio"]), change]
+        lines.append("| " + " | ".join(map(str, [*cells, brief(row["max_activation"]), times])) + " |")
     return lines
 
 

@@ -24,6 +24,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import amplifier, firsttoken, patching, plots
 from spikesink.claims import NotApplicable, brief, escape, write_atomically
+from spikesink.lab import train
+from spikesink.lab.config import LENGTH, Config
+from spikesink.lab.data import Backcopy
+from spikesink.lab.families import BASES
 from spikesink.lifecycle import Lifecycle, block_layer, find_lifecycle, first_step_up
 from spikesink.memory import Growth, Memory, growth, megabytes, memory, within
 from spikesink.models import LoadError, anatomy, load, prepare
@@ -330,6 +334,37 @@ def traces(model: TransformerBridge, turns: int = TURNS, n: int = 4, length: int
     return Row(name, "trace", ours, "run_with_cache", theirs, within(float(((a - b) / b).abs().max())))
 
 
+def training(turns: int = TURNS, config: Config = BASES["text"], steps: int = 4) -> Row | None:
+    """A few steps of the lab's model, compiled and with products in bfloat16, against float32 as it is written.
+
+    None where there is no C++ compiler. What the two agree to is the loss of the last step.
+    """
+    if not train.can_compile():
+        return None
+    runs, losses = [], []
+    for machine in (train.Machine(), train.Machine(precision="float32", compiled=False)):
+        run = train.start(replace(config, lengths=(LENGTH, LENGTH)), machine)
+        mean_loss = train.loss_of(run.model, machine)
+
+        def few(run=run, mean_loss=mean_loss, machine=machine) -> Tensor:
+            for _ in range(steps):
+                train.step(run, Backcopy(), mean_loss, machine)
+            return torch.tensor(run.losses[-1])
+
+        few()  # compiles
+        runs.append(few)
+    (ours, theirs), losses = in_turns(runs, turns)
+    tokens = steps * config.batch
+    return Row(
+        f"{tokens:,} tokens of training, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters",
+        f"compiled, bfloat16 products ({brief(float(round(tokens / ours)))} tokens/s)",
+        ours,
+        f"as written, float32 ({brief(float(round(tokens / theirs)))} tokens/s)",
+        theirs,
+        within(abs(float(losses[0] / losses[1]) - 1)),
+    )
+
+
 def into_readme(readme: Path, table: str) -> None:
     """Put the table between the two comments that mark its place."""
     begin, end = "<!-- bench -->\n", "<!-- /bench -->"
@@ -358,8 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = bench(model, life)
     del model
     with console.status("loading, and measuring memory in processes of their own"):
-        loaded = loading(chosen.model)
-        rows = (*([loaded] if loaded else []), *found.rows)
+        loaded, trained = loading(chosen.model), training()
+        rows = (*([loaded] if loaded else []), *found.rows, *([trained] if trained else []))
         found = replace(found, rows=rows, memory=memory(chosen.model), growth=growth(chosen.model))
     found.write(chosen.figures / "bench.json")
     if found.growth is not None:

@@ -24,6 +24,7 @@ from spikesink.specs import DEFAULT_MODEL
 
 SCHEMA = 1
 PAPER = "arXiv:2603.05498"
+LAB = "lab"  # the ledger of the models that we train ourselves
 
 
 @dataclass(frozen=True)
@@ -551,6 +552,73 @@ RULES: dict[str, Rule] = {
 }
 
 
+_TRAINED = (
+    "each change against the base that the paper reports goes its way here, its interval over seeds excluding none; "
+    "where the paper's value stays, no change that is beyond doubt and beyond 0.05 (sink ratio) or a factor 1.5 (spike)"
+)
+
+
+def _trained(statement: str, source: str) -> Rule:
+    return Rule(statement, source, _TRAINED, lambda m: 0 < m["n_reported"] == m["n_agree"], "n_agree", "n_reported")
+
+
+RULES |= {
+    "TR1": _trained(
+        "The better training goes, the more sinks; without weight decay spikes grow and sinks wane.",
+        f"{PAPER}, trained families: optimization",
+    ),
+    "TR2": _trained(
+        "Sinks and spikes need no SwiGLU: GeLU has both, a linear FFN or none has sinks and smaller spikes.",
+        f"{PAPER}, trained families: FFN",
+    ),
+    "TR3": _trained(
+        "Normalization sets the size of the spike, and hardly the sinks.",
+        f"{PAPER}, trained families: normalization",
+    ),
+    "TR4": _trained("Wide heads make sinks, narrow ones hardly any.", f"{PAPER}, trained families: heads"),
+    "TR5": _trained(
+        "A gate that reads its input takes sinks and spikes away; a static one does not.",
+        f"{PAPER}, trained families: gated attention; arXiv:2505.06708",
+    ),
+    "TR6": _trained(
+        "Where training knows long windows only, there are hardly any sinks, and larger spikes.",
+        f"{PAPER}, trained families: context length",
+    ),
+    "X-TR7": Rule(
+        "The sink ratio follows how well training went more than the size of the spike does.",
+        f"of our own; {PAPER}, trained families: optimization",
+        "over the optimization runs the rank correlation of sink ratio and loss <= -0.5, and stronger than the spike's",
+        lambda m: m["spearman_sink"] <= -0.5 and abs(m["spearman_sink"]) > abs(m["spearman_spike"]),
+        "spearman_sink",
+        beside="spearman_spike",
+        controls=(
+            {"spearman_sink": "spearman_sink_other_families", "spearman_spike": "spearman_spike_other_families"},
+        ),
+    ),
+    "X-TR8": Rule(
+        "In training the spike comes before the sink.",
+        "of our own; arXiv:2410.10781 on when sinks emerge",
+        "in every run of the base, position 0 has half of its last size after fewer tokens than the sink ratio has",
+        lambda m: all(spike < sink for spike, sink in zip(m["tokens_spike"], m["tokens_sink"], strict=True)),
+        "tokens_spike",
+        beside="tokens_sink",
+        controls=({"tokens_spike": "tokens_elsewhere"},),
+    ),
+    "X-TR9": Rule(
+        "Where the truth is known, a head waits at position 0 when it has nothing to do, and only then.",
+        "arXiv:2410.13835",
+        "in every run of the task's base some head gives position 0 >= half of the attention of queries that have "
+        "nothing to copy, and <= 10% of those that have",
+        lambda m: min(m["attention_other"]) >= 0.5 and max(m["attention_trigger"]) <= 0.1,
+        "attention_other",
+        beside="attention_trigger",
+        controls=(
+            {"attention_other": "attention_other_untrained", "attention_trigger": "attention_trigger_untrained"},
+        ),
+    ),
+}
+
+
 def _decoupled(m: Mapping[str, Any]) -> bool:
     sink_stays = abs(m["sink_ratio_decoupled"] - m["sink_ratio_clean"]) <= 0.05
     spike_goes = m["max_activation_decoupled"] <= 0.1 * m["max_activation_clean"]
@@ -652,9 +720,18 @@ def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
 
 
 def ledgers(figures: Path) -> dict[str, dict[str, Any]]:
-    """Every `figures/*/claims.json`, by the model's name; the default model first, the others by name."""
-    found = [_read(path) for path in figures.glob("*/claims.json")]
+    """Every `figures/*/claims.json` of a model, by its name; the default model first, the others by name.
+
+    The lab's is not among them: what it says is of many models that were trained to be compared.
+    """
+    found = [_read(path) for path in figures.glob("*/claims.json") if path.parent.name != LAB]
     return {data["model"]: data for data in sorted(found, key=lambda d: (d["model"] != DEFAULT_MODEL, d["model"]))}
+
+
+def lab_ledger(figures: Path) -> dict[str, Any] | None:
+    """The ledger of the models that we train ourselves; None where there is none."""
+    path = figures / LAB / "claims.json"
+    return _read(path) if path.is_file() else None
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import Evidence, NotApplicable, evidence
 from spikesink.models import Anatomy, anatomy, check_ids, check_tokens
-from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Rows, Trace, follow
+from spikesink.trace import TOP, Rows, Trace, follow
 
 STEP = 0.1
 MAX_CYCLES = 4
@@ -92,7 +92,7 @@ class Lifecycle:
     @property
     def reason(self) -> str:
         """Why claims about a spike do not apply, for a model without one."""
-        return f"no token has an entry above {SPIKE_OVER_MEDIAN:g} medians anywhere in the residual stream"
+        return f"no token has an entry above {self.trace.threshold:g} medians anywhere in the residual stream"
 
 
 def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
@@ -110,7 +110,7 @@ def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
     if not isinstance(step, Real) or not 0 < step < 1:
         raise ValueError(f"step must lie between 0 and 1, but is {step!r}.")
     size = trace.rows.stream[..., : trace.n_followed].abs()  # row, point, channel
-    spiking = size > SPIKE_OVER_MEDIAN * trace.window_medians[trace.rows.window][..., None]
+    spiking = size > trace.threshold * trace.window_medians[trace.rows.window][..., None]
     left = size * spiking
     cycles: list[Cycle] = []
     for _ in range(MAX_PEELS):
@@ -130,7 +130,7 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) 
     row, peak, index = (int(i) for i in torch.unravel_index(left.argmax(), left.shape))
     is_spike, size = _spike_tokens(rows, rows.stream[:, peak, index], left[:, peak, index] > 0, row, step)
     stream, writes = (_median(of[is_spike, :, index]) for of in (rows.stream, rows.writes))
-    alive = stream * size.sign() >= torch.maximum(step * size.abs(), SPIKE_OVER_MEDIAN * trace.medians)
+    alive = stream * size.sign() >= torch.maximum(step * size.abs(), trace.threshold * trace.medians)
     first, last = _run_around(alive, peak)
     share = writes / size
     step_up = tuple(b for b in range(max(first, 1), peak + 1) if share[b - 1] >= step)
@@ -181,10 +181,10 @@ def _size_and_least(
 
 
 def _spike_channels(trace: Trace, is_spike: Bool[Tensor, " row"], point: int) -> tuple[int, ...]:
-    """The channels that hold more than 100 medians at a point, median over the spike tokens, the largest first."""
+    """The channels that exceed the threshold at a point, median over the spike tokens, the largest first."""
     typical = _median(trace.rows.stream[is_spike, point, : trace.n_followed].abs())
     order = typical.argsort(descending=True, stable=True)
-    return tuple(int(trace.channels[i]) for i in order if typical[i] > SPIKE_OVER_MEDIAN * trace.medians[point])
+    return tuple(int(trace.channels[i]) for i in order if typical[i] > trace.threshold * trace.medians[point])
 
 
 def _blocks_needed(writes: Float[Tensor, " block"], value: Tensor) -> int:
@@ -388,7 +388,7 @@ def few_channels(life: Lifecycle) -> Evidence | NotApplicable:
 
     def count(rows: Rows, point: int) -> int:
         typical = _median(rows.stream[:, point, : life.trace.n_followed].abs())
-        return int((typical > SPIKE_OVER_MEDIAN * medians[point]).sum())
+        return int((typical > life.trace.threshold * medians[point]).sum())
 
     middle = cycle.middle
     return Evidence(
@@ -599,7 +599,7 @@ def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "
         def on_stream(point: int, h: Float[Tensor, "token d_model"], i: int = i) -> None:
             if point == cycle.peak:
                 found[i] = (
-                    h[:, cycle.channel] * sign >= torch.maximum(least, SPIKE_OVER_MEDIAN * h.abs().median())
+                    h[:, cycle.channel] * sign >= torch.maximum(least, trace.threshold * h.abs().median())
                 ).cpu()
 
         follow(model, trace.anatomy, window, on_stream)

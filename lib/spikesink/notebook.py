@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import claims, paper, plots, texts
 from spikesink.claims import Evidence, NotApplicable
+from spikesink.lab.config import LENGTH
+from spikesink.lab.records import LAST_WINDOWS, Record, digest
 
 ROUNDING = 1e-5  # relative errors of float32 arithmetic stay below it
 
@@ -84,6 +86,29 @@ def open_ledger(
         seed=seed,
     )
     return Ledger(notebook, base / model.source.slug, header)
+
+
+def open_lab_ledger(notebook: str, records: Sequence[Record], figures: str | os.PathLike | None = None) -> Ledger:
+    """A ledger for what the lab's records say; it goes to `figures/lab/`.
+
+    Args:
+        notebook: its name.
+        records: of the text tier.
+        figures: as `open_ledger` takes it.
+    """
+    base = Path(figures or os.environ.get("SPIKESINK_FIGURES") or Path.cwd().parent / "figures")
+    first = records[0]
+    header = claims.Header(
+        model=claims.LAB,
+        spec=f"{len(records)} runs of {first.parameters:,} parameters or about as many",
+        sha256=digest(records),
+        text=first.text,
+        text_sha256=first.text_sha256,
+        windows=(LAST_WINDOWS, LENGTH),
+        dtype="float32",
+        seed=0,
+    )
+    return Ledger(notebook, base / claims.LAB, header)
 
 
 def say(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any] | None = None, **values: Any) -> Markdown:

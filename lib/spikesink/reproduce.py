@@ -63,8 +63,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "FIGURES": str(chosen.figures.resolve()),
     }
     # Folders of figures do not share what was done: the same model can be in two of them, with other settings.
+    build = chosen.build / chosen.figures.name
     models = [{"MODEL": model, **parameters} for model in chosen.model]
-    return run_each(notebooks, models, chosen.figures, chosen.build / chosen.figures.name, console)
+    of_models = [notebook for notebook in notebooks if asks_for_a_model(notebook)]
+    code = run_each(of_models, models, chosen.figures, build, console)
+    if code:
+        return code
+    return run_lab([n for n in notebooks if n not in of_models], parameters, chosen.figures, build, console)
+
+
+def asks_for_a_model(notebook: Path) -> bool:
+    """Whether a notebook has MODEL among its parameters; what it does is the same for all models otherwise."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = (cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+    return any(line.startswith("MODEL =") for source in tagged for line in "".join(source).splitlines())
+
+
+def run_lab(
+    notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console
+) -> int:
+    """Run the notebooks about the lab's records that are not up to date; takes and returns what `run_each` does."""
+    given = {key: parameters[key] for key in ("SEED", "FIGURES")}
+    stamps = [Stamp(notebook, given, figures / claims.LAB, build / claims.LAB) for notebook in notebooks]
+    try:
+        for folder in (figures, build) if stamps else ():
+            check_writable(folder)
+        if stamps:
+            _run_one(claims.LAB, given, stamps, figures, build, console)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except NotebookError as error:
+        console.print(str(error), style="bold red")
+        return 1
+    return 0
 
 
 def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console) -> int:
@@ -252,9 +283,10 @@ class Stamp:
         library = sorted(p for p in Path(__file__).parent.rglob("*") if p.suffix in (".py", ".txt"))
         versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
         versions.append(sys.version)
-        given = (local(str(parameters[key]).removeprefix("datasets:")) for key in ("MODEL", "TEXT"))
-        named = [path for path in given if path is not None]
-        files = [f for path in named for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.is_file()]
+        named = [str(parameters[key]) for key in ("MODEL", "TEXT") if key in parameters]
+        given = (local(name.removeprefix("datasets:")) for name in named)
+        paths = [path for path in given if path is not None]
+        files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.is_file()]
         status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         seen = json.dumps([cells, dict(parameters), versions, status], sort_keys=True).encode()
         digest = hashlib.sha256(seen)

@@ -36,7 +36,7 @@ from spikesink.lifecycle import (
 )
 from spikesink.models import Anatomy, anatomy, check_not_padding, check_tokens
 from spikesink.progress import progress
-from spikesink.trace import SPIKE_OVER_MEDIAN, follow, received
+from spikesink.trace import follow, received
 from spikesink.weights import Weights, no_projections
 
 EPSILON = 0.3  # Gu et al.'s
@@ -1055,7 +1055,7 @@ def _layers_quiet(life: Lifecycle) -> list[int]:
     trace = life.trace
     alive = {layer for cycle in life.cycles for layer in plateau_layers(cycle)}
     largest = spike_rows(life).stream.abs().amax(-1).quantile(0.5, dim=0)  # of each point
-    spiking = largest > SPIKE_OVER_MEDIAN * trace.medians
+    spiking = largest > trace.threshold * trace.medians
     return [layer for layer in _layers_before(life) if layer not in alive and not spiking[2 * layer]]
 
 

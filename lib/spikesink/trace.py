@@ -5,8 +5,10 @@ Held for the length of one window: a few numbers a token. Kept in the end: sums 
 token that spikes somewhere, so memory does not grow with the number of windows except by what was found in them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class Rows:
     position: Int[Tensor, " row"]
     token: Int[Tensor, " row"]
     drawn: Bool[Tensor, " row"]  # drawn at random, whether or not it spikes
-    candidate: Bool[Tensor, " row"]  # some entry above SPIKE_OVER_MEDIAN medians at some point
+    candidate: Bool[Tensor, " row"]  # some entry above the trace's threshold at some point
     largest: Float[Tensor, " row"]  # max |h| over points and channels
     stream: Float[Tensor, "row point channel"]  # h at the followed channels
     writes: Float[Tensor, "row block channel"]  # block outputs at the followed channels
@@ -69,6 +71,7 @@ class Trace:
     top_writes: Float[Tensor, "block top"]  # the same of the block outputs
     attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, of the queries that see it, mean
     closure: float  # largest |embedding + sum of writes - stream| at the followed channels, over the point's max |h|
+    threshold: float = SPIKE_OVER_MEDIAN  # medians of |h| that a spike exceeds
 
     @property
     def n_windows(self) -> int:
@@ -97,7 +100,9 @@ class Profile:
     attention: Float[Tensor, "layer token"]  # what each token gets, mean over heads and over the queries that see it
 
 
-def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0) -> Trace:
+def trace_windows(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0, threshold: float = SPIKE_OVER_MEDIAN
+) -> Trace:
     """Follow the residual stream, every block's write and the attention on position 0 through all windows.
 
     Which channels to follow is measured first, on the first window; a channel that spikes only later is then
@@ -107,10 +112,12 @@ def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], see
         model: as `load` returns it.
         tokens: windows, as `windows` returns them.
         seed: of the ordinary channels and tokens that serve as controls.
+        threshold: how many medians of |h| an entry must exceed to be a spike. Models that are small or young do not
+            reach 100; what is found with less is a spike in the making.
 
     Raises:
         ValueError: `tokens` is not two-dimensional, is empty, or is longer than the model's context; a token is not in
-            its vocabulary; or a window holds nothing but padding.
+            its vocabulary; a window holds nothing but padding; or the threshold is not above 1.
         FloatingPointError: as `follow` does.
     """
     about = anatomy(model)
@@ -118,13 +125,15 @@ def trace_windows(model: TransformerBridge, tokens: Int[Tensor, "n length"], see
     if tokens.shape[1] > about.context:
         raise ValueError(f"windows of {tokens.shape[1]} tokens are longer than the model's context of {about.context}.")
     check_not_padding(model, tokens)
-    first = _Pass(model, about, (), seed).over(tokens[:1], "finding channels")
-    followed = first.above(SPIKE_OVER_MEDIAN / 2)
+    if not isinstance(threshold, Real) or isinstance(threshold, bool) or not 1 < threshold < math.inf:
+        raise ValueError(f"threshold is {threshold!r}; give a number of medians above 1.")
+    first = _Pass(model, about, (), seed, threshold).over(tokens[:1], "finding channels")
+    followed = first.above(threshold / 2)
     while True:
-        done = _Pass(model, about, followed, seed).over(tokens, "tracing windows")
-        if set(done.above(SPIKE_OVER_MEDIAN)) <= set(followed):
+        done = _Pass(model, about, followed, seed, threshold).over(tokens, "tracing windows")
+        if set(done.above(threshold)) <= set(followed):
             return done.result()
-        followed = done.above(SPIKE_OVER_MEDIAN / 2)
+        followed = done.above(threshold / 2)
 
 
 def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile:
@@ -290,8 +299,8 @@ def not_finite(model: TransformerBridge, what: str) -> str:
 class _Pass:
     """The sums of one pass, while it runs."""
 
-    def __init__(self, model: TransformerBridge, about: Anatomy, followed: Sequence[int], seed: int):
-        self.model, self.about = model, about
+    def __init__(self, model: TransformerBridge, about: Anatomy, followed: Sequence[int], seed: int, threshold: float):
+        self.model, self.about, self.threshold = model, about, threshold
         self.generator = torch.Generator().manual_seed(seed)
         others = [c for c in torch.randperm(about.d_model, generator=self.generator).tolist() if c not in followed]
         self.n_followed = len(followed)
@@ -335,7 +344,7 @@ class _Pass:
             medians[point] = median
             stream[:, point] = h[:, self.channels.to(h.device)].cpu()
             top_values[:, point], top_channels[:, point] = values.cpu(), indices.cpu()
-            candidate.logical_or_((values[:, 0] > SPIKE_OVER_MEDIAN * median).cpu())
+            candidate.logical_or_((values[:, 0] > self.threshold * median).cpu())
             torch.maximum(self.ratio, (by_channel / median).cpu(), out=self.ratio)
             self.top_stream[point] += by_channel.topk(TOP).values.cpu()
 
@@ -385,6 +394,7 @@ class _Pass:
             top_writes=self.top_writes / n_windows,
             attention_to_first=self.attention / n_windows,
             closure=self.closure,
+            threshold=self.threshold,
         )
 
 

@@ -188,8 +188,13 @@ def corpus(source: str = SOURCE, d_vocab: int = 2048) -> Corpus:
         sha256,
         np.load(place / "tokens.npy", mmap_mode="r"),
         np.load(place / "ends.npy"),
-        PreTrainedTokenizerFast(tokenizer_file=str(place / "tokenizer.json"), bos_token=BOS_TOKEN),
+        tokenizer_of(place / "tokenizer.json"),
     )
+
+
+def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer as `corpus` keeps it."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=BOS_TOKEN)
 
 
 def _packages() -> Iterator[str]:

@@ -15,8 +15,8 @@ BASES = {
         heads=(32, 2),
         lengths=(32, 128),
         batch=4096,
-        steps=1500,
-        learning_rate=1e-3,
+        steps=1000,
+        learning_rate=1e-2,
     ),
     "text": Config(),
     "large": Config(

@@ -1,7 +1,7 @@
 """What the records of a tier say: each variant beside its base, with an interval, and beside what the paper finds."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from spikesink import paper
-from spikesink.claims import Evidence, NotApplicable
+from spikesink.claims import Evidence, NotApplicable, evidence
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS
 from spikesink.lab.records import Record
 
@@ -134,6 +134,12 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
     ]
 
 
+def centre(records: Sequence[Record]) -> tuple[float, float]:
+    """The base's largest activation and its sink ratio, over its seeds."""
+    row = _base(by_name(records)[BASE])
+    return row["max_activation"], row["sink_ratio"]
+
+
 def table(found: Sequence[Compared]) -> pd.DataFrame:
     """Variants as a tidy table, each change with its interval, and what the paper says of it."""
     rows = [
@@ -237,12 +243,81 @@ class Followed:
     runs: int
 
 
-def follow_loss(records: Sequence[Record], family: str = "optimization") -> Followed:
-    """Whether sink ratio and largest activation follow how well training went, over a family's runs and the base's."""
-    rows = [record for record in records if record.name == BASE or FAMILY[record.name] == family]
+def follow_loss(records: Sequence[Record], family: str | None = "optimization") -> Followed:
+    """Whether sink ratio and largest activation follow the loss, over the runs of a family (or all) and the base's."""
+    rows = [record for record in records if family is None or record.name == BASE or FAMILY[record.name] == family]
     loss = [record.final["held_out_loss"] for record in rows]
     sink, spike = (float(stats.spearmanr(loss, _values(rows, m)).statistic) for m in ("sink", "spike"))
     return Followed(sink, spike, len(rows))
+
+
+def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
+    """X-TR7: rank correlations with the loss over the optimization family's runs and the base's.
+
+    Control: the same over the runs of all other families, where what differs between runs is no matter of training.
+    """
+    ours = [record for record in records if record.name == BASE or FAMILY[record.name] == "optimization"]
+    others = [record for record in records if record.name == BASE or FAMILY[record.name] != "optimization"]
+    if min(len({record.name for record in rows}) for rows in (ours, others)) < 4:
+        return NotApplicable(
+            "fewer than four different runs to correlate over; train them with make ablations TIER=text"
+        )
+    found, control = follow_loss(ours), follow_loss(others, None)
+    return evidence(
+        {"spearman_sink": found.sink, "spearman_spike": found.spike, "runs": found.runs},
+        {
+            "spearman_sink_other_families": control.sink,
+            "spearman_spike_other_families": control.spike,
+            "runs_other_families": control.runs,
+        },
+    )
+
+
+def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
+    """X-TR8: at how many tokens position 0's largest entry, and the sink ratio, first reach half of their last value.
+
+    Of every run of the base. Control: the same of the largest entry elsewhere.
+    """
+    rows = by_name(records).get(BASE, [])
+    if not rows:
+        return NotApplicable("no record of the base; train it with make ablations TIER=text")
+    if any(record.final["sink_ratio"] == 0 for record in rows):
+        return NotApplicable("a run of the base has no sinks")
+    return Evidence(
+        {
+            "tokens_spike": [half_way(record, "max_first") for record in rows],
+            "tokens_sink": [half_way(record, "sink_ratio") for record in rows],
+            "tokens": [record.tokens for record in rows],
+        },
+        {"tokens_elsewhere": [half_way(record, "max_elsewhere") for record in rows]},
+    )
+
+
+def half_way(record: Record, measure: str) -> int:
+    """The tokens at which a measure of a run first reaches half of what it is in the end."""
+    values = np.array(record.curve[measure])
+    return int(record.curve["step"][int((values >= values[-1] / 2).argmax())] * record.config.batch)
+
+
+def dormant(records: Sequence[Record]) -> Evidence | NotApplicable:
+    """X-TR9: of Bigram-Backcopy, the attention to position 0 of the head that waits there most, by kind of query.
+
+    Of every run of the base. Control: the same before the first step.
+    """
+    rows = by_name(records).get(BASE, [])
+    if not rows:
+        return NotApplicable("no record of the base; train it with make ablations TIER=task")
+    kinds = ("attention_other", "attention_trigger")
+    return Evidence(
+        {kind: [record.final[kind] for record in rows] for kind in kinds}
+        | {"copy_loss": [record.final["copy_loss"] for record in rows]},
+        {f"{kind}_untrained": [record.curve[kind][0] for record in rows] for kind in kinds},
+    )
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> pd.DataFrame:
+    """The curves of runs that were just made, by name, as one tidy table."""
+    return pd.concat([pd.DataFrame(curve).assign(name=name) for name, curve in runs.items()], ignore_index=True)
 
 
 def emergence(records: Sequence[Record]) -> pd.DataFrame:

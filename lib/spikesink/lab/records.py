@@ -1,7 +1,10 @@
 """What is kept of a run: a small file with its configuration and curves, and of a few runs the weights."""
 
+import hashlib
 import json
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -9,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from spikesink.claims import write_atomically
-from spikesink.lab.config import Config
-from spikesink.lab.data import Backcopy, Task
+from spikesink.lab.config import LENGTH, Config, ConfigError
+from spikesink.lab.data import Backcopy, Corpus, Task, tokenizer_of
 from spikesink.lab.families import BASE, VARIANTS, Planned
 from spikesink.lab.model import Decoder
-from spikesink.lab.train import Machine, Run, known, look
+from spikesink.lab.train import WINDOWS, Machine, Run, known, look
 
 SCHEMA = 1
 LAST_WINDOWS = 512  # held-out windows that a trained model is measured on
 VERSIONS = ("torch", "transformer-lens", "tokenizers")
 DIGITS = 6
+TOKENIZER, WINDOWS_FILE = "tokenizer.json", "held-out.safetensors"
 HEADLINE = {BASE, *(variant.name for variant in VARIANTS if variant.headline)}
 
 
@@ -52,7 +58,7 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
     """Measure a trained model and write its record, and its weights where they are to be kept."""
     final = look(run, task, LAST_WINDOWS)
     if isinstance(task, Backcopy):
-        final |= known(run.model, task, LAST_WINDOWS)
+        final["heads"] = known(run.model, task, LAST_WINDOWS)["heads"]
     record = Record(
         tier=plan.tier,
         name=plan.name,
@@ -82,6 +88,20 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
     return record
 
 
+def keep_text(task: Task, folder: Path) -> None:
+    """Write what it takes to look at trained models without their text: the tokenizer, and held-out windows."""
+    if isinstance(task, Corpus):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / TOKENIZER, task.tokenizer.backend_tokenizer.to_str())
+        windows = torch.from_numpy(task.windows(0, WINDOWS, LENGTH, held_out=True))
+        write_atomically(folder / WINDOWS_FILE, save({"tokens": windows}))
+
+
+def held_out(folder: Path) -> Int[Tensor, "window position"]:
+    """The windows that models were looked at while they were trained."""
+    return load_file(folder / WINDOWS_FILE)["tokens"]
+
+
 def file_of(plan: Planned, folder: Path) -> Path:
     """Where the record of a run is, or will be."""
     return folder / plan.tier / f"{plan.label}.json"
@@ -94,17 +114,35 @@ def read(file: Path) -> Record:
     return Record(**data | {"config": Config.read(data["config"])})
 
 
+def folder_of(given: str | os.PathLike | None = None) -> Path:
+    """Where records are: the folder that is given, or `figures/lab` beside the folder that this runs in."""
+    folder = Path(given or Path.cwd().parent / "figures" / "lab")
+    if not any(folder.glob("*/*.json")):
+        raise ConfigError(f"there are no records in {folder}; train some with make ablations, or name another folder.")
+    return folder
+
+
 def read_all(folder: Path, tier: str) -> list[Record]:
     """The records of a tier, in the order of their files' names."""
-    return [read(file) for file in sorted((folder / tier).glob("*.json"))]
+    return [read(file) for file in sorted((folder / tier).glob("*-[0-9].json"))]
+
+
+def digest(records: Sequence[Record]) -> str:
+    """A hash of records, so that a ledger says which ones it was made from."""
+    return hashlib.sha256(json.dumps([asdict(record) for record in records], sort_keys=True).encode()).hexdigest()
 
 
 def open_model(file: Path) -> Decoder:
-    """A model whose weights were kept, ready to be measured: in float32, in eval mode, without gradients."""
+    """A model whose weights were kept, ready to be measured: in float32, in eval mode, without gradients.
+
+    With the tokenizer that lies beside them, if there is one.
+    """
     with safe_open(file, "pt") as stored:
         config = Config.read(json.loads(stored.metadata()["config"]))
         model = Decoder(config)
         model.load_state_dict({name: stored.get_tensor(name).float() for name in stored.keys()})  # noqa: SIM118
+    tokenizer = file.with_name(TOKENIZER)
+    model.tokenizer = tokenizer_of(tokenizer) if tokenizer.is_file() else None
     return model.eval().requires_grad_(False)
 
 

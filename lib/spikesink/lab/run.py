@@ -1,10 +1,12 @@
 """Train what is missing of a tier: what `make ablations` calls. Alone, several runs at once, or under torchrun."""
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -12,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from spikesink.lab.config import ConfigError
 from spikesink.lab.data import SOURCE, open_task
 from spikesink.lab.families import BASES, Planned, planned
-from spikesink.lab.records import file_of, keep, read
-from spikesink.lab.train import Machine, TrainingError, train
+from spikesink.lab.records import file_of, keep, keep_text, read
+from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, TrainingError, can_compile, train
 from spikesink.texts import TextError
 
 POLLED = 0.5  # seconds between looks at what the processes tell
@@ -36,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"All runs of the {args.tier} tier are there, in {folder / args.tier}.")
         return 0
     try:
-        open_task(missing[0].config, args.text)  # tokenized once, before the processes ask for it
+        task = open_task(missing[0].config, args.text)  # tokenized once, before the processes ask for it
+        keep_text(task, folder / args.tier)
     except (ConfigError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
-    machine = Machine(args.device, args.precision, not args.eager)
+    compiled = not args.eager and (args.device != "cpu" or can_compile())
+    machine = Machine(args.device, args.precision, compiled)
     try:
         failed = _together(missing, args, machine) if "RANK" in os.environ else _side_by_side(missing, args, machine)
     except KeyboardInterrupt:
@@ -57,10 +62,12 @@ def _is_there(plan: Planned, folder: Path) -> bool:
 
 def _one(plan: Planned, args: argparse.Namespace, machine: Machine, tell) -> None:
     task, place = open_task(plan.config, args.text), args.build / "lab" / plan.tier / plan.label
-    run = train(plan.config, task, place, machine, tell)
-    if machine.rank == 0:
-        keep(run, plan, task, machine, args.figures / "lab")
-        (place / "checkpoint.pt").unlink()
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock", timeout=0) if machine.rank == 0 else contextlib.nullcontext():
+        run = train(plan.config, task, place, machine, tell, kept_every=args.checkpoint_every)
+        if machine.rank == 0:
+            keep(run, plan, task, machine, args.figures / "lab")
+            (place / CHECKPOINT).unlink()
 
 
 def _together(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
@@ -85,6 +92,7 @@ def _side_by_side(plans: Sequence[Planned], args: argparse.Namespace, machine: M
     news, total = context.SimpleQueue(), sum(plan.config.steps * plan.config.batch for plan in plans)
     failed, waiting = 0, list(plans)
     now: dict[str, tuple[int, float]] = {}  # tokens done and the last loss of each run
+    before: dict[str, int] = {}  # tokens that were done when it went on from a checkpoint
     with (
         tqdm(total=total, unit="token", unit_scale=True, desc=f"{len(plans)} runs", smoothing=0.02) as bar,
         ProcessPoolExecutor(args.jobs, context, _begin, (news, args.jobs)) as pool,
@@ -98,7 +106,10 @@ def _side_by_side(plans: Sequence[Planned], args: argparse.Namespace, machine: M
             while not news.empty():
                 label, tokens, loss = news.get()
                 now[label] = (tokens, loss)
-            bar.update(sum(tokens for tokens, _ in now.values()) - bar.n)
+                if label not in before:
+                    before[label] = tokens
+                    bar.total -= tokens
+            bar.update(sum(tokens - before[label] for label, (tokens, _) in now.items()) - bar.n)
             labels = [plan.label for plan in running.values() if plan.label in now]
             bar.set_postfix_str(", ".join(f"{label} {now[label][1]:.2f}" for label in labels))
             for future in done:
@@ -118,7 +129,14 @@ def _begin(news: Any, jobs: int) -> None:
     global _news
     _news = news
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to tidy up
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)))
+
+
+def _leave_with_parent() -> None:
+    """A process must not train on when the command that started it was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _in_process(plan: Planned, args: argparse.Namespace, machine: Machine) -> str:
@@ -129,7 +147,10 @@ def _in_process(plan: Planned, args: argparse.Namespace, machine: Machine) -> st
             told[0] = run.step
             _news.put((plan.label, run.step * run.config.batch, run.losses[-1]))
 
-    _one(plan, args, machine, tell)
+    try:
+        _one(plan, args, machine, tell)
+    except Timeout:
+        return f"{plan.label}: another process is at it"
     record = read(file_of(plan, args.figures / "lab"))
     final, speed = record.final, record.tokens / record.seconds
     return (
@@ -148,5 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
+    parser.add_argument("--checkpoint-every", type=float, default=KEPT_EVERY, metavar="SECONDS")
     parser.add_argument("--eager", action="store_true", help="do not compile (a compiler is needed for that)")
     return parser

@@ -7,7 +7,9 @@ step, and the checkpoint holds all else. Several processes (torchrun) each take 
 import contextlib
 import io
 import math
+import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,6 +97,7 @@ def train(
     machine: Machine = Machine(),
     tell: Callable[[Run], None] = lambda run: None,
     until: int | None = None,
+    kept_every: float = KEPT_EVERY,
 ) -> Run:
     """Train to the last step, from the checkpoint in `folder` if one is there.
 
@@ -105,6 +108,7 @@ def train(
         machine: what with.
         tell: is called after every step, for progress.
         until: the step to stop at instead of the last.
+        kept_every: seconds between checkpoints.
 
     Raises:
         TrainingError: a loss that is not finite, or a checkpoint of another configuration.
@@ -112,7 +116,7 @@ def train(
     run = start(config, machine)
     if folder is not None:
         _resume(run, folder)
-    loss_of = _loss_of(run.model, machine)
+    mean_loss = loss_of(run.model, machine)
     looks = looks_of(config)
     last, kept = min(until or config.steps, config.steps), time.monotonic()
     begun = kept - run.seconds
@@ -122,13 +126,18 @@ def train(
             run.losses.clear()
         run.seconds = time.monotonic() - begun
         done = run.step >= last
-        if folder is not None and machine.rank == 0 and (done or time.monotonic() - kept > KEPT_EVERY):
+        if folder is not None and machine.rank == 0 and (done or time.monotonic() - kept > kept_every):
             _keep(run, folder)
             kept = time.monotonic()
         tell(run)
         if done:
             return run
-        _step(run, task, loss_of, machine)
+        step(run, task, mean_loss, machine)
+
+
+def can_compile() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name)
 
 
 def looks_of(config: Config) -> tuple[int, ...]:
@@ -136,7 +145,12 @@ def looks_of(config: Config) -> tuple[int, ...]:
     return tuple(sorted({round(config.steps * (i / LOOKS) ** 1.5) for i in range(LOOKS + 1)}))
 
 
-def _step(run: Run, task: Task, loss_of: Callable, machine: Machine) -> None:
+def step(run: Run, task: Task, mean_loss: nn.Module, machine: Machine) -> None:
+    """Take the next step of a run.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = rate(run.config, run.step)
     mine = torch.from_numpy(batch(task, run.config, run.step)[machine.rank :: machine.world]).to(machine.device)
@@ -144,8 +158,8 @@ def _step(run: Run, task: Task, loss_of: Callable, machine: Machine) -> None:
     total = torch.zeros((), device=machine.device)
     for i, piece in enumerate(pieces):
         alone = machine.world == 1 or i == len(pieces) - 1
-        with contextlib.nullcontext() if alone else loss_of.no_sync(), torch.enable_grad():
-            loss = loss_of(piece) * (len(piece) / len(mine))
+        with contextlib.nullcontext() if alone else mean_loss.no_sync(), torch.enable_grad():
+            loss = mean_loss(piece) * (len(piece) / len(mine))
             loss.backward()
         total += loss.detach()
     if machine.world > 1:
@@ -179,7 +193,8 @@ class _Loss(nn.Module):
         return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _loss_of(model: Decoder, machine: Machine) -> nn.Module:
+def loss_of(model: Decoder, machine: Machine) -> nn.Module:
+    """What computes the mean loss of windows: compiled, and spread over processes, as the machine has it."""
     loss = _Loss(model, machine)
     if machine.world > 1:
         loss = DistributedDataParallel(loss)
@@ -191,7 +206,7 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
 
     Activations are medians over windows of each one's largest: anywhere in the stream, at position 0, and elsewhere;
     `median` is the median entry of the stream, at the layer where it is largest. `loss` is the mean over the steps
-    since the last look.
+    since the last look. Of Bigram-Backcopy also what `known` says.
 
     Raises:
         TrainingError: the model's predictions are not finite.
@@ -201,7 +216,7 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
         found = evaluate(run.model, tokens)
     except FloatingPointError:
         raise _diverged(run, "what the model predicts is not finite") from None
-    return {
+    row = {
         "step": run.step,
         "loss": sum(run.losses) / len(run.losses) if run.losses else float(found.loss.mean()),
         "held_out_loss": float(found.loss.mean()),
@@ -212,6 +227,9 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
         "max_elsewhere": float(found.largest[:, 1:].amax(1).median()),
         "median": _typical(run.model, tokens),
     }
+    if isinstance(task, Backcopy):
+        row |= {name: value for name, value in known(run.model, task, windows).items() if name != "heads"}
+    return row
 
 
 @torch.inference_mode()
@@ -225,12 +243,12 @@ def _typical(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
 
 
 def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
-    """Of Bigram-Backcopy, what ought to be: losses against the least that can be had, and when heads are dormant.
+    """Of Bigram-Backcopy, what is known beforehand: the least losses there are, and when a head has nothing to do.
 
     Returns:
-        copy_loss: mean loss of what is copied, at best 0; excess: that of all else, above the bigram's entropy; and
-        attention_trigger and attention_other: by layer and head, the attention to position 0 of queries that are
-        triggers (and must look back at the token before) and of all others, which need to look nowhere.
+        copy_loss: mean loss of what is copied, at best 0; excess: that of all else, above the bigram's entropy;
+        heads: for each layer and head the attention to position 0, [of queries that are triggers, of all others];
+        and attention_trigger, attention_other: those two of the head whose other queries attend to position 0 most.
     """
     rows = task.windows(0, windows, LENGTH, held_out=True)
     tokens, trigger = torch.from_numpy(rows), torch.from_numpy(task.is_trigger(rows))
@@ -243,11 +261,14 @@ def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, A
     loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2), tokens[:, 2:], reduction="none")
     copies, later = trigger[:, 1:-1], slice(2, None)  # the first queries have little else to look at
     to_first = torch.stack(list(seen.values()))[..., later].movedim(1, 2)  # layer, head, window, query
+    heads = torch.stack([to_first[..., at].mean(-1) for at in (trigger[:, later], ~trigger[:, later])], -1)
+    dormant = heads.flatten(0, 1)[heads[..., 1].argmax()]
     return {
         "copy_loss": float(loss[copies].mean()),
         "excess": float((loss - least)[~copies].mean()),
-        "attention_trigger": to_first[..., trigger[:, later]].mean(-1).tolist(),
-        "attention_other": to_first[..., ~trigger[:, later]].mean(-1).tolist(),
+        "attention_trigger": float(dormant[0]),
+        "attention_other": float(dormant[1]),
+        "heads": heads.tolist(),
     }
 
 

@@ -8,6 +8,7 @@ from spikesink.plots.across import verdicts
 from spikesink.plots.amplifier import alignment, gains, gates, shared_directions, spectra
 from spikesink.plots.collapse import collapse_of_size, collapsing, cosines, depth, implicit, learned_scale
 from spikesink.plots.firsttoken import fork, instead, vocabulary
+from spikesink.plots.lab import changes, decoupling, dormant, emergence, family, following_loss, growing
 from spikesink.plots.lifecycle import (
     across_models,
     cancellation,
@@ -43,16 +44,23 @@ __all__ = [
     "cancellation",
     "causal_map",
     "chain",
+    "changes",
     "channels",
     "collapse_of_size",
     "collapsing",
     "cosines",
     "cycles",
+    "decoupling",
     "depth",
+    "dormant",
     "dose_response",
+    "emergence",
+    "family",
+    "following_loss",
     "fork",
     "gains",
     "gates",
+    "growing",
     "growth",
     "implicit",
     "instead",

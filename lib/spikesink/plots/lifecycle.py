@@ -38,7 +38,7 @@ from spikesink.plots.style import (
     token_text,
     verb,
 )
-from spikesink.trace import SPIKE_OVER_MEDIAN, TOP, Profile, summarize
+from spikesink.trace import TOP, Profile, summarize
 
 
 def drawn_if_spiking(draw):
@@ -299,8 +299,8 @@ def channels(life: Lifecycle) -> Figure:
                 ax.annotate(
                     int(trace.channels[index]), (rank, typical[index]), (4, 4), textcoords="offset points", fontsize=8
                 )
-    ax.plot([0.4, n], [SPIKE_OVER_MEDIAN] * 2, color="black", lw=0.8, ls="--")
-    ax.text(n + 0.4, SPIKE_OVER_MEDIAN, f"{SPIKE_OVER_MEDIAN:g} medians", va="center", fontsize=9)
+    ax.plot([0.4, n], [trace.threshold] * 2, color="black", lw=0.8, ls="--")
+    ax.text(n + 0.4, trace.threshold, f"{trace.threshold:g} medians", va="center", fontsize=9)
     ax.set(
         yscale="log",
         xlabel=f"channels, the largest first (of {trace.anatomy.d_model}; labels: channel numbers)",
@@ -480,11 +480,11 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
         common = [quoted(decode([int(t)])) for t in tokens[counts.argsort(descending=True, stable=True)][:4]]
         label = f"channel {cycle.channel} on {len(rows)} tokens: {' '.join(common)} …"
         ax.plot(points, cycle.stream.abs(), color=colour, lw=1.6, marker=marker, ms=3, label=label)
-    ax.plot(points, SPIKE_OVER_MEDIAN * trace.medians, color="black", ls="--", lw=0.8)
+    ax.plot(points, trace.threshold * trace.medians, color="black", ls="--", lw=0.8)
     ax.text(
         points[-1] + 0.5,
-        SPIKE_OVER_MEDIAN * float(trace.medians[-1]),
-        f"{SPIKE_OVER_MEDIAN:g}\nmedians",
+        trace.threshold * float(trace.medians[-1]),
+        f"{trace.threshold:g}\nmedians",
         fontsize=8,
         va="center",
     )

@@ -1,0 +1,70 @@
+"""The claims about finished models, put to one of our own: the same functions, the same rules."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+
+from spikesink import amplifier, claims, collapse, lifecycle, sinks
+from spikesink.claims import RULES, Evidence, NotApplicable, brief
+from spikesink.lab.model import Decoder
+from spikesink.trace import trace_windows
+from spikesink.weights import weights_of
+
+THRESHOLD = 20.0  # medians that a spike exceeds here; of a model this small and young none reaches the usual 100
+
+
+def chain(
+    model: Decoder, tokens: Int[Tensor, "n length"], threshold: float = THRESHOLD, seed: int = 0
+) -> dict[str, Evidence | NotApplicable]:
+    """Measure what notebooks 01 to 07 claim of a spike's life, the block that writes it, h~, and the sink.
+
+    Args:
+        model: a model of our own, or any other.
+        tokens: windows.
+        threshold: as `trace_windows` takes it.
+        seed: of what serves as controls.
+
+    Returns:
+        Evidence by claim id, in the order of the chain.
+    """
+    weights = weights_of(model)
+    life = lifecycle.find_lifecycle(trace_windows(model, tokens, seed, threshold))
+    reading, census = amplifier.read(model, weights, tokens, life), amplifier.census(weights)
+    found = collapse.collapse(model, tokens, life, seed)
+    seen = sinks.look(model, tokens, life, found, seed=seed)
+    return {
+        "LC1": lifecycle.step_up(life),
+        "LC3": lifecycle.step_down(life),
+        "LC4": lifecycle.few_channels(life),
+        "LC7": lifecycle.few_tokens(life, model.tokenizer.decode),
+        "AM2": amplifier.high_gain(reading, life, census),
+        "AM3": amplifier.rank_one(reading),
+        "AM5": amplifier.quadratic_prediction(reading),
+        "AM6": amplifier.alignment(reading),
+        "NM3": collapse.constant(found),
+        "NM4": collapse.constant_over_depth(found),
+        "SK1": sinks.many_heads(seen.scores),
+        "SK2": sinks.on_spikes(seen, life),
+        "SK3": sinks.few_dimensions(seen, life),
+        "SK5": sinks.over_depth(seen, life),
+        "SK7": sinks.small_values(seen, life),
+    }
+
+
+def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.DataFrame:
+    """What each rule says of each model, with the value that stands for the claim and what it is compared with."""
+    rows = {}
+    for name, found in chains.items():
+        for claim_id, evidence in found.items():
+            rule = RULES[claim_id]
+            row = rows.setdefault(claim_id, {"claim": rule.statement})
+            row[name] = f"n/a: {evidence.reason}" if isinstance(evidence, NotApplicable) else _words(claim_id, evidence)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("id")
+
+
+def _words(claim_id: str, evidence: Evidence) -> str:
+    rule = RULES[claim_id]
+    values = [evidence.measured[name] for name in (rule.headline, rule.beside) if name]
+    return f"{claims.verdict(claim_id, evidence.measured)} ({' / '.join(map(brief, values))})"

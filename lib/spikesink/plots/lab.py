@@ -1,0 +1,266 @@
+"""The figures of notebook 09: what training does to spike and sink."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
+
+from spikesink import paper
+from spikesink.claims import brief
+from spikesink.lab.families import BASE
+from spikesink.lab.findings import FAMILY, Compared, by_name, follow_loss
+from spikesink.lab.records import Record
+from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, figure, styled, thousands
+from spikesink.trace import Profile
+
+FAMILY_COLOURS = dict(
+    zip(
+        ("optimization", "ffn", "normalization", "heads", "gates", "context"),
+        (ORDINARY, OTHERS[0], SPIKE, OTHERS[1], SINK, OTHERS[2]),
+        strict=True,
+    )
+)
+FAMILY_MARKERS = dict(zip(FAMILY_COLOURS, "osD^vP", strict=True))
+
+
+@styled
+def family(records: Sequence[Record], name: str) -> Figure:
+    """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models."""
+    fig, (ours, theirs) = figure(1, 2, size=(11, 4.4), width_ratios=(1.4, 1))
+    for variant, rows in by_name(records).items():
+        if variant != BASE and FAMILY[variant] != name:
+            continue
+        x = [record.final["max_activation"] for record in rows]
+        y = [100 * record.final["sink_ratio"] for record in rows]
+        _points(ours, variant, x, y)
+    _points(theirs, BASE, [paper.TRAINED_BASE[1]], [100 * paper.TRAINED_BASE[0]])
+    only_sink = []
+    for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
+        if isinstance(sink, float) and spike is not None:
+            _points(theirs, variant, [spike], [100 * sink])
+        elif sink is not None:
+            said = f"{sink:.0%}" if isinstance(sink, float) else sink
+            only_sink.append(f"{variant}: {said}")
+    if only_sink:
+        theirs.text(
+            0.02,
+            0.02,
+            "sink ratio alone\n" + "\n".join(only_sink),
+            transform=theirs.transAxes,
+            fontsize=8,
+            va="bottom",
+            color=ORDINARY,
+        )
+    for ax, title in ((ours, "Here"), (theirs, "In the paper, 7B")):
+        ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
+        ax.margins(x=0.35, y=0.15)
+        ax.set_ylim(bottom=min(-2.0, ax.get_ylim()[0]))
+        thousands(ax, "x")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_title(title, fontsize=11)
+    return fig
+
+
+def _points(ax, name: str, x: Sequence[float], y: Sequence[float]) -> None:
+    colour = "black" if name == BASE else SPIKE
+    ax.plot(x, y, marker="s" if name == BASE else "o", color=colour, lw=0, ms=7, mec="white", alpha=0.9)
+    at = math.exp(float(np.mean(np.log(x)))), float(np.mean(y))
+    ax.annotate(name, at, (7, 5), textcoords="offset points", fontsize=8.5, color=colour)
+
+
+@styled
+def changes(found: Sequence[Compared]) -> Figure:
+    """09: how each variant differs from the base, with its interval over seeds, and which way the paper's goes."""
+    fig, axes = figure(1, 2, size=(11, 0.34 * len(found) + 1.6), sharey=True)
+    rows = range(len(found))
+    for ax, measure in zip(axes, ("sink", "spike"), strict=True):
+        ax.axvline(0, color="black", lw=0.8)
+        for row, one in zip(rows, found, strict=True):
+            change = getattr(one, measure)
+            colour = {True: OTHERS[0], False: SPIKE, None: ORDINARY}[change.agrees]
+            ax.plot([change.low, change.high], [row, row], color=colour, lw=2, solid_capstyle="butt")
+            ax.plot(change.value, row, marker="o" if one.seeds > 1 else "$1$", color=colour, ms=6)
+            mark = {"up": "▸", "down": "◂", "stays": "=", None: ""}[change.paper]
+            ax.annotate(mark, (1.0, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=11)
+        ax.grid(axis="x", lw=0.4)
+    axes[0].set_yticks(rows, [one.name for one in found], fontsize=9)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("change of the sink ratio")
+    axes[1].set_xlabel("largest activation, times the base's")
+    ticks = [
+        t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes[1].get_xlim()[0] < math.log(t) < axes[1].get_xlim()[1]
+    ]
+    axes[1].xaxis.set_major_locator(FixedLocator([math.log(t) for t in ticks]))
+    axes[1].set_xticklabels([f"{t:g}" for t in ticks])
+    agree = [change.agrees for one in found for change in (one.sink, one.spike)]
+    above(
+        fig, f"{agree.count(True)} of {len(agree) - agree.count(None)} changes that the paper reports go its way here"
+    )
+    return fig
+
+
+@styled
+def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
+    """09: all variants in one plane; the base's values divide it into four."""
+    fig, ax = figure(size=(9.5, 6))
+    spike, sink = base
+    ax.axvline(spike, color="black", lw=0.6, ls=":")
+    ax.axhline(100 * sink, color="black", lw=0.6, ls=":")
+    ax.plot(spike, 100 * sink, marker="*", color="black", ms=14, lw=0)
+    ax.annotate(BASE, (spike, 100 * sink), (8, 6), textcoords="offset points", fontweight="bold")
+    for name, colour in FAMILY_COLOURS.items():
+        mine = [one for one in found if FAMILY[one.name] == name]
+        x, y = [one.max_activation for one in mine], [100 * one.sink_ratio for one in mine]
+        ax.plot(x, y, color=colour, marker=FAMILY_MARKERS[name], lw=0, ms=7, label=name, mec="white")
+        for one in mine:
+            ax.annotate(
+                one.name,
+                (one.max_activation, 100 * one.sink_ratio),
+                (6, 4),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=colour,
+            )
+    ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
+    thousands(ax, "x")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    for (x, y), text in {
+        (0.01, 0.99): "more sink, less spike",
+        (0.99, 0.99): "more of both",
+        (0.01, 0.01): "less of both",
+        (0.99, 0.01): "more spike, less sink",
+    }.items():
+        ax.text(
+            x,
+            y,
+            text,
+            transform=ax.transAxes,
+            ha="left" if x < 0.5 else "right",
+            va="top" if y > 0.5 else "bottom",
+            color=ORDINARY,
+            fontsize=9,
+            style="italic",
+        )
+    ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+@styled
+def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
+    """09: loss, largest activations and sink ratio over training, of one or more runs."""
+    fig, axes = figure(1, 3, size=(12, 3.8))
+    for _, run in curves.groupby(["name", "seed"], sort=False):
+        x = run[unit].clip(lower=1) / 1e6
+        axes[0].plot(x, run["held_out_loss"], color="black", lw=1.4)
+        axes[1].plot(x, run["max_first"], color=SPIKE, lw=1.6)
+        axes[1].plot(x, run["max_elsewhere"], color=ORDINARY, lw=1.4, ls="--")
+        axes[2].plot(x, 100 * run["sink_ratio"], color=SINK, lw=1.6)
+    last = curves.iloc[-1]
+    axes[1].set_yscale("log")
+    thousands(axes[1])
+    axes[1].annotate(
+        "position 0",
+        (x.iloc[-1], last["max_first"]),
+        (-4, 6),
+        textcoords="offset points",
+        ha="right",
+        color=SPIKE,
+        fontsize=9,
+    )
+    axes[1].annotate(
+        "elsewhere",
+        (x.iloc[-1], last["max_elsewhere"]),
+        (-4, -12),
+        textcoords="offset points",
+        ha="right",
+        color=ORDINARY,
+        fontsize=9,
+    )
+    for ax, title, label in zip(
+        axes,
+        ("Loss", "Spike", "Sink"),
+        ("loss on held-out text (nats)", "largest activation", "sink ratio (%)"),
+        strict=True,
+    ):
+        ax.set(xlabel="tokens trained on (million)", ylabel=label)
+        ax.set_title(title, fontsize=11)
+    return fig
+
+
+@styled
+def following_loss(records: Sequence[Record], name: str = "optimization") -> Figure:
+    """09: sink ratio and largest activation against the loss, over the runs of a family and the base's."""
+    rows = [record for record in records if record.name == BASE or FAMILY[record.name] == name]
+    found = follow_loss(records, name)
+    fig, axes = figure(1, 2, size=(11, 4.2))
+    loss = [record.final["held_out_loss"] for record in rows]
+    for ax, values, colour, label, rho in (
+        (axes[0], [100 * record.final["sink_ratio"] for record in rows], SINK, "sink ratio (%)", found.sink),
+        (axes[1], [record.final["max_activation"] for record in rows], SPIKE, "largest activation", found.spike),
+    ):
+        ax.plot(loss, values, marker="o", lw=0, color=colour, ms=6, mec="white")
+        for x, y, record in zip(loss, values, rows, strict=True):
+            ax.annotate(record.name, (x, y), (5, 4), textcoords="offset points", fontsize=7.5, color=ORDINARY)
+        ax.set(xlabel="loss on held-out text (nats)", ylabel=label)
+        ax.set_title(f"Rank correlation with the loss: {rho:+.2f}", fontsize=11)
+    axes[1].set_yscale("log")
+    thousands(axes[1])
+    return fig
+
+
+@styled
+def dormant(curves: pd.DataFrame) -> Figure:
+    """09: Bigram-Backcopy, live: copying is learned, and the queries that have nothing to copy learn where to look."""
+    fig, axes = figure(1, 2, size=(11, 4))
+    for name, run in curves.groupby("name", sort=False):
+        style = "-" if name == curves["name"].iloc[0] else "--"
+        axes[0].plot(run["step"], run["copy_loss"], color="black", ls=style, lw=1.5)
+        axes[1].plot(run["step"], 100 * run["attention_other"], color=SINK, ls=style, lw=1.8)
+        axes[1].plot(run["step"], 100 * run["attention_trigger"], color=ORDINARY, ls=style, lw=1.5)
+        last = run.iloc[-1]
+        for ax, value, colour, text in (
+            (axes[0], last["copy_loss"], "black", name),
+            (axes[1], 100 * last["attention_other"], SINK, f"{name}: nothing to copy"),
+            (axes[1], 100 * last["attention_trigger"], ORDINARY, f"{name}: triggers"),
+        ):
+            ax.annotate(
+                text, (last["step"], value), (4, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center"
+            )
+    for ax, label in zip(axes, ("loss on copied tokens (nats)", "attention to position 0 (%)"), strict=True):
+        ax.set(xlabel="step", ylabel=label)
+        ax.margins(x=0.02)
+        ax.set_xlim(right=ax.get_xlim()[1] * 1.35)
+        ax.set_ylim(bottom=0)
+    held = curves.groupby("name", sort=False).last()["attention_other"]
+    above(
+        fig,
+        "; ".join(
+            f"{name}: {brief(float(100 * share))}% of the attention waits at position 0" for name, share in held.items()
+        ),
+    )
+    return fig
+
+
+@styled
+def growing(profiles: Mapping[str, Profile]) -> Figure:
+    """09: how large each token of one window is, block by block, in models of our own; position 0 on top."""
+    fig, axes = figure(1, len(profiles), size=(5.2 * len(profiles), 3.8), squeeze=False)
+    for ax, (name, profile) in zip(axes[0], profiles.items(), strict=True):
+        points = range(len(profile.median))
+        ax.plot(points, profile.magnitude[:, 1:], color=ORDINARY, lw=0.6, alpha=0.5)
+        ax.plot(points, profile.magnitude[:, 0], color=SPIKE, lw=2)
+        ax.plot(points, profile.median, color="black", lw=1, ls=":")
+        for text, values, colour, below in (
+            ("position 0", profile.magnitude[:, 0], SPIKE, 6),
+            ("median entry", profile.median, "black", -12),
+        ):
+            ax.annotate(
+                text, (points[-1], values[-1]), (-2, below), textcoords="offset points", ha="right", color=colour
+            )
+        ax.set(yscale="log", xlabel="block", ylabel="largest entry of the stream")
+        ax.set_title(f"{name}: {brief(float((profile.magnitude[:, 0] / profile.median).max()))} medians", fontsize=11)
+        thousands(ax)
+    return fig

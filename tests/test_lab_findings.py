@@ -1,0 +1,296 @@
+"""What is said of the lab's records: on records made up so that the answer is known."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.text import Text
+from scipy import stats
+
+from spikesink import claims, paper, plots
+from spikesink.claims import NotApplicable
+from spikesink.lab import findings, inside, records
+from spikesink.lab.config import Config
+from spikesink.lab.data import Backcopy
+from spikesink.lab.families import BASE, FAMILIES, VARIANTS
+from spikesink.lab.findings import Change
+from spikesink.lab.model import Decoder
+from spikesink.lab.records import Record
+from spikesink.lab.train import known
+from tests.test_lab import SMALL
+
+
+def texts(fig) -> list[str]:
+    return [text.get_text() for text in fig.findobj(Text)]
+
+
+BASE_SINKS, BASE_SPIKES = (0.30, 0.32, 0.34), (100.0, 110.0, 121.0)
+
+
+def record(name: str, seed: int, sink: float, spike: float, loss: float = 2.0, **final) -> Record:
+    curve = {
+        "step": [0, 10, 20, 40],
+        "max_first": [0.0, spike / 4, spike / 2, spike],
+        "max_elsewhere": [0.0, spike / 10, spike / 10, spike / 10],
+        "sink_ratio": [0.0, 0.0, sink / 4, sink],
+        "held_out_loss": [4.0, 3.0, 2.5, loss],
+        "attention_other": [0.05] * 4,
+        "attention_trigger": [0.06] * 4,
+    }
+    values = {"sink_ratio": sink, "max_activation": spike, "held_out_loss": loss} | final
+    return Record("text", name, Config(seed=seed), "t", "0", {}, {}, 1, 1.0, curve, values)
+
+
+def base() -> list[Record]:
+    return [record(BASE, i, s, a) for i, (s, a) in enumerate(zip(BASE_SINKS, BASE_SPIKES, strict=True))]
+
+
+def three(name: str, sink: float, spike: float, loss: float = 2.0) -> list[Record]:
+    return [
+        record(name, i, sink + d, spike * f, loss) for i, d, f in ((0, -0.02, 0.9), (1, 0.0, 1.0), (2, 0.02, 1 / 0.9))
+    ]
+
+
+def test_a_change_has_the_interval_of_a_shared_standard_deviation():
+    rows = base() + three("gate per head", 0.05, 10.0) + [record("gate per token", 0, 0.2, 50.0)]
+    found = findings.change(rows, "gate per head", "sink")
+    deviation = 0.02  # of both triples
+    t = stats.t.ppf(0.975, 4)
+    assert found.value == pytest.approx(0.05 - 0.32)
+    assert found.high - found.value == pytest.approx(t * deviation * math.sqrt(2 / 3))
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+    one = findings.change(rows, "gate per token", "sink")
+    assert one.high - one.value == pytest.approx(t * deviation * math.sqrt(1 + 1 / 3)), "one seed, a wider interval"
+    spike = findings.change(rows, "gate per head", "spike")
+    assert math.exp(spike.value) == pytest.approx(10 / 110)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said", "agrees"),
+    [
+        (0.01, 0.03, "up", True),
+        (-0.01, 0.03, "up", False),
+        (-0.03, -0.01, "up", False),
+        (-0.03, -0.01, "down", True),
+        (-0.01, 0.03, "stays", True),
+        (0.01, 0.03, "stays", True),
+        (0.10, 0.30, "stays", False),
+        (-0.30, 0.10, "stays", True),
+        (0.1, 0.3, None, None),
+    ],
+)
+def test_a_change_agrees_where_its_interval_leaves_no_doubt(low, high, said, agrees):
+    assert Change("sink", (low + high) / 2, low, high, said).agrees is agrees
+
+
+def test_directions_are_read_off_the_papers_numbers():
+    assert [
+        findings.direction(name, "sink") for name in ("gate per head", "static gate", "sandwich", "DynamicTanh")
+    ] == [
+        "down",
+        "stays",
+        "stays",
+        "up",
+    ]
+    assert findings.direction("GeLU", "spike") == "stays"
+    assert findings.direction("linear", "spike") == "down"
+    assert findings.direction("no weight decay", "spike") == "up"
+    assert findings.direction("QK norm", "sink") is None
+    named = {name for family in paper.TRAINED_VARIANTS.values() for name in family}
+    assert named <= {variant.name for variant in VARIANTS}
+    assert tuple(paper.TRAINED_VARIANTS) == FAMILIES
+
+
+def test_a_familys_evidence_lists_what_agrees_and_what_does_not():
+    rows = base() + three("gate per channel", 0.02, 10.0) + three("gate per head", 0.31, 10.0)
+    found = findings.family_evidence(rows, "gates")
+    assert found.measured["agree"] == ["gate per channel: sink", "gate per channel: spike", "gate per head: spike"]
+    assert found.measured["differ"] == ["gate per head: sink"]
+    assert [row["name"] for row in found.measured["variants"]] == [BASE, "gate per channel", "gate per head"]
+    assert found.measured["variants"][0]["sink_ratio"] == pytest.approx(0.32)
+    assert claims.judge("TR5", found, "09").verdict == "differs"
+    assert found.control["base_sink_ratios"] == pytest.approx(BASE_SINKS)
+    assert found.control["changes_among_base_seeds"] == 0
+    assert found.control["of"] == 6
+
+
+def test_a_base_whose_seeds_differ_more_than_variants_do_raises_false_alarms():
+    wild = [record(BASE, i, s, 100.0) for i, s in enumerate((0.1, 0.1, 0.9))]
+    calm = [r for v in ("gate per channel", "gate per head", "gate per token") for r in three(v, 0.1, 100.0)]
+    assert findings.family_evidence(wild + calm, "gates").control["changes_among_base_seeds"] >= 1
+
+
+def test_without_records_or_second_seeds_there_is_no_verdict():
+    assert isinstance(findings.family_evidence([], "gates"), NotApplicable)
+    lone = [record(BASE, 0, 0.3, 100.0), record("gate per head", 0, 0.0, 10.0)]
+    assert "no variant has a second seed" in findings.family_evidence(lone, "gates").reason
+
+
+def test_the_sink_that_follows_the_loss_has_the_stronger_correlation():
+    names = ["learning rate / 3", "learning rate x 3", "no weight decay", "beta2 0.8", "constant rate"]
+    sinks = [0.5, 0.4, 0.3, 0.2, 0.1]
+    spikes = [300.0, 100.0, 500.0, 200.0, 400.0]
+    rows = [record(n, 0, s, a, loss=2.5 - s) for n, s, a in zip(names, sinks, spikes, strict=True)]
+    others = [record(v.name, 0, 0.3, 10.0 * i + 10) for i, v in enumerate(VARIANTS) if v.family == "gates"]
+    found = findings.follows_loss([record(BASE, 0, 0.6, 250.0, loss=1.9), *rows, *others])
+    assert found.measured["spearman_sink"] == pytest.approx(-1)
+    assert abs(found.measured["spearman_spike"]) < 0.5
+    assert claims.judge("X-TR7", found, "09").verdict == "holds"
+
+
+def test_half_way_is_where_half_of_the_last_value_is_first_reached():
+    rows = base()
+    found = findings.spike_first(rows)
+    assert found.measured["tokens_spike"] == [20 * rows[0].config.batch] * 3
+    assert found.measured["tokens_sink"] == [40 * rows[0].config.batch] * 3
+    assert found.control["tokens_elsewhere"] == [10 * rows[0].config.batch] * 3
+    assert isinstance(findings.spike_first([record(BASE, 0, 0.0, 1.0)]), NotApplicable)
+
+
+def test_idle_heads_are_compared_with_themselves_before_training():
+    rows = [record(BASE, 0, 0.3, 1.0, attention_other=0.9, attention_trigger=0.01, copy_loss=0.0)]
+    found = findings.dormant(rows)
+    assert claims.judge("X-TR9", found, "09").verdict == "holds"
+    assert found.control["attention_other_untrained"] == [0.05]
+    assert claims.held_by("X-TR9", found.measured, found.control) == []
+
+
+@torch.inference_mode()
+def test_what_is_known_of_backcopy_is_measured_as_defined():
+    task = Backcopy()
+    model = Decoder(SMALL)
+    for block in model.blocks:
+        block.attn.q.weight.zero_()  # even attention
+    model.unembed.weight.zero_()  # even predictions
+    found = known(model, task)
+    rows = task.windows(0, 64, 64, held_out=True)
+    trigger = task.is_trigger(rows)
+    even = np.broadcast_to(1 / np.arange(1, 65), rows.shape)
+    assert found["attention_trigger"] == pytest.approx(even[:, 2:][trigger[:, 2:]].mean(), rel=1e-4)
+    assert found["attention_other"] == pytest.approx(even[:, 2:][~trigger[:, 2:]].mean(), rel=1e-4)
+    assert np.array(found["heads"]).shape == (2, 2, 2)
+    assert found["copy_loss"] == pytest.approx(math.log(64), rel=1e-5)
+    entropy = -(task.bigram * np.log(np.where(task.bigram > 0, task.bigram, 1))).sum(1)
+    others = ~trigger[:, 1:-1]
+    assert found["excess"] == pytest.approx(math.log(64) - entropy[rows[:, 1:-1][others]].mean(), rel=1e-4)
+
+
+def made_up() -> list[Record]:
+    found = base()
+    for i, variant in enumerate(VARIANTS):
+        sink, spike = 0.02 + 0.02 * i, 20.0 + 10 * i
+        found += (
+            three(variant.name, sink, spike, 2 + 0.01 * i)
+            if variant.headline
+            else [record(variant.name, 0, sink, spike)]
+        )
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_picture_names_every_variant_here_and_in_the_paper(family):
+    said = texts(plots.family(made_up(), family))
+    for variant in VARIANTS:
+        assert (variant.name in said) == (variant.family == family)
+    reported = paper.TRAINED_VARIANTS[family]
+    assert all(any(name in text for text in said) for name, (sink, _) in reported.items() if sink is not None)
+
+
+def test_pictures_say_what_they_were_given():
+    rows = made_up()
+    found = findings.compared(rows)
+    agree = sum(1 for one in found for c in (one.sink, one.spike) if c.agrees)
+    reported = sum(1 for one in found for c in (one.sink, one.spike) if c.agrees is not None)
+    assert f"{agree} of {reported} changes that the paper reports go its way here" in texts(plots.changes(found))
+    assert {BASE, *(one.name for one in found)} <= set(texts(plots.decoupling(found, findings.centre(rows))))
+    rho = findings.follow_loss(rows).sink
+    assert f"Rank correlation with the loss: {rho:+.2f}" in texts(plots.following_loss(rows))
+    assert "position 0" in texts(plots.emergence(findings.emergence(base())))
+    curves = {"plain": 0.4, "gated": 0.02}
+    runs = {
+        name: [{"step": step, "copy_loss": 1.0, "attention_other": a, "attention_trigger": 0.0} for step in (0, 9)]
+        for name, a in curves.items()
+    }
+    said = " ".join(texts(plots.dormant(findings.curves(runs))))
+    assert "plain: 40% of the attention waits at position 0; gated: 2%" in said
+
+
+def test_the_table_of_variants_has_one_row_each_with_intervals():
+    table = findings.table(findings.compared(made_up(), "gates"))
+    assert list(table.index) == [v.name for v in VARIANTS if v.family == "gates"]
+    assert table.loc["gate per head", "seeds"] == 3
+    assert table.loc["gate per head", "paper: sink"] == "down"
+
+
+def test_records_are_told_apart_by_their_digest():
+    rows = base()
+    assert records.digest(rows) == records.digest(base())
+    assert records.digest(rows) != records.digest([*rows[:2], replace(rows[2], seconds=2.0)])
+
+
+def test_the_chain_can_be_put_to_a_model_of_our_own():
+    model, tokens = Decoder(replace(SMALL, n_layers=4)), torch.from_numpy(Backcopy().windows(0, 6, 32))
+    with torch.no_grad():
+        model.embed.weight[0] = 0
+        model.embed.weight[0, 5] = 3
+        for layer, sign in ((1, 1), (3, -1)):
+            mlp = model.blocks[layer].mlp
+            for matrix in (mlp.gate, getattr(mlp, "in")):
+                matrix.weight[0] = 0
+                matrix.weight[0, 5] = 10
+            mlp.out.weight[:, 0] = 0
+            mlp.out.weight[9, 0] = sign
+    model.eval()
+    model.tokenizer = Characters()
+    found = inside.chain(model, tokens)
+    assert found["LC1"].measured["step_up_blocks"] == [4]
+    assert found["LC1"].measured["channels"][0] == 9
+    assert found["AM3"].measured["rank_one_share"] > 0.99
+    assert found["AM2"].measured["gain_rank"] == 1
+    assert found["LC7"].measured["position0_share"] == 1
+    assert found["AM5"].measured["median_relative_error"] < 1e-5
+    assert found["NM3"].measured["cosine_after"] == pytest.approx(1, abs=1e-4)
+    assert found["SK3"].reason == "no head of the plateau sinks on the spike tokens"
+    table = inside.table({"made by hand": found, "none": {key: NotApplicable("it is none") for key in found}})
+    assert table.loc["LC1", "made by hand"].startswith("holds (4")
+    assert table.loc["AM3", "none"] == "n/a: it is none"
+
+
+class Characters:
+    pad_token_id = None
+
+    def decode(self, tokens):
+        return Backcopy().decode(tokens)
+
+
+def test_the_committed_records_are_of_the_variants_that_there_are():
+    folder = Path(__file__).parent.parent / "figures" / "lab"
+    from spikesink.lab import families
+
+    for tier in ("text", "task"):
+        plans = {plan.label: plan for plan in families.planned(tier)}
+        files = sorted((folder / tier).glob("*-[0-9].json"))
+        assert files
+        for file in files:
+            plan, found = plans[file.stem], records.read(file)
+            assert found.config == plan.config
+            assert found.name == plan.name
+            assert found.curve["step"][-1] == found.config.steps
+    assert len({r.text_sha256 for r in records.read_all(folder, "text")}) == 1
+
+
+def test_kept_weights_are_those_of_their_records():
+    folder = Path(__file__).parent.parent / "figures" / "lab" / "text"
+    tokens = records.held_out(folder)
+    files = sorted(folder.glob("*-0.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 20 * 2**20
+    for file in files:
+        model, found = records.open_model(file), records.read(file.with_suffix(".json"))
+        logits = model(tokens)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        assert model.config == found.config
+        # The windows are those of the curve's last point; weights are kept in half precision.
+        assert float(loss) == pytest.approx(found.curve["held_out_loss"][-1], abs=0.01)
