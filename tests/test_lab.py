@@ -40,7 +40,7 @@ SMALL = Config(
 CHANGED = {
     "optimization": (),
     "ffn": ("mlp",),
-    "normalization": ("ln1", "ln2", "ln_final", "_norm", "embed_scale"),
+    "normalization": ("ln1", "ln2", "ln_final", "_norm", "embed.weight"),
     "heads": ("attn",),
     "gates": ("attn.gate",),
     "context": (),
@@ -81,6 +81,12 @@ def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(varian
         of_base = dict(base_run.model.named_parameters())
         assert run.curve[0] == base_run.curve[0]
         assert any(not torch.equal(values, of_base[name]) for name, values in trained.items())
+
+
+def test_embeddings_begin_larger_where_they_would_drown():
+    for norm, std in (("pre", 0.02), ("qk", 0.02), ("sandwich", 1), ("sandwich_qk", 1), ("dynamic_tanh", 1)):
+        assert Decoder(replace(SMALL, norm=norm)).embed.weight.std() == pytest.approx(std, rel=0.05)
+    assert Decoder(replace(SMALL, embedding=1.0)).embed.weight.std() == pytest.approx(1, rel=0.05)
 
 
 def test_every_family_of_the_paper_is_there_with_one_name_for_each_variant():
@@ -321,6 +327,15 @@ def test_a_corpus_is_tokenized_once(small_corpus, monkeypatch):
     assert again.sha256 == corpus.sha256
     np.testing.assert_array_equal(again.tokens, corpus.tokens)
     assert corpus.tokenizer.bos_token_id == BOS
+
+
+def test_a_corpus_of_a_data_set_has_a_document_for_each_row_up_to_so_many_characters(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    rows = [json.dumps({"text": f"Story number {i} of the river and the mill. " * 5}) for i in range(60)]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(rows))
+    assert len(data.corpus(f"datasets:{tmp_path / 'set'}", 300).ends) == 60
+    assert len(data.corpus(f"datasets:{tmp_path / 'set'}", 300, 1000).ends) == 5
 
 
 def test_the_schedule_warms_up_and_comes_down_or_stays():

@@ -10,7 +10,7 @@ import torch
 from matplotlib.text import Text
 from scipy import stats
 
-from spikesink import claims, paper, plots
+from spikesink import across, claims, paper, plots
 from spikesink.claims import NotApplicable
 from spikesink.lab import findings, inside, records
 from spikesink.lab.config import Config
@@ -20,6 +20,7 @@ from spikesink.lab.findings import Change
 from spikesink.lab.model import Decoder
 from spikesink.lab.records import Record
 from spikesink.lab.train import known
+from spikesink.notebook import open_lab_ledger
 from tests.test_lab import SMALL
 
 
@@ -40,7 +41,7 @@ def record(name: str, seed: int, sink: float, spike: float, loss: float = 2.0, *
         "attention_other": [0.05] * 4,
         "attention_trigger": [0.06] * 4,
     }
-    values = {"sink_ratio": sink, "max_activation": spike, "held_out_loss": loss} | final
+    values = {"sink_ratio": sink, "max_activation": spike, "held_out_loss": loss, "median": 2.0} | final
     return Record("text", name, Config(seed=seed), "t", "0", {}, {}, 1, 1.0, curve, values)
 
 
@@ -225,6 +226,13 @@ def test_the_table_of_variants_has_one_row_each_with_intervals():
     assert table.loc["gate per head", "paper: sink"] == "down"
 
 
+def test_where_nothing_was_trained_it_says_so():
+    assert findings.compared(base()) == []
+    assert "make ablations trains them" in findings.table([]).reason
+    for picture in (plots.changes([]), plots.decoupling([], (1.0, 0.1))):
+        assert "make ablations trains them" in " ".join(texts(picture))
+
+
 def test_records_are_told_apart_by_their_digest():
     rows = base()
     assert records.digest(rows) == records.digest(base())
@@ -284,7 +292,7 @@ def test_the_committed_records_are_of_the_variants_that_there_are():
 
 def test_kept_weights_are_those_of_their_records():
     folder = Path(__file__).parent.parent / "figures" / "lab" / "text"
-    tokens = records.held_out(folder)
+    tokens = records.windows_of(folder)
     files = sorted(folder.glob("*-0.safetensors"))
     assert sum(file.stat().st_size for file in files) < 20 * 2**20
     for file in files:
@@ -294,3 +302,19 @@ def test_kept_weights_are_those_of_their_records():
         assert model.config == found.config
         # The windows are those of the curve's last point; weights are kept in half precision.
         assert float(loss) == pytest.approx(found.curve["held_out_loss"][-1], abs=0.01)
+
+
+def test_the_ledger_of_the_lab_is_shown_by_variants_and_counts_as_no_model(tmp_path):
+    rows = base() + three("gate per channel", 0.02, 10.0) + three("gate per head", 0.31, 10.0)
+    ledger = open_lab_ledger("09_trained", rows, tmp_path)
+    shown = ledger.record({"TR5": findings.family_evidence(rows, "gates")}).data
+    assert "**TR5**" in shown
+    assert claims.ledgers(tmp_path) == {}
+    assert claims.lab_ledger(tmp_path)["sha256"] == records.digest(rows)
+    text = across.render(tmp_path).read_text()
+    assert "### [TR5](../notebooks/09_trained.ipynb): A gate that reads its input" in text
+    assert "**differs**. Holds where each change" in text
+    assert "| gate per head | 3 | 2 | 0.31 | -0.01 (" in text
+    assert "differ gate per head: sink" in text
+    (tmp_path / "reasons.md").write_text("# Why\n\n## TR5\n\nWith {lab:TR5.n_agree} of {lab:TR5.n_reported}.\n")
+    assert "With 3 of 4." in across.render(tmp_path).read_text()

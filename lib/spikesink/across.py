@@ -436,17 +436,17 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
 
 
 def _variants(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "| variant | seeds | loss | sink ratio | change | largest activation | times the base's |",
-        "|---" * 7 + "|",
-    ]
+    names = ("variant", "seeds", "loss", "sink ratio", "change", "largest activation", "times the base's", "medians")
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in rows:
         change, times = (
             f"{brief(row[value])} ({brief(row[f'{kind}_low'])} to {brief(row[f'{kind}_high'])})" if value in row else ""
             for kind, value in (("sink", "sink_change"), ("spike", "spike_factor"))
         )
         cells = [row["name"], row["seeds"], brief(row["loss"]), brief(row["sink_ratio"]), change]
-        lines.append("| " + " | ".join(map(str, [*cells, brief(row["max_activation"]), times])) + " |")
+        lines.append(
+            "| " + " | ".join(map(str, [*cells, brief(row["max_activation"]), times, brief(row["over_median"])])) + " |"
+        )
     return lines
 
 

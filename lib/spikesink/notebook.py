@@ -195,6 +195,8 @@ def _lines(values: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return f"{len(value)}, in a table of their own"
     text = (
         ", ".join(repr(v) for v in value) if isinstance(value, list) and value and isinstance(value[0], str) else None
     )

@@ -163,6 +163,15 @@ def _from_file(source: str) -> str:
 
 
 def _from_dataset(source: str) -> str:
+    return "\n\n".join(documents(source, CHARACTERS_FROM_A_DATASET))
+
+
+def documents(source: str, characters: int) -> list[str]:
+    """The first rows of a data set, named as `read` takes it, until they hold so many characters.
+
+    Raises:
+        TextError: as `read` does.
+    """
     from datasets import load_dataset
 
     name, config, split, column = (source.split(":")[1:] + [""] * 4)[:4]
@@ -174,7 +183,7 @@ def _from_dataset(source: str) -> str:
         for row in rows:
             content.append(row[column or "text"])
             size += len(content[-1])
-            if size >= CHARACTERS_FROM_A_DATASET:
+            if size >= characters:
                 break
     except KeyError:
         raise TextError(
@@ -183,4 +192,4 @@ def _from_dataset(source: str) -> str:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TextError(f"{source!r} cannot be read ({reason}); check the name, or go online.") from None
-    return "\n\n".join(content)
+    return content

@@ -34,6 +34,7 @@ class Config:
     n_layers: int = 4
     heads: tuple[int, int] = (64, 2)  # d_head, and how many of them
     norm: str = "pre"  # RMSNorm before each block ("pre"), after it too ("sandwich"), of queries and keys ("qk"), ...
+    embedding: float = 0.02  # standard deviation that embeddings begin with; see `embedding_std`
     ffn: str = "swiglu"
     gate: str = "none"  # sigmoid on what the heads give: one a channel, a head or a token; "static" sees no input
     lengths: tuple[int, int] = (32, 128)  # shortest and longest window; a batch has one length, a power of two times it
@@ -82,6 +83,15 @@ class Config:
     def n_heads(self) -> int:
         """Heads of a layer."""
         return self.heads[1]
+
+    @property
+    def embedding_std(self) -> float:
+        """What embeddings begin with, in truth.
+
+        A sandwich norm makes every write as large as 1 from the first step, which drowns smaller embeddings, and
+        DynamicTanh does not bring a small stream to size; so there it is 1, as in public models of both kinds.
+        """
+        return self.embedding if self.norm in ("pre", "qk") else 1.0
 
     @property
     def d_mlp(self) -> int:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from filelock import FileLock
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from spikesink import texts
 from spikesink.claims import write_atomically
-from spikesink.lab.config import BOS, Config, ConfigError, doubled
+from spikesink.lab.config import BOS, LENGTH, Config, ConfigError, doubled
 from spikesink.models import cache_directory
 from spikesink.progress import progress
 
@@ -160,23 +162,29 @@ class Corpus:
         return self.tokenizer.decode(tokens)
 
 
-def open_task(config: Config, source: str = SOURCE) -> Task:
+def held_out(task: Task, n: int = 64, length: int = LENGTH) -> Int[Tensor, "n length"]:
+    """The windows of a task that models are looked at: the same ones every time, and never trained on."""
+    return torch.from_numpy(task.windows(0, n, length, held_out=True))
+
+
+def open_task(config: Config, source: str = SOURCE, characters: int = CHARACTERS) -> Task:
     """What a configuration trains on; a text is tokenized once into the cache.
 
     Args:
         config: of the run.
         source: of the text tier: "packages", or whatever `texts.read` takes.
+        characters: of the packages or a data set, the most that are used.
 
     Raises:
         ConfigError: too little text.
         TextError: as `texts.read` does.
     """
-    return Backcopy(config.d_vocab) if config.task == "backcopy" else corpus(source, config.d_vocab)
+    return Backcopy(config.d_vocab) if config.task == "backcopy" else corpus(source, config.d_vocab, characters)
 
 
-def corpus(source: str = SOURCE, d_vocab: int = 2048) -> Corpus:
+def corpus(source: str = SOURCE, d_vocab: int = Config.d_vocab, characters: int = CHARACTERS) -> Corpus:
     """A text as tokens of a byte-level BPE that is learned from it; made once and kept in the cache."""
-    documents = list(_packages()) if source == SOURCE else texts.read(source).content.split("\n\n\n")
+    documents = _documents(source, characters)
     sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     place = cache_directory() / "lab" / f"{sha256[:20]}-{d_vocab}"
     place.mkdir(parents=True, exist_ok=True)
@@ -197,7 +205,15 @@ def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=BOS_TOKEN)
 
 
-def _packages() -> Iterator[str]:
+def _documents(source: str, characters: int) -> list[str]:
+    if source == SOURCE:
+        return list(_packages(characters))
+    if source.startswith("datasets:"):
+        return texts.documents(source, characters)
+    return texts.read(source).content.split("\n\n\n")
+
+
+def _packages(characters: int) -> Iterator[str]:
     """The Python files of the packages that spikesink asks for, in an order that is the same everywhere, each once."""
     names = [name.split(";")[0] for name in metadata.requires("spikesink") or () if "extra ==" not in name]
     files = []
@@ -212,7 +228,7 @@ def _packages() -> Iterator[str]:
             seen.add(content)
             size += len(content)
             yield content
-        if size >= CHARACTERS:
+        if size >= characters:
             return
 
 

@@ -26,9 +26,9 @@ BASES = {
         heads=(64, 12),
         lengths=(64, 1024),
         batch=2**17,
-        steps=20_000,
+        steps=2500,
         learning_rate=6e-4,
-        warmup=1000,
+        warmup=250,
     ),
 }
 BASE = "base"
@@ -89,6 +89,7 @@ VARIANTS = (
     Variant("normalization", "sandwich", "norm", _is("sandwich"), headline=True),
     Variant("normalization", "sandwich + QK norm", "norm", _is("sandwich_qk")),
     Variant("normalization", "QK norm", "norm", _is("qk")),
+    Variant("normalization", "embeddings of 1", "embedding", _is(1.0)),  # a control of those that begin with it
     Variant("normalization", "DynamicTanh", "norm", _is("dynamic_tanh"), headline=True),
     Variant("heads", "d_head / 4, 4 times as many", "heads", _heads(1 / 4, 4)),
     Variant("heads", "d_head / 2, twice as many", "heads", _heads(1 / 2, 2)),

@@ -14,6 +14,7 @@ from spikesink.lab.families import BASE, FAMILIES, VARIANTS
 from spikesink.lab.records import Record
 
 LEVEL = 0.95
+NO_RECORDS = "there are no records of these variants yet; make ablations trains them"
 STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 FAMILY = {variant.name: variant.family for variant in VARIANTS}
@@ -63,6 +64,7 @@ class Compared:
     loss: float
     sink_ratio: float
     max_activation: float
+    over_median: float  # the largest activation over the stream's median, which does not change with the stream's size
     seeds: int
     sink: Change
     spike: Change
@@ -75,6 +77,11 @@ def _band(measure: str) -> float:
 def _values(records: Iterable[Record], measure: str) -> np.ndarray:
     values = np.array([record.final["sink_ratio" if measure == "sink" else "max_activation"] for record in records])
     return values if measure == "sink" else np.log(values)
+
+
+def _over_median(records: Sequence[Record]) -> float:
+    ratios = [record.final["max_activation"] / record.final["median"] for record in records]
+    return float(np.exp(np.mean(np.log(ratios))))
 
 
 def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -125,6 +132,7 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
             loss=float(np.mean([record.final["held_out_loss"] for record in rows])),
             sink_ratio=float(_values(rows, "sink").mean()),
             max_activation=float(np.exp(_values(rows, "spike").mean())),
+            over_median=_over_median(rows),
             seeds=len(rows),
             sink=change(records, name, "sink"),
             spike=change(records, name, "spike"),
@@ -140,8 +148,10 @@ def centre(records: Sequence[Record]) -> tuple[float, float]:
     return row["max_activation"], row["sink_ratio"]
 
 
-def table(found: Sequence[Compared]) -> pd.DataFrame:
+def table(found: Sequence[Compared]) -> pd.DataFrame | NotApplicable:
     """Variants as a tidy table, each change with its interval, and what the paper says of it."""
+    if not found:
+        return NotApplicable(NO_RECORDS)
     rows = [
         {
             "variant": one.name,
@@ -153,6 +163,7 @@ def table(found: Sequence[Compared]) -> pd.DataFrame:
             "largest activation": one.max_activation,
             "times base": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
             "paper: spike": one.spike.paper or "",
+            "over median": one.over_median,
         }
         for one in found
     ]
@@ -214,6 +225,7 @@ def _row(one: Compared) -> dict[str, float | int | str]:
         "loss": one.loss,
         "sink_ratio": one.sink_ratio,
         "max_activation": one.max_activation,
+        "over_median": one.over_median,
         "seeds": one.seeds,
         "sink_change": one.sink.value,
         "sink_low": one.sink.low,
@@ -230,6 +242,7 @@ def _base(rows: Sequence[Record]) -> dict[str, float | int | str]:
         "loss": float(np.mean([record.final["held_out_loss"] for record in rows])),
         "sink_ratio": float(_values(rows, "sink").mean()),
         "max_activation": float(np.exp(_values(rows, "spike").mean())),
+        "over_median": _over_median(rows),
         "seeds": len(rows),
     }
 

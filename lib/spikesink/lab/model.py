@@ -19,8 +19,8 @@ from spikesink.models import Anatomy
 
 EPS = 1e-6  # added to the mean square before the root
 ROPE_BASE = 10_000.0
-INIT_STD = 0.02
-ALPHA = 0.5  # what DynamicTanh begins with: https://arxiv.org/abs/2503.10622
+INIT_STD = 0.02  # of matrices
+ALPHA = 1.0  # what DynamicTanh begins with; of 0.2, 0.5 and 1 the one whose loss falls at this width
 
 
 class Linear(nn.Linear):
@@ -193,8 +193,6 @@ class Decoder(HookedRootModule):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.d_vocab, config.d_model)
-        if config.norm == "dynamic_tanh":  # which does not forgive a small stream: https://arxiv.org/abs/2503.10622
-            self.embed_scale = nn.Parameter(torch.tensor(config.d_model**0.5))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_final = (DynamicTanh if config.norm == "dynamic_tanh" else RMSNorm)(config.d_model)
         self.unembed = Linear(config.d_model, config.d_vocab)
@@ -202,7 +200,8 @@ class Decoder(HookedRootModule):
             if parameter.ndim > 1 and not name.endswith("gate.logit"):
                 # By its own name, so that what two configurations have in common begins the same in both.
                 drawn = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {name}".encode()))
-                nn.init.normal_(parameter, std=INIT_STD, generator=drawn)
+                std = config.embedding_std if name == "embed.weight" else INIT_STD
+                nn.init.normal_(parameter, std=std, generator=drawn)
         self.tokenizer, self.source = None, None
         self.anatomy = _anatomy(config)
         self.setup()
@@ -217,8 +216,6 @@ class Decoder(HookedRootModule):
         self, tokens: Int[Tensor, "window position"], stop_at_layer: int | None = None
     ) -> Float[Tensor, "window position width"]:
         h = self.embed(tokens)
-        if self.config.norm == "dynamic_tanh":
-            h = h * self.embed_scale
         for block in self.blocks[:stop_at_layer]:
             h = block(h)
         return h if stop_at_layer is not None else self.unembed(self.ln_final(h))

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spikesink.claims import write_atomically
-from spikesink.lab.config import LENGTH, Config, ConfigError
-from spikesink.lab.data import Backcopy, Corpus, Task, tokenizer_of
+from spikesink.lab.config import Config, ConfigError
+from spikesink.lab.data import Backcopy, Corpus, Task, held_out, tokenizer_of
 from spikesink.lab.families import BASE, VARIANTS, Planned
 from spikesink.lab.model import Decoder
-from spikesink.lab.train import WINDOWS, Machine, Run, known, look
+from spikesink.lab.train import Machine, Run, known, look
 
 SCHEMA = 1
 LAST_WINDOWS = 512  # held-out windows that a trained model is measured on
@@ -93,11 +93,10 @@ def keep_text(task: Task, folder: Path) -> None:
     if isinstance(task, Corpus):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TOKENIZER, task.tokenizer.backend_tokenizer.to_str())
-        windows = torch.from_numpy(task.windows(0, WINDOWS, LENGTH, held_out=True))
-        write_atomically(folder / WINDOWS_FILE, save({"tokens": windows}))
+        write_atomically(folder / WINDOWS_FILE, save({"tokens": held_out(task)}))
 
 
-def held_out(folder: Path) -> Int[Tensor, "window position"]:
+def windows_of(folder: Path) -> Int[Tensor, "window position"]:
     """The windows that models were looked at while they were trained."""
     return load_file(folder / WINDOWS_FILE)["tokens"]
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from spikesink.lab.config import ConfigError
-from spikesink.lab.data import SOURCE, open_task
+from spikesink.lab.data import CHARACTERS, SOURCE, open_task
 from spikesink.lab.families import BASES, Planned, planned
 from spikesink.lab.records import file_of, keep, keep_text, read
 from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, TrainingError, can_compile, train
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"All runs of the {args.tier} tier are there, in {folder / args.tier}.")
         return 0
     try:
-        task = open_task(missing[0].config, args.text)  # tokenized once, before the processes ask for it
+        task = open_task(
+            missing[0].config, args.text, args.characters
+        )  # tokenized once, before the processes ask for it
         keep_text(task, folder / args.tier)
     except (ConfigError, TextError) as error:
         print(error, file=sys.stderr)
@@ -61,7 +63,7 @@ def _is_there(plan: Planned, folder: Path) -> bool:
 
 
 def _one(plan: Planned, args: argparse.Namespace, machine: Machine, tell) -> None:
-    task, place = open_task(plan.config, args.text), args.build / "lab" / plan.tier / plan.label
+    task, place = open_task(plan.config, args.text, args.characters), args.build / "lab" / plan.tier / plan.label
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / ".lock", timeout=0) if machine.rank == 0 else contextlib.nullcontext():
         run = train(plan.config, task, place, machine, tell, kept_every=args.checkpoint_every)
@@ -164,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tier", choices=tuple(BASES), default="task", help="which runs (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name")
     parser.add_argument("--text", default=SOURCE, help="what the text tiers train on (default: %(default)s)")
+    parser.add_argument(
+        "--characters", type=int, default=CHARACTERS, help="of that text, the most (default: %(default)s)"
+    )
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="records go to FIGURES/lab")
     parser.add_argument("--build", type=Path, default=Path("build"), help="checkpoints go to BUILD/lab")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")

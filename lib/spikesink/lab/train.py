@@ -24,8 +24,8 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from spikesink.claims import write_atomically
-from spikesink.lab.config import LENGTH, Config
-from spikesink.lab.data import Backcopy, Task, batch
+from spikesink.lab.config import Config
+from spikesink.lab.data import Backcopy, Task, batch, held_out
 from spikesink.lab.model import Decoder
 from spikesink.patching.outcome import evaluate
 
@@ -211,7 +211,7 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
     Raises:
         TrainingError: the model's predictions are not finite.
     """
-    tokens = torch.from_numpy(task.windows(0, windows, LENGTH, held_out=True))
+    tokens = held_out(task, windows)
     try:
         found = evaluate(run.model, tokens)
     except FloatingPointError:
@@ -250,8 +250,8 @@ def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, A
         heads: for each layer and head the attention to position 0, [of queries that are triggers, of all others];
         and attention_trigger, attention_other: those two of the head whose other queries attend to position 0 most.
     """
-    rows = task.windows(0, windows, LENGTH, held_out=True)
-    tokens, trigger = torch.from_numpy(rows), torch.from_numpy(task.is_trigger(rows))
+    tokens = held_out(task, windows)
+    trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))
     bigram = torch.from_numpy(task.bigram)
     least = -bigram.xlogy(bigram).sum(-1)[tokens][:, 1:-1]
     seen = {}

@@ -1,19 +1,20 @@
 """The figures of notebook 09: what training does to spike and sink."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from spikesink import paper
 from spikesink.claims import brief
 from spikesink.lab.families import BASE
-from spikesink.lab.findings import FAMILY, Compared, by_name, follow_loss
+from spikesink.lab.findings import FAMILY, NO_RECORDS, Compared, by_name, follow_loss
 from spikesink.lab.records import Record
-from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, figure, styled, thousands
+from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
 from spikesink.trace import Profile
 
 FAMILY_COLOURS = dict(
@@ -26,54 +27,90 @@ FAMILY_COLOURS = dict(
 FAMILY_MARKERS = dict(zip(FAMILY_COLOURS, "osD^vP", strict=True))
 
 
+Point = tuple[str, float, float, str]  # name, x, y, colour
+
+
 @styled
 def family(records: Sequence[Record], name: str) -> Figure:
     """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models."""
-    fig, (ours, theirs) = figure(1, 2, size=(11, 4.4), width_ratios=(1.4, 1))
+    fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
+    here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], 100 * paper.TRAINED_BASE[0], "black")], []
     for variant, rows in by_name(records).items():
-        if variant != BASE and FAMILY[variant] != name:
-            continue
-        x = [record.final["max_activation"] for record in rows]
-        y = [100 * record.final["sink_ratio"] for record in rows]
-        _points(ours, variant, x, y)
-    _points(theirs, BASE, [paper.TRAINED_BASE[1]], [100 * paper.TRAINED_BASE[0]])
-    only_sink = []
+        if variant == BASE or FAMILY[variant] == name:
+            here += [(variant, r.final["max_activation"], 100 * r.final["sink_ratio"], _colour(variant)) for r in rows]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
         if isinstance(sink, float) and spike is not None:
-            _points(theirs, variant, [spike], [100 * sink])
+            there.append((variant, spike, 100 * sink, SPIKE))
         elif sink is not None:
             said = f"{sink:.0%}" if isinstance(sink, float) else sink
             only_sink.append(f"{variant}: {said}")
-    if only_sink:
-        theirs.text(
-            0.02,
-            0.02,
-            "sink ratio alone\n" + "\n".join(only_sink),
-            transform=theirs.transAxes,
-            fontsize=8,
-            va="bottom",
-            color=ORDINARY,
-        )
-    for ax, title in ((ours, "Here"), (theirs, "In the paper, 7B")):
-        ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
-        ax.margins(x=0.35, y=0.15)
-        ax.set_ylim(bottom=min(-2.0, ax.get_ylim()[0]))
-        thousands(ax, "x")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+    for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
+        for variant, x, y, colour in points:
+            ax.plot(x, y, marker="s" if variant == BASE else "o", color=colour, lw=0, ms=7, mec="white")
+        _plane(ax)
         ax.set_title(title, fontsize=11)
+        _leaders(ax, points)
+    if only_sink:
+        theirs.set_xlabel("largest activation\n(sink ratio alone: " + _wrapped("; ".join(only_sink)) + ")")
     return fig
 
 
-def _points(ax, name: str, x: Sequence[float], y: Sequence[float]) -> None:
-    colour = "black" if name == BASE else SPIKE
-    ax.plot(x, y, marker="s" if name == BASE else "o", color=colour, lw=0, ms=7, mec="white", alpha=0.9)
-    at = math.exp(float(np.mean(np.log(x)))), float(np.mean(y))
-    ax.annotate(name, at, (7, 5), textcoords="offset points", fontsize=8.5, color=colour)
+def _colour(variant: str) -> str:
+    return "black" if variant == BASE else SPIKE
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 60))
+
+
+def _plane(ax) -> None:
+    """The axes of largest activation and sink ratio."""
+    ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
+    ax.margins(x=0.12, y=0.12)
+    ax.set_ylim(bottom=min(-2.0, ax.get_ylim()[0]))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    thousands(ax, "x")
+
+
+def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float = 8.5) -> None:
+    """Name points in a column beside the axes, each name once and on a line to the middle of its points."""
+    named: dict[str, list[Point]] = {}
+    for point in points:
+        named.setdefault(point[0], []).append(point)
+    middles = [
+        (name, float(np.exp(np.mean(np.log([p[1] for p in of])))), float(np.mean([p[2] for p in of])), of[0][3])
+        for name, of in named.items()
+    ]
+    middles.sort(key=lambda middle: middle[2])
+    low, high = ax.get_ylim()
+    heights = [(y - low) / (high - low) for *_, y, _ in middles]
+    step = min(0.065 * fontsize / 8.5 * 4.4 / ax.figure.get_figheight(), 1 / max(1, len(middles)))
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + step)
+    heights[-1] = min(heights[-1], 1.0)
+    for i in reversed(range(len(heights) - 1)):
+        heights[i] = min(heights[i], heights[i + 1] - step)
+    right = side == "right"
+    for (name, x, y, colour), height in zip(middles, heights, strict=True):
+        ax.annotate(
+            name,
+            (x, y),
+            (1.02 if right else -0.1, height),
+            textcoords="axes fraction",
+            ha="left" if right else "right",
+            va="center",
+            fontsize=fontsize,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6, "shrinkB": 4},
+        )
 
 
 @styled
 def changes(found: Sequence[Compared]) -> Figure:
     """09: how each variant differs from the base, with its interval over seeds, and which way the paper's goes."""
+    if not found:
+        return absent(NO_RECORDS)
     fig, axes = figure(1, 2, size=(11, 0.34 * len(found) + 1.6), sharey=True)
     rows = range(len(found))
     for ax, measure in zip(axes, ("sink", "spike"), strict=True):
@@ -82,7 +119,7 @@ def changes(found: Sequence[Compared]) -> Figure:
             change = getattr(one, measure)
             colour = {True: OTHERS[0], False: SPIKE, None: ORDINARY}[change.agrees]
             ax.plot([change.low, change.high], [row, row], color=colour, lw=2, solid_capstyle="butt")
-            ax.plot(change.value, row, marker="o" if one.seeds > 1 else "$1$", color=colour, ms=6)
+            ax.plot(change.value, row, marker="o", color=colour, mfc=colour if one.seeds > 1 else "white", ms=6)
             mark = {"up": "▸", "down": "◂", "stays": "=", None: ""}[change.paper]
             ax.annotate(mark, (1.0, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=11)
         ax.grid(axis="x", lw=0.4)
@@ -105,46 +142,35 @@ def changes(found: Sequence[Compared]) -> Figure:
 @styled
 def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     """09: all variants in one plane; the base's values divide it into four."""
-    fig, ax = figure(size=(9.5, 6))
+    if not found:
+        return absent(NO_RECORDS)
+    fig, ax = figure(size=(12, 6.4))
     spike, sink = base
     ax.axvline(spike, color="black", lw=0.6, ls=":")
     ax.axhline(100 * sink, color="black", lw=0.6, ls=":")
-    ax.plot(spike, 100 * sink, marker="*", color="black", ms=14, lw=0)
-    ax.annotate(BASE, (spike, 100 * sink), (8, 6), textcoords="offset points", fontweight="bold")
+    points = [(one.name, one.max_activation, 100 * one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
     for name, colour in FAMILY_COLOURS.items():
-        mine = [one for one in found if FAMILY[one.name] == name]
-        x, y = [one.max_activation for one in mine], [100 * one.sink_ratio for one in mine]
+        mine = [point for point in points if FAMILY[point[0]] == name]
+        x, y = ([point[i] for point in mine] for i in (1, 2))
         ax.plot(x, y, color=colour, marker=FAMILY_MARKERS[name], lw=0, ms=7, label=name, mec="white")
-        for one in mine:
-            ax.annotate(
-                one.name,
-                (one.max_activation, 100 * one.sink_ratio),
-                (6, 4),
-                textcoords="offset points",
-                fontsize=7.5,
-                color=colour,
-            )
-    ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
-    thousands(ax, "x")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    for (x, y), text in {
+    ax.plot(spike, 100 * sink, marker="*", color="black", ms=15, lw=0, mec="white")
+    _plane(ax)
+    corners = {
         (0.01, 0.99): "more sink, less spike",
         (0.99, 0.99): "more of both",
         (0.01, 0.01): "less of both",
         (0.99, 0.01): "more spike, less sink",
-    }.items():
-        ax.text(
-            x,
-            y,
-            text,
-            transform=ax.transAxes,
-            ha="left" if x < 0.5 else "right",
-            va="top" if y > 0.5 else "bottom",
-            color=ORDINARY,
-            fontsize=9,
-            style="italic",
-        )
-    ax.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    }
+    for (x, y), text in corners.items():
+        sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
+        ax.text(x, y, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
+    points.append((BASE, spike, 100 * sink, "black"))
+    points.sort(key=lambda point: point[1])
+    ax.set_ylabel("")
+    ax.text(0, 1.01, "sink ratio (%)", transform=ax.transAxes, ha="right")  # clear of the lines on the left
+    _leaders(ax, points[: len(points) // 2], "left", 8)
+    _leaders(ax, points[len(points) // 2 :], "right", 8)
+    ax.legend(fontsize=8.5, loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.08))
     return fig
 
 
@@ -158,27 +184,14 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
         axes[1].plot(x, run["max_first"], color=SPIKE, lw=1.6)
         axes[1].plot(x, run["max_elsewhere"], color=ORDINARY, lw=1.4, ls="--")
         axes[2].plot(x, 100 * run["sink_ratio"], color=SINK, lw=1.6)
-    last = curves.iloc[-1]
+    last = curves.groupby(["name", "seed"], sort=False).last()
     axes[1].set_yscale("log")
     thousands(axes[1])
-    axes[1].annotate(
-        "position 0",
-        (x.iloc[-1], last["max_first"]),
-        (-4, 6),
-        textcoords="offset points",
-        ha="right",
-        color=SPIKE,
-        fontsize=9,
-    )
-    axes[1].annotate(
-        "elsewhere",
-        (x.iloc[-1], last["max_elsewhere"]),
-        (-4, -12),
-        textcoords="offset points",
-        ha="right",
-        color=ORDINARY,
-        fontsize=9,
-    )
+    for name, y, below, colour in (
+        ("position 0", last["max_first"].max(), 8, SPIKE),
+        ("elsewhere", last["max_elsewhere"].min(), -14, ORDINARY),
+    ):
+        axes[1].annotate(name, (x.iloc[-1], y), (0, below), textcoords="offset points", ha="right", color=colour)
     for ax, title, label in zip(
         axes,
         ("Loss", "Spike", "Sink"),
