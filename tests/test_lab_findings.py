@@ -309,6 +309,7 @@ def test_the_ledger_of_the_lab_is_shown_by_variants_and_counts_as_no_model(tmp_p
     ledger = open_lab_ledger("09_trained", rows, tmp_path)
     shown = ledger.record({"TR5": findings.family_evidence(rows, "gates")}).data
     assert "**TR5**" in shown
+    assert "variants: 3, in a table of their own" in shown
     assert claims.ledgers(tmp_path) == {}
     assert claims.lab_ledger(tmp_path)["sha256"] == records.digest(rows)
     text = across.render(tmp_path).read_text()

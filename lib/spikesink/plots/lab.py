@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from spikesink import paper
@@ -234,19 +235,17 @@ def dormant(curves: pd.DataFrame) -> Figure:
         axes[1].plot(run["step"], 100 * run["attention_other"], color=SINK, ls=style, lw=1.8)
         axes[1].plot(run["step"], 100 * run["attention_trigger"], color=ORDINARY, ls=style, lw=1.5)
         last = run.iloc[-1]
-        for ax, value, colour, text in (
-            (axes[0], last["copy_loss"], "black", name),
-            (axes[1], 100 * last["attention_other"], SINK, f"{name}: nothing to copy"),
-            (axes[1], 100 * last["attention_trigger"], ORDINARY, f"{name}: triggers"),
-        ):
-            ax.annotate(
-                text, (last["step"], value), (4, 0), textcoords="offset points", color=colour, fontsize=8.5, va="center"
-            )
+        at = last["step"], 100 * last["attention_other"]
+        axes[1].annotate(f" {name}", at, color=SINK, fontsize=9, va="center")
+    lines = {"-": curves["name"].iloc[0], "--": curves["name"].iloc[-1]}
+    handles = [Line2D([], [], color="black", ls=style, label=name) for style, name in lines.items()]
+    axes[0].legend(handles=handles, fontsize=9)
+    for colour, text, height in ((SINK, "queries with nothing to copy", 0.97), (ORDINARY, "triggers", 0.9)):
+        axes[1].text(0.02, height, text, color=colour, transform=axes[1].transAxes, va="top")
     for ax, label in zip(axes, ("loss on copied tokens (nats)", "attention to position 0 (%)"), strict=True):
         ax.set(xlabel="step", ylabel=label)
-        ax.margins(x=0.02)
-        ax.set_xlim(right=ax.get_xlim()[1] * 1.35)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(bottom=0, top=1.15 * ax.get_ylim()[1])
+    axes[1].margins(x=0.12)
     held = curves.groupby("name", sort=False).last()["attention_other"]
     above(
         fig,
