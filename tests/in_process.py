@@ -20,6 +20,8 @@ from spikesink.reproduce import asks_for_a_model
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [n for n in sorted((ROOT / "notebooks").glob("*.ipynb")) if asks_for_a_model(n)]
+# The claims that are put to a model; the others are of those that the lab trains.
+OF_MODELS = [key for key in claims.RULES if not key.removeprefix("X-").startswith("TR")]
 WITH_CLAIMS = [notebook for notebook in NOTEBOOKS if "ledger.record(" in notebook.read_text()]
 
 

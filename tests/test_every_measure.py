@@ -2,14 +2,12 @@
 
 import pytest
 
-from spikesink.claims import RULES
-from spikesink.lifecycle import Lifecycle
 from spikesink.patching import chain
 from tests import in_process, planted, spiking
 from tests.test_families import FAMILIES, MORE, build, n_experts, tiny
 
 TEXT = "The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40
-NO_SPIKE = Lifecycle(None, ()).reason
+NO_SPIKE = "no token has an entry above 100 medians anywhere in the residual stream"
 OF_THE_FFN = [f"AM{i}" for i in range(1, 8)] + ["X-AM8"]
 OF_EXPERTS = ["X-MX1", "X-MX2"]
 
@@ -26,7 +24,7 @@ def walked(request, tmp_path_factory):
 def test_a_random_model_of_any_family_passes_every_measure(walked):
     """That position 0's attention is one static map needs no spike, nor does counting sinks, of which it has none."""
     family, found = walked
-    assert set(found.rows) == set(RULES)
+    assert set(found.rows) == set(in_process.OF_MODELS)
     applies = {key: verdict for key, verdict in found.verdicts.items() if verdict != "n/a"}
     # In gpt-oss a learned logit takes its share of a softmax over one key too; DeepSeek-V3 has no W_V to compare with.
     first = {"gpt_oss": {"TK2": "differs"}, "deepseek_v3": {}}.get(family, {"TK2": "holds"})
@@ -62,7 +60,7 @@ def test_a_spike_in_any_other_family_passes_every_measure(family, tmp_path):
     model = spiking.make_spike(build(family, **{layers: spiking.N_LAYERS}))
     (tmp_path / "text.txt").write_text(planted.text(3, 32))
     found = in_process.walk(planted.save(model, tmp_path / "model"), tmp_path / "text.txt", tmp_path / "figures")
-    assert set(found.rows) == set(RULES)
+    assert set(found.rows) == set(in_process.OF_MODELS)
     measured = {key: row["measured"] for key, row in found.rows.items()}
     assert measured["LC1"]["step_up_blocks"] == [2 * spiking.STEP_UP + 2]
     assert measured["LC1"]["channels"] == [spiking.CHANNEL]
