@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ SMALL = Config(
     warmup=2,
     learning_rate=1e-2,
 )
+# Of processes that tests start: one thread each, and this folder to import from.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
 # What each family changes in a model: parameters with one of these words in their names.
 CHANGED = {
     "optimization": (),
@@ -402,8 +405,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
     script, out = tmp_path / "together.py", tmp_path / "curve.json"
     script.write_text(TOGETHER)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, timeout=120)
     alone = train(replace(SMALL, steps=8), Backcopy(), None, PLAIN)
     for row, other in zip(alone.curve, json.loads(out.read_text()), strict=True):
         assert other == pytest.approx(row, rel=1e-4)
@@ -435,19 +437,25 @@ def test_scores_of_an_attention_made_by_hand():
     assert sinks.score(model, tokens).ratio() == pytest.approx(1 / 4)
 
 
-@torch.inference_mode()
-def test_the_library_sees_a_spike_that_is_written_into_a_lab_model():
-    model, tokens = Decoder(replace(SMALL, n_layers=4)), torch.from_numpy(Backcopy().windows(0, 6, 32))
-    model.eval()
-    up, down = model.blocks[1].mlp, model.blocks[3].mlp
+@torch.no_grad()
+def planted_decoder() -> Decoder:
+    """Four layers; block 4 writes BOS's spike into channel 9, by a form of rank one along channel 5."""
+    model = Decoder(replace(SMALL, n_layers=4)).eval()
     model.embed.weight[BOS] = 0
     model.embed.weight[BOS, 5] = 3
-    for mlp, sign in ((up, 1), (down, -1)):
+    for layer, sign in ((1, 1), (3, -1)):
+        mlp = model.blocks[layer].mlp
         for matrix in (mlp.gate, getattr(mlp, "in")):
             matrix.weight[0] = 0
             matrix.weight[0, 5] = 10
         mlp.out.weight[:, 0] = 0
         mlp.out.weight[9, 0] = sign
+    return model
+
+
+@torch.inference_mode()
+def test_the_library_sees_a_spike_that_is_written_into_a_lab_model():
+    model, tokens = planted_decoder(), torch.from_numpy(Backcopy().windows(0, 6, 32))
     life = find_lifecycle(trace_windows(model, tokens))
     assert life.main.step_up == (4,)
     assert life.main.channel == 9
@@ -480,13 +488,17 @@ if __name__ == "__main__":
 LONGER = replace(SMALL, n_layers=1, steps=150)
 
 
-def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp_path):
-    script = tmp_path / "command.py"
+def written(folder: Path) -> list[str | Path]:
+    """The command above as a script in a folder, which it also works in."""
+    script = folder / "command.py"
     script.write_text(COMMAND)
-    command = [sys.executable, script, tmp_path / "figures", tmp_path / "build"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return [sys.executable, script, folder / "figures", folder / "build"]
+
+
+def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp_path):
+    command = written(tmp_path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    begun = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    begun = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
     checkpoint = tmp_path / "build" / "lab" / "task" / "base-0" / CHECKPOINT
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline:
@@ -498,25 +510,22 @@ def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp
     record = tmp_path / "figures" / "lab" / "task" / "base-0.json"
     assert not record.exists()
     assert torch.load(checkpoint, weights_only=True)["step"] < LONGER.steps
-    ended = subprocess.run(command, env=environment, check=True, timeout=120, **pipes)
+    ended = subprocess.run(command, env=ENVIRONMENT, check=True, timeout=120, **pipes)
     assert "base-0: loss" in ended.stdout
     assert not checkpoint.exists()
     whole = train(LONGER, Backcopy(), None, PLAIN)
     found = records.read(record).curve
     for name in ("loss", "sink_ratio", "max_activation"):
         assert found[name] == pytest.approx([row[name] for row in whole.curve], rel=1e-3), name
-    assert "All runs" in subprocess.run(command, env=environment, check=True, timeout=60, **pipes).stdout
+    assert "All runs" in subprocess.run(command, env=ENVIRONMENT, check=True, timeout=60, **pipes).stdout
 
 
 def test_of_two_commands_one_leaves_a_run_to_the_other(tmp_path):
     place = tmp_path / "build" / "lab" / "task" / "base-0"
     place.mkdir(parents=True)
-    script = tmp_path / "command.py"
-    script.write_text(COMMAND)
-    command = [sys.executable, script, tmp_path / "figures", tmp_path / "build"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = written(tmp_path)
     with FileLock(place / ".lock"):
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=120)
     assert "base-0: another process is at it" in ended.stdout
 
 

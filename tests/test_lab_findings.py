@@ -12,7 +12,7 @@ from scipy import stats
 
 from spikesink import across, claims, paper, plots
 from spikesink.claims import NotApplicable
-from spikesink.lab import findings, inside, records
+from spikesink.lab import families, findings, inside, records
 from spikesink.lab.config import Config
 from spikesink.lab.data import Backcopy
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS
@@ -21,13 +21,14 @@ from spikesink.lab.model import Decoder
 from spikesink.lab.records import Record
 from spikesink.lab.train import known
 from spikesink.notebook import open_lab_ledger
-from tests.test_lab import SMALL
+from tests.test_lab import SMALL, planted_decoder
 
 
 def texts(fig) -> list[str]:
     return [text.get_text() for text in fig.findobj(Text)]
 
 
+RECORDS = Path(__file__).parent.parent / "figures" / claims.LAB
 BASE_SINKS, BASE_SPIKES = (0.30, 0.32, 0.34), (100.0, 110.0, 121.0)
 
 
@@ -240,18 +241,7 @@ def test_records_are_told_apart_by_their_digest():
 
 
 def test_the_chain_can_be_put_to_a_model_of_our_own():
-    model, tokens = Decoder(replace(SMALL, n_layers=4)), torch.from_numpy(Backcopy().windows(0, 6, 32))
-    with torch.no_grad():
-        model.embed.weight[0] = 0
-        model.embed.weight[0, 5] = 3
-        for layer, sign in ((1, 1), (3, -1)):
-            mlp = model.blocks[layer].mlp
-            for matrix in (mlp.gate, getattr(mlp, "in")):
-                matrix.weight[0] = 0
-                matrix.weight[0, 5] = 10
-            mlp.out.weight[:, 0] = 0
-            mlp.out.weight[9, 0] = sign
-    model.eval()
+    model, tokens = planted_decoder(), torch.from_numpy(Backcopy().windows(0, 6, 32))
     model.tokenizer = Characters()
     found = inside.chain(model, tokens)
     assert found["LC1"].measured["step_up_blocks"] == [4]
@@ -275,23 +265,20 @@ class Characters:
 
 
 def test_the_committed_records_are_of_the_variants_that_there_are():
-    folder = Path(__file__).parent.parent / "figures" / "lab"
-    from spikesink.lab import families
-
     for tier in ("text", "task"):
         plans = {plan.label: plan for plan in families.planned(tier)}
-        files = sorted((folder / tier).glob("*-[0-9].json"))
+        files = sorted((RECORDS / tier).glob("*-[0-9].json"))
         assert files
         for file in files:
             plan, found = plans[file.stem], records.read(file)
             assert found.config == plan.config
             assert found.name == plan.name
             assert found.curve["step"][-1] == found.config.steps
-    assert len({r.text_sha256 for r in records.read_all(folder, "text")}) == 1
+    assert len({r.text_sha256 for r in records.read_all(RECORDS, "text")}) == 1
 
 
 def test_kept_weights_are_those_of_their_records():
-    folder = Path(__file__).parent.parent / "figures" / "lab" / "text"
+    folder = RECORDS / "text"
     tokens = records.windows_of(folder)
     files = sorted(folder.glob("*-0.safetensors"))
     assert sum(file.stat().st_size for file in files) < 20 * 2**20

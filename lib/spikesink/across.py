@@ -419,9 +419,8 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
         f"{data['windows'][1]} tokens. Changes are against the base, with 95% intervals over seeds.",
     ]
     for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
-        measured, variants = dict(claim["measured"]), claim["measured"].get("variants", ())
-        for name in ("variants", "variants_task"):
-            measured.pop(name, None)
+        variants = claim["measured"].get("variants", ())
+        measured = {name: value for name, value in claim["measured"].items() if not name.startswith("variants")}
         lines += [
             "",
             f"### [{key}](../notebooks/{claim['notebook']}.ipynb): {claim['statement']}",

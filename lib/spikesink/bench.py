@@ -341,7 +341,7 @@ def training(turns: int = TURNS, config: Config = BASES["text"], steps: int = 4)
     """
     if not train.can_compile():
         return None
-    runs, losses = [], []
+    runs = []
     for machine in (train.Machine(), train.Machine(precision="float32", compiled=False)):
         run = train.start(replace(config, lengths=(LENGTH, LENGTH)), machine)
         mean_loss = train.loss_of(run.model, machine)

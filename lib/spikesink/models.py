@@ -280,13 +280,15 @@ def load(
     return bridge
 
 
+def body_of(model: TransformerBridge) -> torch.nn.Module:
+    """What runs all layers: the transformers model under its head; a model that is none of transformers', itself."""
+    return getattr(getattr(model, "original_model", None), "base_model", model)
+
+
 def run_layers(model: TransformerBridge, tokens: Int[Tensor, "window position"]) -> None:
     """Run a model for what its hooks see; of a bridge without the head, which can cost as much as all layers."""
-    tokens = tokens.to(model.cfg.device)
-    if hasattr(model, "original_model"):
-        model.original_model.base_model(tokens, use_cache=False)
-    else:
-        model(tokens)
+    body = body_of(model)
+    body(tokens.to(model.cfg.device), **({} if body is model else {"use_cache": False}))
 
 
 def check_ids(tokens: Tensor) -> None:

@@ -83,13 +83,14 @@ def run_lab(
     notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console
 ) -> int:
     """Run the notebooks about the lab's records that are not up to date; takes and returns what `run_each` does."""
+    if not notebooks:
+        return 0
     given = {key: parameters[key] for key in ("SEED", "FIGURES")}
     stamps = [Stamp(notebook, given, figures / claims.LAB, build / claims.LAB) for notebook in notebooks]
     try:
-        for folder in (figures, build) if stamps else ():
+        for folder in (figures, build):
             check_writable(folder)
-        if stamps:
-            _run_one(claims.LAB, given, stamps, figures, build, console)
+        _run_one(claims.LAB, given, stamps, figures, build, console)
     except KeyboardInterrupt:
         return INTERRUPTED
     except NotebookError as error:

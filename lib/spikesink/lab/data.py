@@ -6,6 +6,7 @@ and several processes can each make their own part of it.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -215,10 +216,10 @@ def _documents(source: str, characters: int) -> list[str]:
 
 def _packages(characters: int) -> Iterator[str]:
     """The Python files of the packages that spikesink asks for, in an order that is the same everywhere, each once."""
-    names = [name.split(";")[0] for name in metadata.requires("spikesink") or () if "extra ==" not in name]
+    requirements = [name for name in metadata.requires("spikesink") or () if "extra ==" not in name]
     files = []
-    for name in names:
-        for file in metadata.files("".join(_leading(name))) or ():
+    for name in requirements:
+        for file in metadata.files(re.match(r"[\w.-]+", name)[0]) or ():
             if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts:
                 files.append((hashlib.sha256(str(file).encode()).hexdigest(), file))
     seen, size = set(), 0
@@ -230,13 +231,6 @@ def _packages(characters: int) -> Iterator[str]:
             yield content
         if size >= characters:
             return
-
-
-def _leading(requirement: str) -> Iterator[str]:
-    for character in requirement:
-        if not (character.isalnum() or character in "-_."):
-            return
-        yield character
 
 
 def _tokenize(documents: list[str], d_vocab: int, place: Path) -> None:

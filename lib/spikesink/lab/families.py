@@ -1,5 +1,6 @@
 """The six families: variants that differ from their tier's base in one field each."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,8 +58,7 @@ class Planned:
     @property
     def label(self) -> str:
         """The name of its files: the variant's, with nothing in it that a file system minds, and the seed."""
-        plain = "".join(c if c.isalnum() else "-" for c in self.name.lower())
-        return f"{'-'.join(filter(None, plain.split('-')))}-{self.config.seed}"
+        return f"{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}-{self.config.seed}"
 
 
 def _times(factor: float) -> Callable[[Any], Any]:

@@ -100,6 +100,12 @@ def pooled(records: Sequence[Record], measure: str) -> tuple[float, int]:
     return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom), freedom
 
 
+def margin(records: Sequence[Record], measure: str, ours: int, others: int) -> float:
+    """Half the width of an interval for the difference of two means, of so many seeds each."""
+    deviation, freedom = pooled(records, measure)
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / ours + 1 / others))
+
+
 def change(records: Sequence[Record], name: str, measure: str) -> Change:
     """A variant's change against the base, with an interval from the spread over seeds that all variants share.
 
@@ -108,10 +114,8 @@ def change(records: Sequence[Record], name: str, measure: str) -> Change:
     """
     named = by_name(records)
     ours, base = _values(named[name], measure), _values(named[BASE], measure)
-    deviation, freedom = pooled(records, measure)
-    value = float(ours.mean() - base.mean())
-    margin = stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / len(ours) + 1 / len(base))
-    return Change(measure, value, value - float(margin), value + float(margin), direction(name, measure))
+    value, half = float(ours.mean() - base.mean()), margin(records, measure, len(ours), len(base))
+    return Change(measure, value, value - half, value + half, direction(name, measure))
 
 
 def direction(name: str, measure: str) -> str | None:
@@ -128,12 +132,7 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
     """Every variant of a family (or of all) that was trained, beside the base."""
     return [
         Compared(
-            name=name,
-            loss=float(np.mean([record.final["held_out_loss"] for record in rows])),
-            sink_ratio=float(_values(rows, "sink").mean()),
-            max_activation=float(np.exp(_values(rows, "spike").mean())),
-            over_median=_over_median(rows),
-            seeds=len(rows),
+            **_means(name, rows),
             sink=change(records, name, "sink"),
             spike=change(records, name, "spike"),
         )
@@ -144,7 +143,7 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
 
 def centre(records: Sequence[Record]) -> tuple[float, float]:
     """The base's largest activation and its sink ratio, over its seeds."""
-    row = _base(by_name(records)[BASE])
+    row = _means(BASE, by_name(records)[BASE])
     return row["max_activation"], row["sink_ratio"]
 
 
@@ -188,57 +187,49 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         return NotApplicable(f"no record of the {family} family; train them with make ablations TIER=text")
     if pooled(records, "sink")[1] == 0:
         return NotApplicable("no variant has a second seed, so that no change can be told from chance")
-    changes = [(one.name, change) for one in found for change in (one.sink, one.spike)]
-    labels = {True: [], False: []}
-    for name, one in changes:
-        if one.agrees is not None:
-            labels[one.agrees].append(f"{name}: {one.measure}")
+    said = [(one.name, change) for one in found for change in (one.sink, one.spike) if change.agrees is not None]
+    agree, differ = ([f"{name}: {one.measure}" for name, one in said if one.agrees is what] for what in (True, False))
     measured = {
-        "variants": [_base(named[BASE]), *map(_row, found)],
-        "agree": labels[True],
-        "differ": labels[False],
-        "n_agree": len(labels[True]),
-        "n_reported": len(labels[True]) + len(labels[False]),
+        "variants": _rows(records, found),
+        "agree": agree,
+        "differ": differ,
+        "n_agree": len(agree),
+        "n_reported": len(said),
     }
     if BASE in by_name(task):
-        measured["variants_task"] = [_base(by_name(task)[BASE]), *map(_row, compared(task, family))]
+        measured["variants_task"] = _rows(task, compared(task, family))
     base = {m: _values(named[BASE], m) for m in ("sink", "spike")}
-    alarms = [abs(v - np.delete(of, i).mean()) for of in base.values() for i, v in enumerate(of) if len(of) > 1]
-    limits = [
-        stats.t.ppf((1 + LEVEL) / 2, pooled(records, m)[1]) * pooled(records, m)[0] * math.sqrt(1 + 1 / (len(of) - 1))
+    alarms = [
+        abs(value - np.delete(of, i).mean()) > margin(records, m, 1, len(of) - 1)
         for m, of in base.items()
-        for _ in of
+        for i, value in enumerate(of)
         if len(of) > 1
     ]
     control = {
         "base_sink_ratios": base["sink"].tolist(),
         "base_max_activations": np.exp(base["spike"]).tolist(),
-        "changes_among_base_seeds": sum(a > limit for a, limit in zip(alarms, limits, strict=True)),
+        "changes_among_base_seeds": sum(map(bool, alarms)),
         "of": len(alarms),
     }
     return Evidence(measured, control)
 
 
-def _row(one: Compared) -> dict[str, float | int | str]:
-    return {
-        "name": one.name,
-        "loss": one.loss,
-        "sink_ratio": one.sink_ratio,
-        "max_activation": one.max_activation,
-        "over_median": one.over_median,
-        "seeds": one.seeds,
-        "sink_change": one.sink.value,
-        "sink_low": one.sink.low,
-        "sink_high": one.sink.high,
-        "spike_factor": math.exp(one.spike.value),
-        "spike_low": math.exp(one.spike.low),
-        "spike_high": math.exp(one.spike.high),
-    }
+def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
+    """The base and the variants as the ledger has them."""
+    rows = [_means(BASE, by_name(records)[BASE])]
+    for one in found:
+        row = {name: value for name, value in vars(one).items() if name not in ("sink", "spike")}
+        for name, values in (("sink", one.sink.interval), ("spike", map(math.exp, one.spike.interval))):
+            middle = "change" if name == "sink" else "factor"
+            row |= dict(zip((f"{name}_{middle}", f"{name}_low", f"{name}_high"), values, strict=True))
+        rows.append(row)
+    return rows
 
 
-def _base(rows: Sequence[Record]) -> dict[str, float | int | str]:
+def _means(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
+    """What stands for a variant: means over its seeds."""
     return {
-        "name": BASE,
+        "name": name,
         "loss": float(np.mean([record.final["held_out_loss"] for record in rows])),
         "sink_ratio": float(_values(rows, "sink").mean()),
         "max_activation": float(np.exp(_values(rows, "spike").mean())),
@@ -256,9 +247,14 @@ class Followed:
     runs: int
 
 
+def of_family(records: Sequence[Record], family: str) -> list[Record]:
+    """The runs of the base and of a family's variants."""
+    return [record for record in records if record.name == BASE or FAMILY[record.name] == family]
+
+
 def follow_loss(records: Sequence[Record], family: str | None = "optimization") -> Followed:
     """Whether sink ratio and largest activation follow the loss, over the runs of a family (or all) and the base's."""
-    rows = [record for record in records if family is None or record.name == BASE or FAMILY[record.name] == family]
+    rows = records if family is None else of_family(records, family)
     loss = [record.final["held_out_loss"] for record in rows]
     sink, spike = (float(stats.spearmanr(loss, _values(rows, m)).statistic) for m in ("sink", "spike"))
     return Followed(sink, spike, len(rows))
@@ -269,13 +265,13 @@ def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
 
     Control: the same over the runs of all other families, where what differs between runs is no matter of training.
     """
-    ours = [record for record in records if record.name == BASE or FAMILY[record.name] == "optimization"]
+    ours = of_family(records, "optimization")
     others = [record for record in records if record.name == BASE or FAMILY[record.name] != "optimization"]
     if min(len({record.name for record in rows}) for rows in (ours, others)) < 4:
         return NotApplicable(
             "fewer than four different runs to correlate over; train them with make ablations TIER=text"
         )
-    found, control = follow_loss(ours), follow_loss(others, None)
+    found, control = follow_loss(records), follow_loss(others, None)
     return evidence(
         {"spearman_sink": found.sink, "spearman_spike": found.spike, "runs": found.runs},
         {

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spikesink.claims import write_atomically
+from spikesink.claims import LAB, write_atomically
 from spikesink.lab.config import Config, ConfigError
-from spikesink.lab.data import Backcopy, Corpus, Task, held_out, tokenizer_of
+from spikesink.lab.data import Corpus, Task, held_out, tokenizer_of
 from spikesink.lab.families import BASE, VARIANTS, Planned
 from spikesink.lab.model import Decoder
-from spikesink.lab.train import Machine, Run, known, look
+from spikesink.lab.train import Machine, Run, look
 
 SCHEMA = 1
 LAST_WINDOWS = 512  # held-out windows that a trained model is measured on
@@ -48,7 +47,7 @@ class Record:
     curve: dict[str, list[float]]
     final: dict[str, Any]
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Tokens that it was trained on."""
         return self.config.batch * self.config.steps
@@ -56,9 +55,6 @@ class Record:
 
 def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) -> Record:
     """Measure a trained model and write its record, and its weights where they are to be kept."""
-    final = look(run, task, LAST_WINDOWS)
-    if isinstance(task, Backcopy):
-        final["heads"] = known(run.model, task, LAST_WINDOWS)["heads"]
     record = Record(
         tier=plan.tier,
         name=plan.name,
@@ -76,7 +72,7 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         parameters=sum(p.numel() for p in run.model.parameters()),
         seconds=run.seconds,
         curve={name: [row[name] for row in run.curve] for name in run.curve[0]},
-        final=final,
+        final=look(run, task, LAST_WINDOWS),
     )
     place = file_of(plan, folder)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +80,7 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         half = {name: values.half().contiguous() for name, values in run.model.state_dict().items()}
         metadata = {"config": json.dumps(asdict(run.config)), "name": plan.name}
         write_atomically(place.with_suffix(".safetensors"), save(half, metadata))
-    write_atomically(place, json.dumps({"schema": SCHEMA, **_rounded(asdict(record))}, indent=None) + "\n")
+    write_atomically(place, json.dumps({"schema": SCHEMA, **_rounded(asdict(record))}) + "\n")
     return record
 
 
@@ -115,7 +111,7 @@ def read(file: Path) -> Record:
 
 def folder_of(given: str | os.PathLike | None = None) -> Path:
     """Where records are: the folder that is given, or `figures/lab` beside the folder that this runs in."""
-    folder = Path(given or Path.cwd().parent / "figures" / "lab")
+    folder = Path(given or Path.cwd().parent / "figures" / LAB)
     if not any(folder.glob("*/*.json")):
         raise ConfigError(f"there are no records in {folder}; train some with make ablations, or name another folder.")
     return folder

@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from spikesink.lab.config import ConfigError
-from spikesink.lab.data import CHARACTERS, SOURCE, open_task
+from spikesink.claims import LAB
+from spikesink.lab.config import Config, ConfigError
+from spikesink.lab.data import CHARACTERS, SOURCE, Task, open_task
 from spikesink.lab.families import BASES, Planned, planned
-from spikesink.lab.records import file_of, keep, keep_text, read
-from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, TrainingError, can_compile, train
+from spikesink.lab.records import Record, file_of, keep, keep_text, read
+from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, Run, TrainingError, can_compile, train
 from spikesink.texts import TextError
 
 POLLED = 0.5  # seconds between looks at what the processes tell
@@ -31,7 +33,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted."""
     args = _parser().parse_args(arguments)
-    folder, build = args.figures / "lab", args.build / "lab"
+    folder, build = args.figures / LAB, args.build / LAB
     missing = [plan for plan in planned(args.tier) if not _is_there(plan, folder)]
     if args.only:
         missing = [plan for plan in missing if args.only in plan.label]
@@ -39,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"All runs of the {args.tier} tier are there, in {folder / args.tier}.")
         return 0
     try:
-        task = open_task(
-            missing[0].config, args.text, args.characters
-        )  # tokenized once, before the processes ask for it
-        keep_text(task, folder / args.tier)
+        # A text is tokenized once, before several processes ask for it.
+        keep_text(_task(missing[0], args), folder / args.tier)
     except (ConfigError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -62,14 +62,27 @@ def _is_there(plan: Planned, folder: Path) -> bool:
     return file.exists() and read(file).config == plan.config
 
 
-def _one(plan: Planned, args: argparse.Namespace, machine: Machine, tell) -> None:
-    task, place = open_task(plan.config, args.text, args.characters), args.build / "lab" / plan.tier / plan.label
+def _task(plan: Planned, args: argparse.Namespace) -> Task:
+    return _opened(plan.config.task, plan.config.d_vocab, args.text, args.characters)
+
+
+@cache
+def _opened(task: str, d_vocab: int, text: str, characters: int) -> Task:
+    """What a process trains on, opened once: all runs of a tier share it, and to find a text takes seconds."""
+    return open_task(Config(task=task, d_vocab=d_vocab), text, characters)
+
+
+def _one(plan: Planned, args: argparse.Namespace, machine: Machine, tell: Callable[[Run], None]) -> Record | None:
+    """Train a run and keep it; the first process returns its record."""
+    task, place = _task(plan, args), args.build / LAB / plan.tier / plan.label
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / ".lock", timeout=0) if machine.rank == 0 else contextlib.nullcontext():
         run = train(plan.config, task, place, machine, tell, kept_every=args.checkpoint_every)
-        if machine.rank == 0:
-            keep(run, plan, task, machine, args.figures / "lab")
-            (place / CHECKPOINT).unlink()
+        if machine.rank > 0:
+            return None
+        record = keep(run, plan, task, machine, args.figures / LAB)
+        (place / CHECKPOINT).unlink()
+        return record
 
 
 def _together(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
@@ -142,18 +155,14 @@ def _leave_with_parent() -> None:
 
 
 def _in_process(plan: Planned, args: argparse.Namespace, machine: Machine) -> str:
-    told = [-1]
-
-    def tell(run) -> None:
-        if run.losses and run.step - told[0] >= max(1, run.config.steps // 200):
-            told[0] = run.step
+    def tell(run: Run) -> None:
+        if run.losses and run.step % max(1, run.config.steps // 200) == 0:
             _news.put((plan.label, run.step * run.config.batch, run.losses[-1]))
 
     try:
-        _one(plan, args, machine, tell)
+        record = _one(plan, args, machine, tell)
     except Timeout:
         return f"{plan.label}: another process is at it"
-    record = read(file_of(plan, args.figures / "lab"))
     final, speed = record.final, record.tokens / record.seconds
     return (
         f"{plan.label}: loss {final['held_out_loss']:.3f}, sink ratio {final['sink_ratio']:.2f}, largest activation "

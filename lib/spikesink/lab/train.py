@@ -122,7 +122,7 @@ def train(
     begun = kept - run.seconds
     while True:
         if run.step in looks and (not run.curve or run.curve[-1]["step"] < run.step):
-            run.curve.append(look(run, task))
+            run.curve.append({name: value for name, value in look(run, task).items() if name != "heads"})
             run.losses.clear()
         run.seconds = time.monotonic() - begun
         done = run.step >= last
@@ -201,7 +201,7 @@ def loss_of(model: Decoder, machine: Machine) -> nn.Module:
     return torch.compile(loss, dynamic=False) if machine.compiled else loss
 
 
-def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
+def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
     """What the model is like at this step, on held-out windows: loss, sink ratio, largest activations.
 
     Activations are medians over windows of each one's largest: anywhere in the stream, at position 0, and elsewhere;
@@ -228,7 +228,7 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, float]:
         "median": _typical(run.model, tokens),
     }
     if isinstance(task, Backcopy):
-        row |= {name: value for name, value in known(run.model, task, windows).items() if name != "heads"}
+        row |= known(run.model, task, windows)
     return row
 
 

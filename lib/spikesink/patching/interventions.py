@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy, check_ids, check_tokens
+from spikesink.models import Anatomy, anatomy, body_of, check_ids, check_tokens
 from spikesink.progress import progress
 from spikesink.weights import no_projections, no_separate_ffn
 
@@ -626,8 +626,7 @@ def patched(model: TransformerBridge, *interventions: Intervention, rows: range 
     run, about, edits, between = _Run(rows), anatomy(model), [], []
     for i, intervention in enumerate(interventions):
         edits += _bound(model, about, i, intervention, run, between)
-    body = getattr(getattr(model, "original_model", None), "base_model", model)
-    handle = body.register_forward_pre_hook(run.before, with_kwargs=True)
+    handle = body_of(model).register_forward_pre_hook(run.before, with_kwargs=True)
     try:
         with warnings.catch_warnings(), model.hooks(fwd_hooks=[*edits, *between]):
             warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for

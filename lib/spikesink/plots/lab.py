@@ -4,7 +4,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -13,7 +12,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from spikesink import paper
 from spikesink.claims import brief
 from spikesink.lab.families import BASE
-from spikesink.lab.findings import FAMILY, NO_RECORDS, Compared, by_name, follow_loss
+from spikesink.lab.findings import FAMILY, NO_RECORDS, Compared, by_name, follow_loss, of_family
 from spikesink.lab.records import Record
 from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
 from spikesink.trace import Profile
@@ -36,9 +35,8 @@ def family(records: Sequence[Record], name: str) -> Figure:
     """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models."""
     fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
     here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], 100 * paper.TRAINED_BASE[0], "black")], []
-    for variant, rows in by_name(records).items():
-        if variant == BASE or FAMILY[variant] == name:
-            here += [(variant, r.final["max_activation"], 100 * r.final["sink_ratio"], _colour(variant)) for r in rows]
+    for variant, rows in by_name(of_family(records, name)).items():
+        here += [(variant, r.final["max_activation"], 100 * r.final["sink_ratio"], _colour(variant)) for r in rows]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
         if isinstance(sink, float) and spike is not None:
             there.append((variant, spike, 100 * sink, SPIKE))
@@ -68,21 +66,26 @@ def _plane(ax) -> None:
     """The axes of largest activation and sink ratio."""
     ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
     ax.margins(x=0.12, y=0.12)
-    ax.set_ylim(bottom=min(-2.0, ax.get_ylim()[0]))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    thousands(ax, "x")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(-2.0, low), high + 0.08 * (high - min(-2.0, low)))
+    _written_out(ax, "x")
+
+
+def _written_out(ax, which: str) -> None:
+    """A logarithmic axis whose ticks read 1, 2, 5, 10 and so on, for values that span less than a few decades."""
+    axis = getattr(ax, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
+    thousands(ax, which)
 
 
 def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float = 8.5) -> None:
-    """Name points in a column beside the axes, each name once and on a line to the middle of its points."""
+    """Name points in a column beside the axes, each name once and on a line to the middle one of its points."""
     named: dict[str, list[Point]] = {}
     for point in points:
         named.setdefault(point[0], []).append(point)
-    middles = [
-        (name, float(np.exp(np.mean(np.log([p[1] for p in of])))), float(np.mean([p[2] for p in of])), of[0][3])
-        for name, of in named.items()
-    ]
+    # The point whose activation is the middle one's: a mean could lie where there is none.
+    middles = [sorted(of, key=lambda point: point[1])[len(of) // 2] for of in named.values()]
     middles.sort(key=lambda middle: middle[2])
     low, high = ax.get_ylim()
     heights = [(y - low) / (high - low) for *_, y, _ in middles]
@@ -207,7 +210,7 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
 @styled
 def following_loss(records: Sequence[Record], name: str = "optimization") -> Figure:
     """09: sink ratio and largest activation against the loss, over the runs of a family and the base's."""
-    rows = [record for record in records if record.name == BASE or FAMILY[record.name] == name]
+    rows = of_family(records, name)
     found = follow_loss(records, name)
     fig, axes = figure(1, 2, size=(11, 4.2))
     loss = [record.final["held_out_loss"] for record in rows]
@@ -221,7 +224,7 @@ def following_loss(records: Sequence[Record], name: str = "optimization") -> Fig
         ax.set(xlabel="loss on held-out text (nats)", ylabel=label)
         ax.set_title(f"Rank correlation with the loss: {rho:+.2f}", fontsize=11)
     axes[1].set_yscale("log")
-    thousands(axes[1])
+    _written_out(axes[1], "y")
     return fig
 
 
@@ -267,7 +270,7 @@ def growing(profiles: Mapping[str, Profile]) -> Figure:
         ax.plot(points, profile.median, color="black", lw=1, ls=":")
         for text, values, colour, below in (
             ("position 0", profile.magnitude[:, 0], SPIKE, 6),
-            ("median entry", profile.median, "black", -12),
+            ("median entry", profile.median, "black", -28),
         ):
             ax.annotate(
                 text, (points[-1], values[-1]), (-2, below), textcoords="offset points", ha="right", color=colour
