@@ -22,9 +22,9 @@ from spikesink.lab import data, families, records, run
 from spikesink.lab.config import BOS, Config, ConfigError, doubled
 from spikesink.lab.data import Backcopy
 from spikesink.lab.model import Decoder, DynamicTanh, Gate, RMSNorm
-from spikesink.lab.train import CHECKPOINT, Machine, TrainingError, looks_of, rate, train
+from spikesink.lab.train import CHECKPOINT, Machine, TrainingError, looks_of, precision_of, rate, train
 
-PLAIN = Machine(precision="float32", compiled=False)
+PLAIN = Machine(compiled=False)
 SMALL = Config(
     task="backcopy",
     d_vocab=64,
@@ -533,3 +533,28 @@ def test_a_text_that_is_not_there_is_one_sentence(tmp_path, capsys):
     arguments = ["--tier", "text", "--text", "nosuch.txt", "--figures", str(tmp_path), "--build", str(tmp_path)]
     assert run.main(arguments) == 2
     assert capsys.readouterr().err.startswith("there is no text 'nosuch.txt'")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fastest"),
+    [
+        ({"avx512_f": True}, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "float32"),
+    ],
+)
+def test_products_are_in_bfloat16_where_the_processor_multiplies_it(
+    capabilities, fastest, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(run, "can_compile", lambda: True)
+    monkeypatch.setattr(run, "_side_by_side", lambda missing, args, machine: used.append(machine.precision))
+    assert precision_of("cpu") == fastest
+    used = []
+    arguments = ["--figures", str(tmp_path), "--build", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert run.main([*arguments, "--precision", "float32"]) == 0
+    assert run.main([*arguments, "--precision", "bfloat16", "--eager"]) == 0
+    assert run.main([*arguments, "--precision", "bfloat16"]) == (0 if fastest == "bfloat16" else 2)
+    assert used[:3] == [fastest, "float32", "bfloat16"]
+    assert ("no instructions for bfloat16" in capsys.readouterr().err) == (fastest == "float32")

@@ -335,14 +335,15 @@ def traces(model: TransformerBridge, turns: int = TURNS, n: int = 4, length: int
 
 
 def training(turns: int = TURNS, config: Config = BASES["text"], steps: int = 4) -> Row | None:
-    """A few steps of the lab's model, compiled and with products in bfloat16, against float32 as it is written.
+    """A few steps of the lab's model, compiled and with products in what is fastest here, against float32 as written.
 
     None where there is no C++ compiler. What the two agree to is the loss of the last step.
     """
     if not train.can_compile():
         return None
     runs = []
-    for machine in (train.Machine(), train.Machine(precision="float32", compiled=False)):
+    precision = train.precision_of("cpu")
+    for machine in (train.Machine(precision=precision), train.Machine(compiled=False)):
         run = train.start(replace(config, lengths=(LENGTH, LENGTH)), machine)
         mean_loss = train.loss_of(run.model, machine)
 
@@ -357,7 +358,7 @@ def training(turns: int = TURNS, config: Config = BASES["text"], steps: int = 4)
     tokens = steps * config.batch
     return Row(
         f"{tokens:,} tokens of training, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters",
-        f"compiled, bfloat16 products ({brief(float(round(tokens / ours)))} tokens/s)",
+        f"compiled, {precision} products ({brief(float(round(tokens / ours)))} tokens/s)",
         ours,
         f"as written, float32 ({brief(float(round(tokens / theirs)))} tokens/s)",
         theirs,

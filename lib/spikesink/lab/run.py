@@ -23,7 +23,7 @@ from spikesink.lab.config import Config, ConfigError
 from spikesink.lab.data import CHARACTERS, SOURCE, Task, open_task
 from spikesink.lab.families import BASES, Planned, planned
 from spikesink.lab.records import Record, file_of, keep, keep_text, read
-from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, Run, TrainingError, can_compile, train
+from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, Run, TrainingError, can_compile, precision_of, train
 from spikesink.texts import TextError
 
 POLLED = 0.5  # seconds between looks at what the processes tell
@@ -41,19 +41,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"All runs of the {args.tier} tier are there, in {folder / args.tier}.")
         return 0
     try:
+        machine = _machine(args)
         # A text is tokenized once, before several processes ask for it.
         keep_text(_task(missing[0], args), folder / args.tier)
     except (ConfigError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
-    compiled = not args.eager and (args.device != "cpu" or can_compile())
-    machine = Machine(args.device, args.precision, compiled)
     try:
         failed = _together(missing, args, machine) if "RANK" in os.environ else _side_by_side(missing, args, machine)
     except KeyboardInterrupt:
         print(f"Interrupted; the runs go on from their checkpoints in {build} the next time.", file=sys.stderr)
         return INTERRUPTED
     return 1 if failed else 0
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    """What the runs are computed with, of what is asked for."""
+    compiled = not args.eager and (args.device != "cpu" or can_compile())
+    fastest = precision_of(args.device)
+    if compiled and args.device == "cpu" and args.precision == "bfloat16" != fastest:
+        raise ConfigError(
+            "this processor has no instructions for bfloat16, and compiled gradients in it are NaN: "
+            "leave out --precision, or add --eager."
+        )
+    return Machine(args.device, args.precision or fastest, compiled)
 
 
 def _is_there(plan: Planned, folder: Path) -> bool:
@@ -182,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--build", type=Path, default=Path("build"), help="checkpoints go to BUILD/lab")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="of the products (default: the fastest)")
     parser.add_argument("--checkpoint-every", type=float, default=KEPT_EVERY, metavar="SECONDS")
     parser.add_argument("--eager", action="store_true", help="do not compile (a compiler is needed for that)")
     return parser

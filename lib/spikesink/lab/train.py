@@ -35,6 +35,7 @@ KEPT_EVERY = 60.0  # seconds between checkpoints
 LEAST = 0.1  # what a cosine schedule ends at, of the learning rate
 LONGEST_STEP = 1.0  # norm that gradients are clipped to
 CHECKPOINT = "checkpoint.pt"
+MULTIPLY_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # capabilities of a CPU, by torch's names
 
 
 class TrainingError(RuntimeError):
@@ -50,7 +51,7 @@ class Machine:
     """
 
     device: str = "cpu"
-    precision: str = "bfloat16"  # of the products; weights and stream stay in float32
+    precision: str = "float32"  # of the products; weights and stream stay in float32
     compiled: bool = True
     piece: int = 2**15
     rank: int = 0
@@ -133,6 +134,17 @@ def train(
         if done:
             return run
         step(run, task, mean_loss, machine)
+
+
+def precision_of(device: str) -> str:
+    """What products are fastest in: bfloat16 on a device that multiplies it, else float32.
+
+    On a CPU without such instructions bfloat16 is slower, and gradients are NaN as torch.compile makes them (on
+    Apple's as well: pytorch issue 171764).
+    """
+    if torch.device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if any(torch.cpu.get_capabilities().get(name) for name in MULTIPLY_BFLOAT16) else "float32"
 
 
 def can_compile() -> bool:
