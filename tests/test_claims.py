@@ -75,10 +75,10 @@ HOLDS |= {
     "AB7": {"factors": [0, 0.5, 1, 2], "perplexities": [9.0, 8.0, 7.9, 12.0]},
 }
 HOLDS["X-TK5"] = HOLDS["TK4"]
-HOLDS |= {f"TR{i}": {"n_agree": 3, "n_reported": 3} for i in range(1, 7)}
+HOLDS |= {f"TR{i}": {"n_agree": 2, "n_differ": 0, "n_reported": 4} for i in range(1, 7)}
 HOLDS |= {
     "X-TR7": {"spearman_sink": -0.5, "spearman_spike": 0.4},
-    "X-TR8": {"tokens_spike": [10, 20], "tokens_sink": [11, 21]},
+    "X-TR8": {"share_spike_first": 0.9},
     "X-TR9": {"attention_other": [0.5, 0.9], "attention_trigger": [0.1, 0.0]},
 }
 DIFFERS = [
@@ -123,12 +123,13 @@ DIFFERS = [
     ("AM6", {"cosine_spike": 0.74, "cosine_other": 0.25}),
     ("AM7", {"step_up_rank": 11, "step_down_rank": 1, "n_pairs": 1000}),
     ("AM7", {"step_up_rank": 1, "step_down_rank": 11, "n_pairs": 1000}),
-    *((f"TR{i}", {"n_agree": 2, "n_reported": 3}) for i in range(1, 7)),
-    ("TR1", {"n_agree": 0, "n_reported": 0}),
+    *((f"TR{i}", {"n_agree": 1, "n_differ": 0, "n_reported": 3}) for i in range(1, 7)),
+    ("TR1", {"n_agree": 3, "n_differ": 1, "n_reported": 4}),
+    ("TR1", {"n_agree": 0, "n_differ": 0, "n_reported": 0}),
     ("X-TR7", {"spearman_sink": -0.49, "spearman_spike": 0.4}),
     ("X-TR7", {"spearman_sink": 0.9, "spearman_spike": 0.4}),
     ("X-TR7", {"spearman_sink": -0.6, "spearman_spike": -0.7}),
-    ("X-TR8", {"tokens_spike": [10, 21], "tokens_sink": [11, 21]}),
+    ("X-TR8", {"share_spike_first": 0.89}),
     ("X-TR9", {"attention_other": [0.49, 0.9], "attention_trigger": [0.1, 0.0]}),
     ("X-TR9", {"attention_other": [0.5, 0.9], "attention_trigger": [0.11, 0.0]}),
     ("X-AM8", HOLDS["X-AM8"] | {"scale_over_median": 9.9}),

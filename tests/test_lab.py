@@ -21,8 +21,19 @@ from spikesink import find_lifecycle, patching, sinks, trace_windows
 from spikesink.lab import data, families, records, run
 from spikesink.lab.config import BOS, Config, ConfigError, doubled
 from spikesink.lab.data import Backcopy
+from spikesink.lab.measures import closely, late
 from spikesink.lab.model import Decoder, DynamicTanh, Gate, RMSNorm
-from spikesink.lab.train import CHECKPOINT, Machine, TrainingError, looks_of, precision_of, rate, train
+from spikesink.lab.train import (
+    CHECKPOINT,
+    Machine,
+    TrainingError,
+    looks_of,
+    loss_of,
+    multiplies_bfloat16,
+    rate,
+    start,
+    train,
+)
 
 PLAIN = Machine(compiled=False)
 SMALL = Config(
@@ -55,7 +66,7 @@ def parameters(config: Config) -> dict[str, torch.Tensor]:
 
 
 def varied(variant: families.Variant, base: Config = SMALL) -> Config:
-    return replace(base, **{variant.field: variant.value(getattr(base, variant.field))})
+    return variant.config(base)
 
 
 def random_tokens(config: Config, n: int = 3, length: int = 16) -> torch.Tensor:
@@ -70,8 +81,10 @@ def base_run():
 @pytest.mark.parametrize("variant", [pytest.param(variant, id=variant.name) for variant in families.VARIANTS])
 def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(variant, base_run):
     config = varied(variant)
-    assert [f.name for f in fields(Config) if getattr(config, f.name) != getattr(SMALL, f.name)] == [variant.field]
-    ours, base = parameters(config), parameters(SMALL)
+    of = next((varied(other) for other in families.VARIANTS if other.name == variant.of), SMALL)
+    assert [f.name for f in fields(Config) if getattr(config, f.name) != getattr(of, f.name)] == [variant.field]
+    assert of == SMALL or variant.of != families.BASE
+    ours, base = parameters(config), parameters(of)
     for name in ours.keys() | base.keys():
         same = name in ours and name in base and torch.equal(ours[name], base[name])
         assert same or any(word in name for word in CHANGED[variant.family]), name
@@ -87,9 +100,38 @@ def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(varian
 
 
 def test_embeddings_begin_larger_where_they_would_drown():
-    for norm, std in (("pre", 0.02), ("qk", 0.02), ("sandwich", 1), ("sandwich_qk", 1), ("dynamic_tanh", 1)):
-        assert Decoder(replace(SMALL, norm=norm)).embed.weight.std() == pytest.approx(std, rel=0.05)
-    assert Decoder(replace(SMALL, embedding=1.0)).embed.weight.std() == pytest.approx(1, rel=0.05)
+    for variant in families.VARIANTS:
+        large = variant.name in ("sandwich", "sandwich + QK norm", "DynamicTanh", "embeddings of 1")
+        assert Decoder(varied(variant)).embed.weight.std() == pytest.approx(1 if large else 0.02, rel=0.05)
+
+
+def test_weight_decay_is_of_matrices_and_embeddings_alone():
+    run = start(replace(SMALL, gate="static", norm="dynamic_tanh"))
+    decayed, free = (group["params"] for group in run.optimizer.param_groups)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [SMALL.weight_decay, 0]
+    assert all(p.ndim == 2 for p in decayed)
+    names = {id(p): name.rsplit(".", 1)[-1] for name, p in run.model.named_parameters()}
+    assert {names[id(p)] for p in free} == {"alpha", "weight", "bias", "logit"}
+    assert id(run.model.embed.weight) in map(id, decayed)
+
+
+@torch.inference_mode()
+def test_what_is_skipped_of_a_window_is_not_trained_to_be_predicted():
+    tokens = random_tokens(SMALL, length=64)
+    for skipped, first in ((0.0, 1), (1 / 4, 16), (1 / 2, 32)):
+        model = Decoder(replace(SMALL, skipped=skipped))
+        each = functional.cross_entropy(model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        assert float(loss_of(model, PLAIN)(tokens)) == pytest.approx(float(each[:, first - 1 :].mean()), rel=1e-5)
+
+
+def test_windows_without_bos_are_the_rest_of_windows_with_it(small_corpus):
+    for task in (Backcopy(), small_corpus[0]):
+        with_bos = data.held_out(task, 4, 33)
+        without = data.held_out(task, 4, 32, bos=False)
+        assert torch.equal(without, with_bos[:, 1:])
+        config = replace(SMALL, bos=False, lengths=(64, 64))
+        assert (data.batch(task, config, 3)[:, 0] != BOS).all()
+        assert data.batch(task, config, 3).shape == (config.batch // 64, 64)
 
 
 def test_every_family_of_the_paper_is_there_with_one_name_for_each_variant():
@@ -110,6 +152,8 @@ def test_every_family_of_the_paper_is_there_with_one_name_for_each_variant():
         ({"lengths": (16, 32)}, "models are looked at windows of 64"),
         ({"batch": 100}, "a batch of 100 tokens holds no whole windows of 128"),
         ({"beta2": 1.0}, "beta2 is 1.0; give less than 1"),
+        ({"skipped": 1.0}, "skipped is 1.0; give less than 1"),
+        ({"bos": 1}, "bos is 1; give True or False"),
         ({"steps": 0}, "steps is 0; give no less than 1"),
         ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
         ({"n_layers": True}, "n_layers is True"),
@@ -195,9 +239,9 @@ def test_a_gate_is_a_sigmoid_of_its_input_and_a_static_one_sees_none(kind, shape
     gate = Gate(replace(SMALL, gate=kind))
     z, x = torch.randn(3, 5, 2, 16), torch.randn(3, 5, 32)
     if kind == "static":
-        gate.logit.copy_(torch.randn(2, 16))
+        gate.logit.copy_(torch.randn(32))
         assert torch.equal(gate(z, x), gate(z, torch.randn(3, 5, 32)))
-        expected = z / (1 + torch.exp(-gate.logit))
+        expected = z / (1 + torch.exp(-gate.logit.reshape(2, 16)))
     else:
         logit = torch.stack([x @ row for row in gate.logit.weight], -1).reshape(3, 5, *shape)
         assert logit.shape[2] * logit.shape[3] == {"channel": 32, "head": 2, "token": 1}[kind]
@@ -363,8 +407,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     train(SMALL, Backcopy(), tmp_path, PLAIN, until=1)
-    with pytest.raises(TrainingError, match="is of another configuration; remove it"):
+    with pytest.raises(TrainingError, match="is of another configuration, text or precision; remove it"):
         train(replace(SMALL, seed=1), Backcopy(), tmp_path, PLAIN)
+    with pytest.raises(TrainingError, match="text or precision"):
+        train(SMALL, Backcopy(), tmp_path, replace(PLAIN, precision="bfloat16"))
     (tmp_path / CHECKPOINT).write_bytes(b"nothing")
     with pytest.raises(TrainingError, match="is damaged"):
         train(SMALL, Backcopy(), tmp_path, PLAIN)
@@ -535,26 +581,47 @@ def test_a_text_that_is_not_there_is_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("there is no text 'nosuch.txt'")
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "fastest"),
-    [
-        ({"avx512_f": True}, "float32"),
-        ({"avx512_f": True, "avx512_bf16": True}, "bfloat16"),
-        ({"bf16": True}, "float32"),
-    ],
-)
-def test_products_are_in_bfloat16_where_the_processor_multiplies_it(
-    capabilities, fastest, monkeypatch, tmp_path, capsys
-):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+@pytest.mark.parametrize("there", [{"avx512_f": True}, {"avx512_bf16": True}, {"bf16": True}, {"amx_bf16": True}])
+def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
     monkeypatch.setattr(run, "can_compile", lambda: True)
     monkeypatch.setattr(run, "_side_by_side", lambda missing, args, machine: used.append(machine.precision))
-    assert precision_of("cpu") == fastest
-    used = []
+    can, used = bool({"avx512_bf16", "amx_bf16"} & there.keys()), []
+    assert multiplies_bfloat16("cpu") == can
     arguments = ["--figures", str(tmp_path), "--build", str(tmp_path)]
     assert run.main(arguments) == 0
-    assert run.main([*arguments, "--precision", "float32"]) == 0
     assert run.main([*arguments, "--precision", "bfloat16", "--eager"]) == 0
-    assert run.main([*arguments, "--precision", "bfloat16"]) == (0 if fastest == "bfloat16" else 2)
-    assert used[:3] == [fastest, "float32", "bfloat16"]
-    assert ("no instructions for bfloat16" in capsys.readouterr().err) == (fastest == "float32")
+    assert run.main([*arguments, "--precision", "bfloat16"]) == (0 if can else 2)
+    assert used == ["float32", "bfloat16"] + can * ["bfloat16"]
+    assert ("no instructions for bfloat16" in capsys.readouterr().err) != can
+
+
+@torch.inference_mode()
+def test_a_trained_model_is_looked_at_closely():
+    model, task = planted_decoder(), Backcopy()
+    found = closely(model, task, 5)
+    tokens = data.held_out(task, 5)
+    score = sinks.score(model, tokens)
+    assert found["sink_ratios"] == {f"{e:g}": pytest.approx(score.ratio(e)) for e in (0.2, 0.4)}
+    assert np.array(found["scores"]) == pytest.approx(score.at.mean(0).numpy(), abs=1e-5)
+    assert np.array(found["sinks"]) == pytest.approx((score.at > 0.3).float().mean(0).numpy())
+    other = tokens.clone()
+    other[:, 0] = torch.randint(1, 64, (5,), generator=torch.Generator().manual_seed(0))
+    there = patching.evaluate(model, other)
+    assert found["other_first"]["sink_ratio"] == there.sink_ratio
+    assert found["other_first"]["max_first"] == pytest.approx(float(there.largest[:, 0].median()))
+    assert float(patching.evaluate(model, tokens).largest[:, 0].median()) > 2 * found["other_first"]["max_first"]
+    assert "other_first" not in closely(Decoder(replace(SMALL, bos=False)), task, 5)
+    assert "late" not in closely(Decoder(replace(SMALL, lengths=(64, 64))), task, 5)
+
+
+@torch.inference_mode()
+def test_late_queries_are_those_of_the_second_half_alone():
+    model, tokens = planted_decoder(), data.held_out(Backcopy(), 70, 128)
+    found = late(model, tokens)
+    _, cache = model.run_with_cache(tokens)
+    score = torch.stack([cache[hook][:, :, 64:, 0].mean(-1) for hook in model.anatomy.pattern_hooks])
+    each = functional.cross_entropy(model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    assert found["attention"] == pytest.approx(float(score.mean()), rel=1e-4)
+    assert found["sink_ratio"] == pytest.approx(float((score > 0.3).float().mean()))
+    assert found["loss"] == pytest.approx(float(each[:, 63:].mean()), rel=1e-4)

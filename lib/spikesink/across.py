@@ -12,6 +12,7 @@ from typing import Any
 
 from spikesink import claims, paper
 from spikesink.claims import RULES, brief, escape
+from spikesink.lab.families import BASE
 
 LINKS = {
     "LC": "The spike's life",
@@ -416,7 +417,8 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
         "## The models that we train ourselves",
         "",
         f"{data['spec']}, on `{data['text']}`; looked at on {data['windows'][0]} held-out windows of "
-        f"{data['windows'][1]} tokens. Changes are against the base, with 95% intervals over seeds.",
+        f"{data['windows'][1]} tokens. Changes are against the base, or what a variant is said to be of, with 95% "
+        "intervals over seeds.",
     ]
     for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
         variants = claim["measured"].get("variants", ())
@@ -442,7 +444,9 @@ def _variants(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{brief(row[value])} ({brief(row[f'{kind}_low'])} to {brief(row[f'{kind}_high'])})" if value in row else ""
             for kind, value in (("sink", "sink_change"), ("spike", "spike_factor"))
         )
-        cells = [row["name"], row["seeds"], brief(row["loss"]), brief(row["sink_ratio"]), change]
+        of = row.get("of", BASE)
+        name = row["name"] if of == BASE else f"{row['name']} (of {of})"
+        cells = [name, row["seeds"], brief(row["loss"]), brief(row["sink_ratio"]), change]
         lines.append(
             "| " + " | ".join(map(str, [*cells, brief(row["max_activation"]), times, brief(row["over_median"])])) + " |"
         )

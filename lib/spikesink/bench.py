@@ -342,7 +342,7 @@ def training(turns: int = TURNS, config: Config = BASES["text"], steps: int = 4)
     if not train.can_compile():
         return None
     runs = []
-    precision = train.precision_of("cpu")
+    precision = "bfloat16" if train.multiplies_bfloat16("cpu") else "float32"
     for machine in (train.Machine(precision=precision), train.Machine(compiled=False)):
         run = train.start(replace(config, lengths=(LENGTH, LENGTH)), machine)
         mean_loss = train.loss_of(run.model, machine)

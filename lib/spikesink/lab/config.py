@@ -34,16 +34,18 @@ class Config:
     n_layers: int = 4
     heads: tuple[int, int] = (64, 2)  # d_head, and how many of them
     norm: str = "pre"  # RMSNorm before each block ("pre"), after it too ("sandwich"), of queries and keys ("qk"), ...
-    embedding: float = 0.02  # standard deviation that embeddings begin with; see `embedding_std`
+    embedding: float = 0.02  # standard deviation that embeddings begin with
     ffn: str = "swiglu"
     gate: str = "none"  # sigmoid on what the heads give: one a channel, a head or a token; "static" sees no input
+    bos: bool = True  # whether windows begin with BOS
     lengths: tuple[int, int] = (32, 128)  # shortest and longest window; a batch has one length, a power of two times it
+    skipped: float = 0.0  # share of each window, at its beginning, that is context alone: not trained to be predicted
     batch: int = 2048  # tokens a step, of all processes together
     steps: int = 5000
     learning_rate: float = 3e-3
     schedule: str = "cosine"  # down to a tenth, or constant; both after a warm-up
     warmup: int = 100  # steps
-    weight_decay: float = 0.1  # of matrices; embeddings, norms and biases are left alone
+    weight_decay: float = 0.1  # of matrices, embeddings as well; norms, biases and static gates are left alone
     beta2: float = 0.95
     seed: int = 0
 
@@ -53,8 +55,14 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(known)}.")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type is bool:
+                if not isinstance(value, bool):
+                    raise ConfigError(f"{field.name} is {value!r}; give True or False.")
+                continue
             numbers = value if isinstance(value, tuple) else (value,)
-            least = 0 if field.name in ("seed", "weight_decay", "warmup") else 1 if field.type is int else 1e-12
+            least = (
+                0 if field.name in ("seed", "weight_decay", "warmup", "skipped") else 1 if field.type is int else 1e-12
+            )
             if field.type is not str and not all(
                 isinstance(number, int | float) and not isinstance(number, bool) and number >= least
                 for number in numbers
@@ -71,8 +79,9 @@ class Config:
             )
         if self.batch % longest:
             raise ConfigError(f"a batch of {self.batch} tokens holds no whole windows of {longest}; give a multiple.")
-        if not self.beta2 < 1:
-            raise ConfigError(f"beta2 is {self.beta2}; give less than 1.")
+        for name in ("beta2", "skipped"):
+            if not getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give less than 1.")
 
     @property
     def d_head(self) -> int:
@@ -83,15 +92,6 @@ class Config:
     def n_heads(self) -> int:
         """Heads of a layer."""
         return self.heads[1]
-
-    @property
-    def embedding_std(self) -> float:
-        """What embeddings begin with, in truth.
-
-        A sandwich norm makes every write as large as 1 from the first step, which drowns smaller embeddings, and
-        DynamicTanh does not bring a small stream to size; so there it is 1, as in public models of both kinds.
-        """
-        return self.embedding if self.norm in ("pre", "qk") else 1.0
 
     @property
     def d_mlp(self) -> int:

@@ -36,6 +36,7 @@ CHARACTERS_FOR_BPE = 20_000_000  # of these, from the beginning, that the BPE is
 HELD_OUT = 50  # one document in so many is never trained on
 ENCODED_AT_ONCE = 256  # documents
 TRIGGERS = 5
+DRAWS_LENGTH = 1  # in a seed: it is a batch's length that is drawn, not its windows
 HELD_OUT_SEED = 2**31  # of windows that are looked at and never trained on
 
 
@@ -57,8 +58,15 @@ class Task(Protocol):
 def batch(task: Task, config: Config, step: int) -> Int[np.ndarray, "window position"]:
     """The whole batch of a step; its windows have one length, drawn from those the configuration allows."""
     lengths = doubled(*config.lengths)
-    length = lengths[int(np.random.default_rng((config.seed, step)).integers(len(lengths)))]
-    return task.windows((config.seed, step), config.batch // length, length)
+    length = lengths[int(np.random.default_rng((config.seed, step, DRAWS_LENGTH)).integers(len(lengths)))]
+    return _begun(task, (config.seed, step), config.batch // length, length, config.bos)
+
+
+def _begun(
+    task: Task, seed: int | tuple[int, ...], n: int, length: int, bos: bool, held_out: bool = False
+) -> Int[np.ndarray, "n length"]:
+    """Windows with BOS in front, or without."""
+    return task.windows(seed, n, length, held_out) if bos else task.windows(seed, n, length + 1, held_out)[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -163,9 +171,12 @@ class Corpus:
         return self.tokenizer.decode(tokens)
 
 
-def held_out(task: Task, n: int = 64, length: int = LENGTH) -> Int[Tensor, "n length"]:
-    """The windows of a task that models are looked at: the same ones every time, and never trained on."""
-    return torch.from_numpy(task.windows(0, n, length, held_out=True))
+def held_out(task: Task, n: int = 64, length: int = LENGTH, bos: bool = True) -> Int[Tensor, "n length"]:
+    """The windows of a task that models are looked at: the same ones every time, of documents not trained on.
+
+    (Of source code, a document that was not trained on can have pieces in common with others that were.)
+    """
+    return torch.from_numpy(_begun(task, 0, n, length, bos, held_out=True))
 
 
 def open_task(config: Config, source: str = SOURCE, characters: int = CHARACTERS) -> Task:

@@ -1,4 +1,4 @@
-"""The six families: variants that differ from their tier's base in one field each."""
+"""The six families: variants that differ from their tier's base, or from one another, in one field each."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -33,18 +33,30 @@ BASES = {
     ),
 }
 BASE = "base"
+LARGE, LONGEST = "embeddings of 1", "only the longest"  # variants that others are variants of
+WITHOUT_BOS = "no BOS"
 SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One change of the base: a `field` of its configuration, and its value as a function of the base."""
+    """One change: a `field` of a configuration, and its value as a function of what it was.
+
+    `of` names what is changed, and what the variant is compared with: the base, or another variant.
+    """
 
     family: str
     name: str
     field: str
     value: Callable[[Config], Any]
-    headline: bool = False  # three seeds at every tier, and its weights are kept
+    of: str = BASE
+    headline: bool = False  # three seeds at every tier
+    kept: bool = True  # its weights, if it is a headline
+
+    def config(self, base: Config) -> Config:
+        """The variant of a tier with this base."""
+        of = next((other.config(base) for other in VARIANTS if other.name == self.of), base)
+        return replace(of, **{self.field: self.value(getattr(of, self.field))})
 
 
 @dataclass(frozen=True)
@@ -86,11 +98,13 @@ VARIANTS = (
     Variant("ffn", "GeLU", "ffn", _is("gelu")),
     Variant("ffn", "linear", "ffn", _is("linear")),
     Variant("ffn", "attention only", "ffn", _is("none"), headline=True),
-    Variant("normalization", "sandwich", "norm", _is("sandwich"), headline=True),
-    Variant("normalization", "sandwich + QK norm", "norm", _is("sandwich_qk")),
+    # A sandwich norm makes every write as large as 1 from the first step, which drowns embeddings of 0.02, and
+    # DynamicTanh does not bring a small stream to size: so they begin with 1, as in public models of both kinds.
+    Variant("normalization", LARGE, "embedding", _is(1.0), headline=True, kept=False),
+    Variant("normalization", "sandwich", "norm", _is("sandwich"), LARGE, headline=True),
+    Variant("normalization", "sandwich + QK norm", "norm", _is("sandwich_qk"), LARGE),
+    Variant("normalization", "DynamicTanh", "norm", _is("dynamic_tanh"), LARGE, headline=True),
     Variant("normalization", "QK norm", "norm", _is("qk")),
-    Variant("normalization", "embeddings of 1", "embedding", _is(1.0)),  # a control of those that begin with it
-    Variant("normalization", "DynamicTanh", "norm", _is("dynamic_tanh"), headline=True),
     Variant("heads", "d_head / 4, 4 times as many", "heads", _heads(1 / 4, 4)),
     Variant("heads", "d_head / 2, twice as many", "heads", _heads(1 / 2, 2)),
     Variant("heads", "d_head x 2, half as many", "heads", _heads(2, 1 / 2)),
@@ -100,9 +114,11 @@ VARIANTS = (
     Variant("gates", "gate per head", "gate", _is("head"), headline=True),
     Variant("gates", "gate per token", "gate", _is("token")),
     Variant("gates", "static gate", "gate", _is("static")),
-    Variant("context", "only short", "lengths", lambda lengths: (lengths[0], lengths[1] // 2)),
-    Variant("context", "long", "lengths", lambda lengths: (lengths[1] // 2, lengths[1])),
-    Variant("context", "only the longest", "lengths", lambda lengths: (lengths[1], lengths[1]), headline=True),
+    Variant("context", LONGEST, "lengths", lambda lengths: (lengths[1], lengths[1]), headline=True),
+    Variant("context", "half as long", "lengths", lambda lengths: (lengths[1] // 2, lengths[1] // 2), LONGEST),
+    Variant("context", "contexts from 1/4 on", "skipped", _is(1 / 4), LONGEST),
+    Variant("context", "contexts from 1/2 on", "skipped", _is(1 / 2), LONGEST),
+    Variant("context", WITHOUT_BOS, "bos", _is(False), headline=True),
 )
 FAMILIES = tuple(dict.fromkeys(variant.family for variant in VARIANTS))
 
@@ -117,5 +133,4 @@ def planned(tier: str) -> Iterator[Planned]:
     for seed in range(SEEDS):
         for variant in sorted(VARIANTS, key=lambda variant: not variant.headline):
             if seed == 0 or variant.headline or tier == "task":
-                value = variant.value(getattr(base, variant.field))
-                yield Planned(tier, variant.name, replace(base, seed=seed, **{variant.field: value}))
+                yield Planned(tier, variant.name, variant.config(replace(base, seed=seed)))

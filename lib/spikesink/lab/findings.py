@@ -1,8 +1,9 @@
 """What the records of a tier say: each variant beside its base, with an interval, and beside what the paper finds."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -10,21 +11,28 @@ from scipy import stats
 
 from spikesink import paper
 from spikesink.claims import Evidence, NotApplicable, evidence
-from spikesink.lab.families import BASE, FAMILIES, VARIANTS
+from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
 from spikesink.lab.records import Record
 
 LEVEL = 0.95
 NO_RECORDS = "there are no records of these variants yet; make ablations trains them"
 STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
+STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
+SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
+LEAST_VARIANTS = 5  # to say something of all of them
+RESAMPLES = 2000
+AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 FAMILY = {variant.name: variant.family for variant in VARIANTS}
+OF = {variant.name: variant.of for variant in VARIANTS}
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a measure of a variant differs from the base's: an interval over seeds, and which way the paper's goes.
+    """How a measure of a variant differs from what it is a variant of: an interval over seeds, and the paper's way.
 
-    A change of the sink ratio is a difference, one of the largest activation the log of a ratio.
+    A change of the sink ratio is a difference, one of the largest activation (or of it over the median) the log of a
+    ratio.
     """
 
     measure: str
@@ -32,6 +40,7 @@ class Change:
     low: float
     high: float
     paper: str | None  # "up", "down", "stays"; None where the paper does not say
+    room: bool = True  # whether there is enough of it for less of it to be seen
 
     @property
     def interval(self) -> tuple[float, float, float]:
@@ -39,49 +48,64 @@ class Change:
         return self.value, self.low, self.high
 
     @property
-    def way(self) -> str:
-        """Which way it goes here: "up" or "down" if the interval leaves no doubt, else "unclear"."""
-        return "up" if self.low > 0 else "down" if self.high < 0 else "unclear"
+    def outcome(self) -> str | None:
+        """Whether it goes the paper's way: "agrees", "differs", or "undecided" by as many seeds; None if it says none.
 
-    @property
-    def agrees(self) -> bool | None:
-        """Whether it goes the paper's way; None where the paper does not say.
-
-        What stays in the paper is to stay here: to show no change that is beyond doubt and beyond the band.
+        Where the paper's value moves, the interval must exclude none; where it stays, the interval must lie within the
+        band. It differs where it leaves no doubt of something else: the other way, no change, or one where none is due.
+        Where there are hardly any sinks to begin with, it is undecided whether they would go.
         """
         if self.paper is None:
             return None
+        band = _band(self.measure)
+        stays = -band <= self.low and self.high <= band
+        if self.paper == "down" and not self.room:
+            return UNDECIDED
         if self.paper == "stays":
-            return self.way == "unclear" or abs(self.value) <= _band(self.measure)
-        return self.way == self.paper
+            return AGREES if stays else DIFFERS if self.low > band or self.high < -band else UNDECIDED
+        low, high = (self.low, self.high) if self.paper == "up" else (-self.high, -self.low)
+        return AGREES if low > 0 else DIFFERS if high < 0 or stays else UNDECIDED
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A variant beside its base; means over seeds, of the largest activation the geometric one."""
+    """A variant beside what it is a variant of; means over seeds, of the largest activation the geometric one."""
 
     name: str
     loss: float
     sink_ratio: float
+    attention: float  # mean sink score of position 0, which no epsilon cuts
     max_activation: float
     over_median: float  # the largest activation over the stream's median, which does not change with the stream's size
     seeds: int
+    sink_at_loss: float  # sink ratio that the base had when its loss was this one's; not a number if it never was
     sink: Change
     spike: Change
+    relative: Change  # of the largest activation over the median
 
 
 def _band(measure: str) -> float:
     return STAYS_SINK if measure == "sink" else STAYS_SPIKE
 
 
+def at_the_end(record: Record) -> Mapping[str, float]:
+    """The end of a run; of one that was not trained to predict early tokens, loss and attention of late ones alone."""
+    if record.config.skipped == 0:
+        return record.final
+    late = record.final["late"]
+    return record.final | {"held_out_loss": late["loss"], **{key: late[key] for key in ("sink_ratio", "attention")}}
+
+
+def _late(record: Record) -> Record:
+    """A run as seen from late queries alone, to be set beside one that knows no other."""
+    return replace(record, config=replace(record.config, skipped=1 / 2))
+
+
 def _values(records: Iterable[Record], measure: str) -> np.ndarray:
-    values = np.array([record.final["sink_ratio" if measure == "sink" else "max_activation"] for record in records])
-    return values if measure == "sink" else np.log(values)
-
-
-def _over_median(records: Sequence[Record]) -> float:
-    ratios = [record.final["max_activation"] / record.final["median"] for record in records]
-    return float(np.exp(np.mean(np.log(ratios))))
+    if measure == "sink":
+        return np.array([at_the_end(record)["sink_ratio"] for record in records])
+    over = [record.final["median"] if measure == "relative" else 1.0 for record in records]
+    return np.log(np.array([record.final["max_activation"] for record in records]) / np.array(over))
 
 
 def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -91,37 +115,61 @@ def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {name: rows for name, rows in found.items() if rows}
 
 
-def pooled(records: Sequence[Record], measure: str) -> tuple[float, int]:
-    """Standard deviation over seeds, one for all variants of which there are several, and its degrees of freedom."""
-    groups = [_values(rows, measure) for rows in by_name(records).values() if len(rows) > 1]
+def pooled(records: Sequence[Record], measure: str, without: str | None = None) -> tuple[float, int]:
+    """Standard deviation over seeds, one for all variants of which there are several, and its degrees of freedom.
+
+    (Which assumes that seeds are as far apart in all of them; a variant with fewer heads has a coarser sink ratio.)
+    """
+    groups = [_values(rows, measure) for name, rows in by_name(records).items() if len(rows) > 1 and name != without]
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
         return math.nan, 0
     return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom), freedom
 
 
-def margin(records: Sequence[Record], measure: str, ours: int, others: int) -> float:
+def margin(records: Sequence[Record], measure: str, ours: int, others: int, without: str | None = None) -> float:
     """Half the width of an interval for the difference of two means, of so many seeds each."""
-    deviation, freedom = pooled(records, measure)
+    deviation, freedom = pooled(records, measure, without)
     return float(stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / ours + 1 / others))
 
 
 def change(records: Sequence[Record], name: str, measure: str) -> Change:
-    """A variant's change against the base, with an interval from the spread over seeds that all variants share.
+    """A variant's change against what it is a variant of, with an interval from the spread that all variants share.
 
     One standard deviation is estimated from all variants with several seeds; a variant with one seed has the wider
     interval that its one value deserves.
     """
     named = by_name(records)
-    ours, base = _values(named[name], measure), _values(named[BASE], measure)
-    value, half = float(ours.mean() - base.mean()), margin(records, measure, len(ours), len(base))
-    return Change(measure, value, value - half, value + half, direction(name, measure))
+    rows, beside = named[name], named[OF[name]]
+    if rows[0].config.skipped:
+        beside = [_late(record) for record in beside]
+    ours, theirs = _values(rows, measure), _values(beside, measure)
+    value, half = float(ours.mean() - theirs.mean()), margin(records, measure, len(ours), len(theirs))
+    worse = _loss(rows) > _loss(beside) + STAYS_LOSS
+    room = measure != "sink" or float(theirs.mean()) >= SOME_SINKS
+    return Change(measure, value, value - half, value + half, direction(name, measure, worse), room)
 
 
-def direction(name: str, measure: str) -> str | None:
-    """Which way the paper's variant goes against its base; None where it does not say."""
+def _loss(records: Sequence[Record]) -> float:
+    return float(np.mean([at_the_end(record)["held_out_loss"] for record in records]))
+
+
+def direction(name: str, measure: str, worse: bool = True) -> str | None:
+    """Which way the paper's variant goes against its base; None where it does not say.
+
+    Args:
+        name: of the variant.
+        measure: "sink", "spike" or "relative", of which the paper says nothing.
+        worse: whether its training went worse than the base's here, for what the paper says of bad training only.
+    """
     sink, spike = paper.TRAINED_VARIANTS[FAMILY[name]].get(name, (None, None))
-    found, base = (sink, paper.TRAINED_BASE[0]) if measure == "sink" else (spike, paper.TRAINED_BASE[1])
+    found, base = {
+        "sink": (sink, paper.TRAINED_BASE[0]),
+        "spike": (spike, paper.TRAINED_BASE[1]),
+        "relative": (None, None),
+    }[measure]
+    if found == paper.DOWN_IF_WORSE:
+        return "down" if worse else None
     if found is None or isinstance(found, str):
         return found
     moved = found - base if measure == "sink" else math.log(found / base)
@@ -129,21 +177,34 @@ def direction(name: str, measure: str) -> str | None:
 
 
 def compared(records: Sequence[Record], family: str | None = None) -> list[Compared]:
-    """Every variant of a family (or of all) that was trained, beside the base."""
+    """Every variant of a family (or of all) that was trained, beside what it is a variant of."""
+    named = by_name(records)
     return [
         Compared(
-            **_means(name, rows),
+            **means_of(name, rows),
+            sink_at_loss=sink_at_loss(named[BASE], _loss(rows)) if BASE in named else math.nan,
             sink=change(records, name, "sink"),
             spike=change(records, name, "spike"),
+            relative=change(records, name, "relative"),
         )
-        for name, rows in by_name(records).items()
-        if name != BASE and family in (None, FAMILY[name])
+        for name, rows in named.items()
+        if name != BASE and family in (None, FAMILY[name]) and OF[name] in named
     ]
+
+
+def sink_at_loss(records: Sequence[Record], loss: float) -> float:
+    """The sink ratio that runs had on their way, when the loss was so much: mean over runs; not a number if never."""
+    found = []
+    for record in records:
+        losses, ratios = np.array(record.curve["held_out_loss"]), record.curve["sink_ratio"]
+        i = int((losses <= loss).argmax())
+        found.append(math.nan if losses[i] > loss else ratios[i])
+    return float(np.mean(found))
 
 
 def centre(records: Sequence[Record]) -> tuple[float, float]:
     """The base's largest activation and its sink ratio, over its seeds."""
-    row = _means(BASE, by_name(records)[BASE])
+    row = means_of(BASE, by_name(records)[BASE])
     return row["max_activation"], row["sink_ratio"]
 
 
@@ -153,16 +214,17 @@ def table(found: Sequence[Compared]) -> pd.DataFrame | NotApplicable:
         return NotApplicable(NO_RECORDS)
     rows = [
         {
-            "variant": one.name,
+            "variant": one.name if OF[one.name] == BASE else f"{one.name} (against {OF[one.name]})",
             "seeds": one.seeds,
             "loss": one.loss,
             "sink ratio": one.sink_ratio,
             "against base": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
             "paper: sink": one.sink.paper or "",
+            "base's at this loss": "" if math.isnan(one.sink_at_loss) else f"{one.sink_at_loss:.2f}",
             "largest activation": one.max_activation,
             "times base": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
             "paper: spike": one.spike.paper or "",
-            "over median": one.over_median,
+            "over the median, times base": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.relative.interval)),
         }
         for one in found
     ]
@@ -170,11 +232,11 @@ def table(found: Sequence[Compared]) -> pd.DataFrame | NotApplicable:
 
 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
-    """TR1 to TR6: for each variant that the paper reports, does the change against the base go its way here?
+    """TR1 to TR6: for each variant that the paper reports, does the change go the paper's way here?
 
     A change counts where its interval over seeds leaves no doubt (see `Change`). Control: each of the base's own seeds
-    in a variant's place, put beside the others with the interval that a variant of one seed has; a "change" there is a
-    false alarm.
+    in a variant's place, put beside the others with the interval that a variant of one seed has, by what the seeds of
+    other variants differ in; a "change" there is a false alarm.
 
     Args:
         records: of the text tier, by which the verdict is given.
@@ -183,68 +245,80 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     """
     named = by_name(records)
     found = compared(records, family) if BASE in named else []
-    if not found:
-        return NotApplicable(f"no record of the {family} family; train them with make ablations TIER=text")
+    missing = sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found})
+    if missing:
+        return NotApplicable(f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it")
     if pooled(records, "sink")[1] == 0:
         return NotApplicable("no variant has a second seed, so that no change can be told from chance")
-    said = [(one.name, change) for one in found for change in (one.sink, one.spike) if change.agrees is not None]
-    agree, differ = ([f"{name}: {one.measure}" for name, one in said if one.agrees is what] for what in (True, False))
+    said = [(f"{one.name}: {of.measure}", of.outcome) for one in found for of in (one.sink, one.spike) if of.outcome]
+    outcomes = {what: [name for name, outcome in said if outcome == what] for what in (AGREES, DIFFERS, UNDECIDED)}
     measured = {
         "variants": _rows(records, found),
-        "agree": agree,
-        "differ": differ,
-        "n_agree": len(agree),
+        **outcomes,
+        **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
     }
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
-    base = {m: _values(named[BASE], m) for m in ("sink", "spike")}
+    return Evidence(measured, _among_the_base(records))
+
+
+def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[float]]:
+    """The base's own seeds as if each were a variant; none is judged where no other variant has several seeds."""
+    rows = by_name(records)[BASE]
+    base = {measure: _values(rows, measure) for measure in ("sink", "spike")}
     alarms = [
-        abs(value - np.delete(of, i).mean()) > margin(records, m, 1, len(of) - 1)
-        for m, of in base.items()
+        abs(value - np.delete(of, i).mean()) > margin(records, measure, 1, len(of) - 1, without=BASE)
+        for measure, of in base.items()
         for i, value in enumerate(of)
-        if len(of) > 1
+        if len(of) > 1 and pooled(records, measure, without=BASE)[1]
     ]
-    control = {
+    return {
         "base_sink_ratios": base["sink"].tolist(),
         "base_max_activations": np.exp(base["spike"]).tolist(),
         "changes_among_base_seeds": sum(map(bool, alarms)),
         "of": len(alarms),
     }
-    return Evidence(measured, control)
 
 
 def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
     """The base and the variants as the ledger has them."""
-    rows = [_means(BASE, by_name(records)[BASE])]
+    rows = [means_of(BASE, by_name(records)[BASE])]
     for one in found:
-        row = {name: value for name, value in vars(one).items() if name not in ("sink", "spike")}
-        for name, values in (("sink", one.sink.interval), ("spike", map(math.exp, one.spike.interval))):
+        row = {name: value for name, value in vars(one).items() if not isinstance(value, Change)} | {"of": OF[one.name]}
+        if math.isnan(one.sink_at_loss):
+            del row["sink_at_loss"]
+        for name in ("sink", "spike", "relative"):
             middle = "change" if name == "sink" else "factor"
+            values = getattr(one, name).interval
+            values = values if name == "sink" else map(math.exp, values)
             row |= dict(zip((f"{name}_{middle}", f"{name}_low", f"{name}_high"), values, strict=True))
         rows.append(row)
     return rows
 
 
-def _means(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
+def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
     """What stands for a variant: means over its seeds."""
     return {
         "name": name,
-        "loss": float(np.mean([record.final["held_out_loss"] for record in rows])),
+        "loss": _loss(rows),
         "sink_ratio": float(_values(rows, "sink").mean()),
+        "attention": float(np.mean([at_the_end(record)["attention"] for record in rows])),
         "max_activation": float(np.exp(_values(rows, "spike").mean())),
-        "over_median": _over_median(rows),
+        "over_median": float(np.exp(_values(rows, "relative").mean())),
         "seeds": len(rows),
     }
 
 
 @dataclass(frozen=True)
 class Followed:
-    """Rank correlations over runs with the loss on held-out text."""
+    """Rank correlations over variants with the loss on held-out text, each with an interval (ends) over variants."""
 
     sink: float
     spike: float
-    runs: int
+    sink_interval: tuple[float, float]
+    spike_interval: tuple[float, float]
+    variants: int
 
 
 def of_family(records: Sequence[Record], family: str) -> list[Record]:
@@ -252,60 +326,115 @@ def of_family(records: Sequence[Record], family: str) -> list[Record]:
     return [record for record in records if record.name == BASE or FAMILY[record.name] == family]
 
 
-def follow_loss(records: Sequence[Record], family: str | None = "optimization") -> Followed:
-    """Whether sink ratio and largest activation follow the loss, over the runs of a family (or all) and the base's."""
-    rows = records if family is None else of_family(records, family)
-    loss = [record.final["held_out_loss"] for record in rows]
-    sink, spike = (float(stats.spearmanr(loss, _values(rows, m)).statistic) for m in ("sink", "spike"))
-    return Followed(sink, spike, len(rows))
+def follow_loss(records: Sequence[Record]) -> Followed:
+    """Whether sink ratio and largest activation follow the loss: over variants, means over their seeds."""
+    means = pd.DataFrame([means_of(name, rows) for name, rows in by_name(records).items()])
+    found = []
+    for measure in ("sink_ratio", "max_activation"):
+        pairs = means["loss"].to_numpy(), means[measure].to_numpy()
+        rho = float(stats.spearmanr(*pairs).statistic)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a resample of equal values has no rank correlation
+            ends = stats.bootstrap(
+                pairs,
+                lambda x, y: np.nan_to_num(stats.spearmanr(x, y).statistic),
+                paired=True,
+                vectorized=False,
+                n_resamples=RESAMPLES,
+                method="percentile",
+                rng=0,
+            ).confidence_interval
+        found.append((rho, (float(ends.low), float(ends.high))))
+    (sink, of_sink), (spike, of_spike) = found
+    return Followed(sink, spike, of_sink, of_spike, len(means))
 
 
 def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
-    """X-TR7: rank correlations with the loss over the optimization family's runs and the base's.
+    """X-TR7: rank correlations with the loss over the optimization family's variants and the base.
 
-    Control: the same over the runs of all other families, where what differs between runs is no matter of training.
+    Control: the same over the variants of all other families, where what differs is no matter of training.
     """
     ours = of_family(records, "optimization")
     others = [record for record in records if record.name == BASE or FAMILY[record.name] != "optimization"]
-    if min(len({record.name for record in rows}) for rows in (ours, others)) < 4:
+    if min(len({record.name for record in rows}) for rows in (ours, others)) < LEAST_VARIANTS:
         return NotApplicable(
-            "fewer than four different runs to correlate over; train them with make ablations TIER=text"
+            f"fewer than {LEAST_VARIANTS} variants to correlate over; train them with make ablations TIER=text"
         )
-    found, control = follow_loss(records), follow_loss(others, None)
+    found, control = follow_loss(ours), follow_loss(others)
     return evidence(
-        {"spearman_sink": found.sink, "spearman_spike": found.spike, "runs": found.runs},
+        {
+            "spearman_sink": found.sink,
+            "spearman_spike": found.spike,
+            "spearman_sink_interval": list(found.sink_interval),
+            "spearman_spike_interval": list(found.spike_interval),
+            "n_variants": found.variants,
+        },
         {
             "spearman_sink_other_families": control.sink,
             "spearman_spike_other_families": control.spike,
-            "runs_other_families": control.runs,
+            "n_variants_other_families": control.variants,
         },
     )
 
 
 def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
-    """X-TR8: at how many tokens position 0's largest entry, and the sink ratio, first reach half of their last value.
+    """X-TR8: which comes first, the size of position 0 or the attention that it gets?
 
-    Of every run of the base. Control: the same of the largest entry elsewhere.
+    Over all runs that end with sinks: after how many tokens each has come half of its way. Beside it, the same of
+    position 0 over the largest entry elsewhere. Control: the largest entry elsewhere.
     """
-    rows = by_name(records).get(BASE, [])
-    if not rows:
-        return NotApplicable("no record of the base; train it with make ablations TIER=text")
-    if any(record.final["sink_ratio"] == 0 for record in rows):
-        return NotApplicable("a run of the base has no sinks")
+    rows = [record for record in records if record.final["sink_ratio"] >= SOME_SINKS]
+    if len(rows) < LEAST_VARIANTS:
+        return NotApplicable(f"fewer than {LEAST_VARIANTS} runs end with sinks; make ablations TIER=text trains them")
+    sink = np.array([half_way(record, "attention") for record in rows])
+    spike, elsewhere = (np.array([half_way(record, m) for record in rows]) for m in ("max_first", "max_elsewhere"))
+    relative = np.array([half_way(record, "max_first", "max_elsewhere") for record in rows])
     return Evidence(
         {
-            "tokens_spike": [half_way(record, "max_first") for record in rows],
-            "tokens_sink": [half_way(record, "sink_ratio") for record in rows],
-            "tokens": [record.tokens for record in rows],
+            "share_spike_first": float((spike < sink).mean()),
+            "share_relative_first": float((relative < sink).mean()),
+            "runs": len(rows),
+            "tokens_spike": float(np.median(spike)),
+            "tokens_relative": float(np.median(relative)),
+            "tokens_sink": float(np.median(sink)),
         },
-        {"tokens_elsewhere": [half_way(record, "max_elsewhere") for record in rows]},
+        {
+            "share_elsewhere_first": float((elsewhere < sink).mean()),
+            "tokens_elsewhere": float(np.median(elsewhere)),
+        },
     )
 
 
-def half_way(record: Record, measure: str) -> int:
-    """The tokens at which a measure of a run first reaches half of what it is in the end."""
+def half_way(record: Record, measure: str, over: str | None = None) -> int:
+    """The tokens at which a measure of a run (over another one) has first come half of the way to what it ends with."""
     values = np.array(record.curve[measure])
-    return int(record.curve["step"][int((values >= values[-1] / 2).argmax())] * record.config.batch)
+    if over is not None:
+        values = values / np.array(record.curve[over])
+    there = np.abs(values - values[0]) >= abs(values[-1] - values[0]) / 2
+    return int(record.curve["step"][int(there.argmax())] * record.config.batch)
+
+
+def first_token(records: Sequence[Record]) -> pd.DataFrame | NotApplicable:
+    """Whether a sink is of the first place or of BOS: of the base with BOS, with another token there, and without BOS.
+
+    Means over seeds of sink ratio, mean sink score and position 0's largest activation; and how much of the sink ratio
+    is the first layer's, whose heads have read the embedding alone.
+    """
+    named = by_name(records)
+    if BASE not in named:
+        return NotApplicable(NO_RECORDS)
+    rows = {"base": [record.final for record in named[BASE]]}
+    rows["base, another token in BOS's place"] = [record.final["other_first"] for record in named[BASE]]
+    if WITHOUT_BOS in named:
+        rows["trained without BOS"] = [record.final for record in named[WITHOUT_BOS]]
+    table = {}
+    for name, ends in rows.items():
+        row = {what: float(np.mean([end[what] for end in ends])) for what in ("sink_ratio", "attention", "max_first")}
+        if "sinks" in ends[0]:
+            by_layer = np.mean([end["sinks"] for end in ends], axis=(0, 2))
+            row["in_first_layer"] = float(by_layer[0] / by_layer.sum()) if by_layer.sum() else math.nan
+        table[name] = row
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("model")
 
 
 def dormant(records: Sequence[Record]) -> Evidence | NotApplicable:

@@ -67,16 +67,15 @@ class Gate(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d_head, n_heads = config.heads
-        self.shape = {"channel": (n_heads, d_head), "head": (n_heads, 1), "token": (1, 1)}.get(config.gate)
-        if self.shape is None:
-            self.logit = nn.Parameter(torch.zeros(n_heads, d_head))
-        else:
-            self.logit = Linear(config.d_model, self.shape[0] * self.shape[1])
+        self.shape = {"head": (n_heads, 1), "token": (1, 1)}.get(config.gate, (n_heads, d_head))
+        width = self.shape[0] * self.shape[1]
+        self.is_static = config.gate == "static"
+        self.logit = nn.Parameter(torch.zeros(width)) if self.is_static else Linear(config.d_model, width)
         self.hook_gate = HookPoint()
 
     def forward(self, z, x):  # z (B, T, n_heads, d_head), x (B, T, d_model)
-        logit = self.logit if self.shape is None else self.logit(x).unflatten(-1, self.shape)
-        return z * self.hook_gate(torch.sigmoid(logit))
+        logit = self.logit if self.is_static else self.logit(x)
+        return z * self.hook_gate(torch.sigmoid(logit.unflatten(-1, self.shape)))
 
 
 class Attention(nn.Module):
@@ -197,10 +196,10 @@ class Decoder(HookedRootModule):
         self.ln_final = (DynamicTanh if config.norm == "dynamic_tanh" else RMSNorm)(config.d_model)
         self.unembed = Linear(config.d_model, config.d_vocab)
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1 and not name.endswith("gate.logit"):
+            if parameter.ndim > 1:
                 # By its own name, so that what two configurations have in common begins the same in both.
                 drawn = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {name}".encode()))
-                std = config.embedding_std if name == "embed.weight" else INIT_STD
+                std = config.embedding if name == "embed.weight" else INIT_STD
                 nn.init.normal_(parameter, std=std, generator=drawn)
         self.tokenizer, self.source = None, None
         self.anatomy = _anatomy(config)
@@ -210,7 +209,7 @@ class Decoder(HookedRootModule):
     def cfg(self) -> SimpleNamespace:
         """Where the model is and in what precision, by the names that a bridge's `cfg` has."""
         weight = self.embed.weight
-        return SimpleNamespace(device=weight.device, dtype=weight.dtype, default_prepend_bos=True)
+        return SimpleNamespace(device=weight.device, dtype=weight.dtype, default_prepend_bos=self.config.bos)
 
     def forward(
         self, tokens: Int[Tensor, "window position"], stop_at_layer: int | None = None
@@ -249,7 +248,7 @@ def _anatomy(config: Config) -> Anatomy:
         softcap=None,
         query_scale=config.d_head**-0.5,
         sees_rotation=True,
-        prepends_bos=True,
+        prepends_bos=config.bos,
         bos_token=BOS,
         layer_hooks=(*(f"blocks.{i}.hook_in" for i in layers), f"blocks.{config.n_layers - 1}.hook_out"),
         write_hooks=tuple(f"blocks.{i}.{name}" for i in layers for name in ("hook_attn_out", "hook_mlp_out")),

@@ -20,6 +20,7 @@ from spikesink.claims import LAB, write_atomically
 from spikesink.lab.config import Config, ConfigError
 from spikesink.lab.data import Corpus, Task, held_out, tokenizer_of
 from spikesink.lab.families import BASE, VARIANTS, Planned
+from spikesink.lab.measures import closely
 from spikesink.lab.model import Decoder
 from spikesink.lab.train import Machine, Run, look
 
@@ -28,7 +29,7 @@ LAST_WINDOWS = 512  # held-out windows that a trained model is measured on
 VERSIONS = ("torch", "transformer-lens", "tokenizers")
 DIGITS = 6
 TOKENIZER, WINDOWS_FILE = "tokenizer.json", "held-out.safetensors"
-HEADLINE = {BASE, *(variant.name for variant in VARIANTS if variant.headline)}
+KEPT = {BASE, *(variant.name for variant in VARIANTS if variant.headline and variant.kept)}  # of whom weights are
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         parameters=sum(p.numel() for p in run.model.parameters()),
         seconds=run.seconds,
         curve={name: [row[name] for row in run.curve] for name in run.curve[0]},
-        final=look(run, task, LAST_WINDOWS),
+        final=look(run, task, LAST_WINDOWS) | closely(run.model, task, LAST_WINDOWS),
     )
     place = file_of(plan, folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if plan.tier == "text" and plan.name in HEADLINE and plan.config.seed == 0:
+    if plan.tier == "text" and plan.name in KEPT and plan.config.seed == 0:
         half = {name: values.half().contiguous() for name, values in run.model.state_dict().items()}
         metadata = {"config": json.dumps(asdict(run.config)), "name": plan.name}
         write_atomically(place.with_suffix(".safetensors"), save(half, metadata))
@@ -118,8 +119,22 @@ def folder_of(given: str | os.PathLike | None = None) -> Path:
 
 
 def read_all(folder: Path, tier: str) -> list[Record]:
-    """The records of a tier, in the order of their files' names."""
-    return [read(file) for file in sorted((folder / tier).glob("*-[0-9].json"))]
+    """The records of a tier, in the order of their files' names.
+
+    Raises:
+        ConfigError: they cannot be compared, for they are of several texts or precisions.
+    """
+    records = [read(file) for file in sorted((folder / tier).glob("*-[0-9].json"))]
+    for what, values in (
+        ("text", {record.text_sha256 for record in records}),
+        ("precision", {record.machine["precision"] for record in records}),
+    ):
+        if len(values) > 1:
+            raise ConfigError(
+                f"the records in {folder / tier} are of more than one {what} and cannot be compared; move those of "
+                "one elsewhere, or train all with make ablations FIGURES=another folder."
+            )
+    return records
 
 
 def digest(records: Sequence[Record]) -> str:

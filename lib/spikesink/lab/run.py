@@ -23,7 +23,16 @@ from spikesink.lab.config import Config, ConfigError
 from spikesink.lab.data import CHARACTERS, SOURCE, Task, open_task
 from spikesink.lab.families import BASES, Planned, planned
 from spikesink.lab.records import Record, file_of, keep, keep_text, read
-from spikesink.lab.train import CHECKPOINT, KEPT_EVERY, Machine, Run, TrainingError, can_compile, precision_of, train
+from spikesink.lab.train import (
+    CHECKPOINT,
+    KEPT_EVERY,
+    Machine,
+    Run,
+    TrainingError,
+    can_compile,
+    multiplies_bfloat16,
+    train,
+)
 from spikesink.texts import TextError
 
 POLLED = 0.5  # seconds between looks at what the processes tell
@@ -58,13 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _machine(args: argparse.Namespace) -> Machine:
     """What the runs are computed with, of what is asked for."""
     compiled = not args.eager and (args.device != "cpu" or can_compile())
-    fastest = precision_of(args.device)
-    if compiled and args.device == "cpu" and args.precision == "bfloat16" != fastest:
+    narrow = multiplies_bfloat16(args.device)
+    if compiled and args.device == "cpu" and args.precision == "bfloat16" and not narrow:
         raise ConfigError(
             "this processor has no instructions for bfloat16, and compiled gradients in it are NaN: "
             "leave out --precision, or add --eager."
         )
-    return Machine(args.device, args.precision or fastest, compiled)
+    usual = "bfloat16" if args.device != "cpu" and narrow else "float32"
+    return Machine(args.device, args.precision or usual, compiled)
 
 
 def _is_there(plan: Planned, folder: Path) -> bool:
@@ -193,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--build", type=Path, default=Path("build"), help="checkpoints go to BUILD/lab")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="of the products (default: the fastest)")
+    parser.add_argument(
+        "--precision", choices=("bfloat16", "float32"), help="of products (default: float32; on a GPU bfloat16)"
+    )
     parser.add_argument("--checkpoint-every", type=float, default=KEPT_EVERY, metavar="SECONDS")
     parser.add_argument("--eager", action="store_true", help="do not compile (a compiler is needed for that)")
     return parser

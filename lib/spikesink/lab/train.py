@@ -26,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from spikesink.claims import write_atomically
 from spikesink.lab.config import Config
 from spikesink.lab.data import Backcopy, Task, batch, held_out
+from spikesink.lab.measures import WINDOWS, known, typical
 from spikesink.lab.model import Decoder
 from spikesink.patching.outcome import evaluate
 
-WINDOWS = 64  # held-out windows that are looked at
 LOOKS = 30  # times in a run
 KEPT_EVERY = 60.0  # seconds between checkpoints
 LEAST = 0.1  # what a cosine schedule ends at, of the learning rate
@@ -114,21 +114,21 @@ def train(
     Raises:
         TrainingError: a loss that is not finite, or a checkpoint of another configuration.
     """
-    run = start(config, machine)
+    run, of = start(config, machine), [config.key, task.sha256, machine.precision]
     if folder is not None:
-        _resume(run, folder)
+        _resume(run, folder, of)
     mean_loss = loss_of(run.model, machine)
     looks = looks_of(config)
     last, kept = min(until or config.steps, config.steps), time.monotonic()
     begun = kept - run.seconds
     while True:
         if run.step in looks and (not run.curve or run.curve[-1]["step"] < run.step):
-            run.curve.append({name: value for name, value in look(run, task).items() if name != "heads"})
+            run.curve.append({name: value for name, value in look(run, task).items() if isinstance(value, float | int)})
             run.losses.clear()
         run.seconds = time.monotonic() - begun
         done = run.step >= last
         if folder is not None and machine.rank == 0 and (done or time.monotonic() - kept > kept_every):
-            _keep(run, folder)
+            _keep(run, folder, of)
             kept = time.monotonic()
         tell(run)
         if done:
@@ -136,15 +136,15 @@ def train(
         step(run, task, mean_loss, machine)
 
 
-def precision_of(device: str) -> str:
-    """What products are fastest in: bfloat16 on a device that multiplies it, else float32.
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for products in bfloat16.
 
-    On a CPU without such instructions bfloat16 is slower, and gradients are NaN as torch.compile makes them (on
-    Apple's as well: pytorch issue 171764).
+    On a CPU without them bfloat16 is slower, and gradients are NaN as torch.compile makes them (on Apple's as well:
+    pytorch issue 171764).
     """
     if torch.device(device).type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bfloat16" if any(torch.cpu.get_capabilities().get(name) for name in MULTIPLY_BFLOAT16) else "float32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in MULTIPLY_BFLOAT16)
 
 
 def can_compile() -> bool:
@@ -202,7 +202,8 @@ class _Loss(nn.Module):
         kind = torch.device(self.machine.device).type
         with torch.autocast(kind, dtype=getattr(torch, self.machine.precision)) if narrow else contextlib.nullcontext():
             logits = self.model(tokens)
-        return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+        first = max(1, int(self.model.config.skipped * tokens.shape[1]))
+        return functional.cross_entropy(logits[:, first - 1 : -1].float().flatten(0, 1), tokens[:, first:].flatten())
 
 
 def loss_of(model: Decoder, machine: Machine) -> nn.Module:
@@ -223,7 +224,7 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
     Raises:
         TrainingError: the model's predictions are not finite.
     """
-    tokens = held_out(task, windows)
+    tokens = held_out(task, windows, bos=run.config.bos)
     try:
         found = evaluate(run.model, tokens)
     except FloatingPointError:
@@ -237,57 +238,17 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
         "max_activation": found.max_activation,
         "max_first": float(found.largest[:, 0].median()),
         "max_elsewhere": float(found.largest[:, 1:].amax(1).median()),
-        "median": _typical(run.model, tokens),
+        "median": typical(run.model, tokens),
     }
     if isinstance(task, Backcopy):
         row |= known(run.model, task, windows)
     return row
 
 
-@torch.inference_mode()
-def _typical(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
-    """The largest median over layers of what the stream's entries are in size."""
-    seen = []
-    hooks = [(name, lambda h, hook: seen.append(float(h.abs().median()))) for name in model.anatomy.layer_hooks]
-    with model.hooks(fwd_hooks=hooks):
-        model(tokens.to(model.cfg.device), stop_at_layer=model.anatomy.n_layers)
-    return max(seen)
-
-
-def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
-    """Of Bigram-Backcopy, what is known beforehand: the least losses there are, and when a head has nothing to do.
-
-    Returns:
-        copy_loss: mean loss of what is copied, at best 0; excess: that of all else, above the bigram's entropy;
-        heads: for each layer and head the attention to position 0, [of queries that are triggers, of all others];
-        and attention_trigger, attention_other: those two of the head whose other queries attend to position 0 most.
-    """
-    tokens = held_out(task, windows)
-    trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))
-    bigram = torch.from_numpy(task.bigram)
-    least = -bigram.xlogy(bigram).sum(-1)[tokens][:, 1:-1]
-    seen = {}
-    hooks = [(name, lambda p, hook: seen.update({hook.name: p[..., 0].cpu()})) for name in model.anatomy.pattern_hooks]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        logits = model(tokens.to(model.cfg.device)).cpu()
-    loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2), tokens[:, 2:], reduction="none")
-    copies, later = trigger[:, 1:-1], slice(2, None)  # the first queries have little else to look at
-    to_first = torch.stack(list(seen.values()))[..., later].movedim(1, 2)  # layer, head, window, query
-    heads = torch.stack([to_first[..., at].mean(-1) for at in (trigger[:, later], ~trigger[:, later])], -1)
-    dormant = heads.flatten(0, 1)[heads[..., 1].argmax()]
-    return {
-        "copy_loss": float(loss[copies].mean()),
-        "excess": float((loss - least)[~copies].mean()),
-        "attention_trigger": float(dormant[0]),
-        "attention_other": float(dormant[1]),
-        "heads": heads.tolist(),
-    }
-
-
-def _keep(run: Run, folder: Path) -> None:
-    """Write the checkpoint, whole or not at all."""
+def _keep(run: Run, folder: Path, of: list[str]) -> None:
+    """Write the checkpoint, whole or not at all; `of` says what run it is of."""
     state = {
-        "config": run.config.key,
+        "of": of,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "step": run.step,
@@ -301,7 +262,7 @@ def _keep(run: Run, folder: Path) -> None:
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
 
-def _resume(run: Run, folder: Path) -> None:
+def _resume(run: Run, folder: Path, of: list[str]) -> None:
     file = folder / CHECKPOINT
     if not file.exists():
         return
@@ -311,8 +272,10 @@ def _resume(run: Run, folder: Path) -> None:
         raise TrainingError(
             f"the checkpoint {file} is damaged ({error}); remove it, and the run begins anew."
         ) from None
-    if state["config"] != run.config.key:
-        raise TrainingError(f"the checkpoint {file} is of another configuration; remove it, and the run begins anew.")
+    if state.get("of") != of:
+        raise TrainingError(
+            f"the checkpoint {file} is of another configuration, text or precision; remove it, and the run begins anew."
+        )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.seconds, run.losses, run.curve = (state[name] for name in ("step", "seconds", "losses", "curve"))

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -12,7 +13,20 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from spikesink import paper
 from spikesink.claims import brief
 from spikesink.lab.families import BASE
-from spikesink.lab.findings import FAMILY, NO_RECORDS, Compared, by_name, follow_loss, of_family
+from spikesink.lab.findings import (
+    AGREES,
+    DIFFERS,
+    FAMILY,
+    LEAST_VARIANTS,
+    NO_RECORDS,
+    UNDECIDED,
+    Compared,
+    at_the_end,
+    by_name,
+    follow_loss,
+    means_of,
+    of_family,
+)
 from spikesink.lab.records import Record
 from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
 from spikesink.trace import Profile
@@ -36,7 +50,8 @@ def family(records: Sequence[Record], name: str) -> Figure:
     fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
     here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], 100 * paper.TRAINED_BASE[0], "black")], []
     for variant, rows in by_name(of_family(records, name)).items():
-        here += [(variant, r.final["max_activation"], 100 * r.final["sink_ratio"], _colour(variant)) for r in rows]
+        ends = [at_the_end(record) for record in rows]
+        here += [(variant, end["max_activation"], 100 * end["sink_ratio"], _colour(variant)) for end in ends]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
         if isinstance(sink, float) and spike is not None:
             there.append((variant, spike, 100 * sink, SPIKE))
@@ -121,7 +136,7 @@ def changes(found: Sequence[Compared]) -> Figure:
         ax.axvline(0, color="black", lw=0.8)
         for row, one in zip(rows, found, strict=True):
             change = getattr(one, measure)
-            colour = {True: OTHERS[0], False: SPIKE, None: ORDINARY}[change.agrees]
+            colour = {AGREES: OTHERS[0], DIFFERS: SPIKE, UNDECIDED: ORDINARY, None: ORDINARY}[change.outcome]
             ax.plot([change.low, change.high], [row, row], color=colour, lw=2, solid_capstyle="butt")
             ax.plot(change.value, row, marker="o", color=colour, mfc=colour if one.seeds > 1 else "white", ms=6)
             mark = {"up": "▸", "down": "◂", "stays": "=", None: ""}[change.paper]
@@ -136,9 +151,12 @@ def changes(found: Sequence[Compared]) -> Figure:
     ]
     axes[1].xaxis.set_major_locator(FixedLocator([math.log(t) for t in ticks]))
     axes[1].set_xticklabels([f"{t:g}" for t in ticks])
-    agree = [change.agrees for one in found for change in (one.sink, one.spike)]
+    outcomes = [change.outcome for one in found for change in (one.sink, one.spike)]
+    count = Counter(outcome for outcome in outcomes if outcome)
     above(
-        fig, f"{agree.count(True)} of {len(agree) - agree.count(None)} changes that the paper reports go its way here"
+        fig,
+        f"Of {count.total()} changes that the paper reports, {count[AGREES]} go its way here, {count[DIFFERS]} do not, "
+        f"{count[UNDECIDED]} are undecided",
     )
     return fig
 
@@ -209,20 +227,24 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
 
 @styled
 def following_loss(records: Sequence[Record], name: str = "optimization") -> Figure:
-    """09: sink ratio and largest activation against the loss, over the runs of a family and the base's."""
+    """09: sink ratio and largest activation against the loss, over the variants of a family and the base."""
     rows = of_family(records, name)
-    found = follow_loss(records, name)
+    means = [means_of(name, of) for name, of in by_name(rows).items()]
     fig, axes = figure(1, 2, size=(11, 4.2))
-    loss = [record.final["held_out_loss"] for record in rows]
-    for ax, values, colour, label, rho in (
-        (axes[0], [100 * record.final["sink_ratio"] for record in rows], SINK, "sink ratio (%)", found.sink),
-        (axes[1], [record.final["max_activation"] for record in rows], SPIKE, "largest activation", found.spike),
+    found = follow_loss(rows) if len(means) >= LEAST_VARIANTS else None
+    loss = [mean["loss"] for mean in means]
+    for ax, values, colour, label, measure in (
+        (axes[0], [100 * mean["sink_ratio"] for mean in means], SINK, "sink ratio (%)", "sink"),
+        (axes[1], [mean["max_activation"] for mean in means], SPIKE, "largest activation", "spike"),
     ):
         ax.plot(loss, values, marker="o", lw=0, color=colour, ms=6, mec="white")
-        for x, y, record in zip(loss, values, rows, strict=True):
-            ax.annotate(record.name, (x, y), (5, 4), textcoords="offset points", fontsize=7.5, color=ORDINARY)
+        for x, y, mean in zip(loss, values, means, strict=True):
+            ax.annotate(mean["name"], (x, y), (5, 4), textcoords="offset points", fontsize=7.5, color=ORDINARY)
         ax.set(xlabel="loss on held-out text (nats)", ylabel=label)
-        ax.set_title(f"Rank correlation with the loss: {rho:+.2f}", fontsize=11)
+        if found is not None:
+            low, high = getattr(found, f"{measure}_interval")
+            rho = getattr(found, measure)
+            ax.set_title(f"Rank correlation with the loss: {rho:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
     axes[1].set_yscale("log")
     _written_out(axes[1], "y")
     return fig

@@ -1,0 +1,108 @@
+"""What a model of the lab is like: what its records hold beside loss, sink ratio and largest activations."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from spikesink.lab.config import BOS, LENGTH
+from spikesink.lab.data import Backcopy, Task, held_out
+from spikesink.lab.model import Decoder
+from spikesink.patching.outcome import evaluate
+from spikesink.sinks import EPSILON
+
+WINDOWS = 64  # held-out windows that are looked at
+EPSILONS = (0.2, 0.4)  # that sinks are counted by as well, beside the usual 0.3
+
+
+@torch.inference_mode()
+def typical(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
+    """The largest median over layers of what the stream's entries are in size."""
+    seen = []
+    hooks = [(name, lambda h, hook: seen.append(float(h.abs().median()))) for name in model.anatomy.layer_hooks]
+    with model.hooks(fwd_hooks=hooks):
+        model(tokens.to(model.cfg.device), stop_at_layer=model.anatomy.n_layers)
+    return max(seen)
+
+
+def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
+    """Of Bigram-Backcopy, what is known beforehand: the least losses there are, and when a head has nothing to do.
+
+    Returns:
+        copy_loss: mean loss of what is copied, at best 0; excess: that of all else, above the bigram's entropy;
+        heads: for each layer and head the attention to position 0, [of queries that are triggers, of all others];
+        and attention_trigger, attention_other: those two of the head whose other queries attend to position 0 most.
+    """
+    tokens = held_out(task, windows, bos=model.config.bos)
+    trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))
+    bigram = torch.from_numpy(task.bigram)
+    least = -bigram.xlogy(bigram).sum(-1)[tokens][:, 1:-1]
+    seen = {}
+    hooks = [(name, lambda p, hook: seen.update({hook.name: p[..., 0].cpu()})) for name in model.anatomy.pattern_hooks]
+    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
+        logits = model(tokens.to(model.cfg.device)).cpu()
+    loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2), tokens[:, 2:], reduction="none")
+    copies, later = trigger[:, 1:-1], slice(2, None)  # the first queries have little else to look at
+    to_first = torch.stack(list(seen.values()))[..., later].movedim(1, 2)  # layer, head, window, query
+    heads = torch.stack([to_first[..., at].mean(-1) for at in (trigger[:, later], ~trigger[:, later])], -1)
+    dormant = heads.flatten(0, 1)[heads[..., 1].argmax()]
+    return {
+        "copy_loss": float(loss[copies].mean()),
+        "excess": float((loss - least)[~copies].mean()),
+        "attention_trigger": float(dormant[0]),
+        "attention_other": float(dormant[1]),
+        "heads": heads.tolist(),
+    }
+
+
+def closely(model: Decoder, task: Task, windows: int) -> dict[str, Any]:
+    """What is asked of a trained model only.
+
+    Returns:
+        scores, sinks: for each layer and head the mean sink score of position 0, and the share of windows in which it
+        is a sink; sink_ratios: by other epsilons; late: see `late`, if the model was trained on windows that long; and
+        other_first: sink ratio, mean score and position 0's largest activation when another token than BOS is there.
+    """
+    bos = model.config.bos
+    tokens = held_out(task, windows, bos=bos)
+    score = evaluate(model, tokens).score
+    found = {
+        "scores": score.mean(0).tolist(),
+        "sinks": (score > EPSILON).float().mean(0).tolist(),
+        "sink_ratios": {f"{epsilon:g}": float((score > epsilon).float().mean()) for epsilon in EPSILONS},
+    }
+    if model.anatomy.context >= 2 * LENGTH:
+        found["late"] = late(model, held_out(task, windows, 2 * LENGTH, bos))
+    if bos:
+        drawn = torch.Generator().manual_seed(0)
+        tokens[:, 0] = torch.randint(BOS + 1, model.config.d_vocab, (len(tokens),), generator=drawn)
+        there = evaluate(model, tokens)
+        found["other_first"] = {
+            "sink_ratio": there.sink_ratio,
+            "attention": float(there.score.mean()),
+            "max_first": float(there.largest[:, 0].median()),
+        }
+    return found
+
+
+@torch.inference_mode()
+def late(model: Decoder, tokens: Int[Tensor, "window position"], epsilon: float = EPSILON) -> dict[str, float]:
+    """Loss, sink ratio and mean sink score as the second half of each window has them: of its queries alone.
+
+    So models can be compared that were not trained to predict anything in the first half.
+    """
+    half = tokens.shape[1] // 2
+    scores, losses = [], []
+    hooks = [(name, lambda p, hook: scores.append(p[..., half:, 0].mean(-1))) for name in model.anatomy.pattern_hooks]
+    with model.hooks(fwd_hooks=hooks):
+        for piece in tokens.to(model.cfg.device).split(WINDOWS):
+            logits = model(piece)[:, half - 1 : -1]
+            losses.append(functional.cross_entropy(logits.flatten(0, 1), piece[:, half:].flatten(), reduction="none"))
+    score = torch.cat(scores)
+    return {
+        "loss": float(torch.cat(losses).mean()),
+        "sink_ratio": float((score > epsilon).float().mean()),
+        "attention": float(score.mean()),
+    }
