@@ -130,7 +130,7 @@ KEYS = torch.linspace(-1, 1, 32).reshape(2, 16)
             edited("key", 1, lambda x: x.__setitem__((slice(None), [0, 5], 0), -x[:, [0, 5], 0])),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, patching.Intervention) else "as asked",
 )
 def test_an_intervention_is_what_it_says(intervention, change, random_model, tokens):
     plain = by_hand(random_model, tokens, lambda what, number, x: x)
