@@ -523,7 +523,8 @@ def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_
 
 
 COMMAND = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be run in the background, where it is ignored
 from spikesink.lab import families, run
 from tests.test_lab import LONGER
 if __name__ == "__main__":
@@ -564,6 +565,18 @@ def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp
     for name in ("loss", "sink_ratio", "max_activation"):
         assert found[name] == pytest.approx([row[name] for row in whole.curve], rel=1e-3), name
     assert "All runs" in subprocess.run(command, env=ENVIRONMENT, check=True, timeout=60, **pipes).stdout
+
+
+def killed(plan, args, machine):
+    """In the place of a run's process: what a system short of memory does to it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_in_process", killed)
+    arguments = ["--only", "base-0", "--jobs", "1", "--figures", str(tmp_path), "--build", str(tmp_path)]
+    assert run.main(arguments) == 1
+    assert "was killed, perhaps for want of memory: try --jobs 1" in capsys.readouterr().err
 
 
 def test_of_two_commands_one_leaves_a_run_to_the_other(tmp_path):

@@ -59,8 +59,8 @@ def test_counts_stay_and_numbers_keep_the_digits_of_their_precision(dtype, exact
         assert value == pytest.approx(exact[1][name], rel=8 * EPSILON[dtype]), name
     # As README says it.
     assert found["plateau value"] == pytest.approx(exact[1]["plateau value"], rel=PLATEAU[dtype])
-    assert math.exp(found["loss"] - exact[1]["loss"]) == pytest.approx(1, abs=0.005)
-    assert found["sink ratio"] == pytest.approx(exact[1]["sink ratio"], abs=0.005)
+    assert math.exp(found["loss"] - exact[1]["loss"]) == pytest.approx(1, abs=0.01)
+    assert found["sink ratio"] == pytest.approx(exact[1]["sink ratio"], abs=0.01)
 
 
 @pytest.mark.parametrize("dtype", EPSILON)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"Interrupted; the runs go on from their checkpoints in {build} the next time.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenProcessPool:
+        print(
+            f"A run's process was killed, perhaps for want of memory: try --jobs 1; "
+            f"the runs go on from their checkpoints in {build}.",
+            file=sys.stderr,
+        )
+        return 1
     return 1 if failed else 0
 
 
@@ -164,7 +172,8 @@ _news: Any = None  # what a process tells its progress by
 def _begin(news: Any, jobs: int) -> None:
     global _news
     _news = news
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to tidy up
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a command in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to tidy up
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs)))
 
