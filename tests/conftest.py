@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 ROOT = Path(__file__).parent.parent
 # The notebooks' stored outputs are checked in a folder of their own, so that a test run changes no committed figure.
@@ -42,6 +43,23 @@ def family_directory(tmp_path_factory) -> Callable[[str], Path]:
     """The directory of a model of one of `planted.FAMILIES`, which is made once."""
     folder = tmp_path_factory.mktemp("families")
     return cache(lambda family: planted.save(planted.planted_family(family), folder / family))
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+def served(request, family_directory, tmp_path_factory):
+    """A bridge, and windows that begin with the trigger.
+
+    In Gemma 3 nothing is planted; its layers see 12 tokens back, but for every third.
+    """
+    if request.param == "gemma3":
+        more = {"sliding_window": 12, "sliding_window_pattern": 3, "head_dim": 16}
+        torch.manual_seed(0)
+        made = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**planted.SIZES | more)).eval()
+        directory = planted.save(made, tmp_path_factory.mktemp("models") / "gemma3")
+    else:
+        directory = family_directory(request.param)
+    model = spikesink.load(directory)
+    return model, spikesink.windows(model, spikesink.texts.Text("planted", planted.text(3, 48)), 3, 48)
 
 
 @pytest.fixture(scope="session")

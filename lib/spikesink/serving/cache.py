@@ -1,0 +1,302 @@
+"""What a KV cache keeps, and what becomes of a model that can attend to nothing else.
+
+A `Policy` says which keys a query still has. `forget` hides the others from attention in one run over whole windows:
+exact, and as slow as full attention. `stream` and `write` run text of any length through a cache that really lets go of
+them. What is kept without its real first token is the sink's constant key and value (`constant`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
+
+from spikesink.models import Anatomy, anatomy
+from spikesink.patching import Intervention, apply, hook, key, patched, set_to, value
+from spikesink.patching.chain import Constants
+from spikesink.progress import progress
+
+CHUNK = 64  # tokens that run side by side; the cache lets go of keys between chunks
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which keys stay.
+
+    Args:
+        window: the last so many tokens, the query's own among them; None: all.
+        kept: positions that stay for good.
+        heavy: how many others stay, by K/V head: those that have received the most attention (H2O, arXiv:2306.14048).
+        shifted: whether kept tokens move up to the window, as if nothing had ever been between them, instead of keeping
+            their positions (StreamingLLM, arXiv:2309.17453); they are then the first ones.
+    """
+
+    window: int | None = None
+    kept: tuple[int, ...] = ()
+    heavy: int = 0
+    shifted: bool = False
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} tokens has no room for the query's own; give at least 1.")
+        if self.window is None and (self.kept or self.heavy or self.shifted):
+            raise ValueError("without a window every key stays, so there is nothing to keep or to shift; give one.")
+        if self.kept and min(self.kept) < 0:
+            raise ValueError(f"position {min(self.kept)} does not exist; positions count from 0.")
+        if self.shifted and self.kept != tuple(range(len(self.kept))):
+            raise ValueError(f"positions {self.kept} are not the first ones, and only those can be shifted.")
+        if self.heavy < 0 or (self.heavy and self.kept):
+            raise ValueError("give kept positions or a number of heavy hitters, not both, and no negative one.")
+
+    def __str__(self) -> str:
+        if self.window is None:
+            return "every token"
+        first = self.kept == tuple(range(len(self.kept)))
+        kept = f" and {'the first ' if first else ''}{len(self.kept)}{'' if first else ' others'}" if self.kept else ""
+        heavy = f" and the {self.heavy} most attended to" if self.heavy else ""
+        return f"the last {self.window}{kept}{heavy}{', shifted' if self.shifted else ''}"
+
+    def sees(
+        self, queries: Int[Tensor, " query"], keys: Int[Tensor, " key"], sight: int | None = None
+    ) -> Bool[Tensor, "query key"]:
+        """Whether queries at these positions have keys at those, heavy hitters aside.
+
+        Args:
+            queries: their positions.
+            keys: theirs.
+            sight: how many tokens back the layer itself sees, the query included (`Anatomy.sight`).
+        """
+        back = queries[:, None] - keys
+        near = back < (self.window or torch.inf)
+        kept = torch.isin(keys, torch.tensor(self.kept, dtype=keys.dtype, device=keys.device))
+        far = back >= (sight or torch.inf) if not self.shifted else torch.zeros_like(back, dtype=torch.bool)
+        return (back >= 0) & (near | kept) & ~far
+
+
+def first(n: int, budget: int, shifted: bool = False) -> Policy:
+    """A cache of so many keys: the first n tokens, and the last ones in the rest of it."""
+    return Policy(budget - n, tuple(range(n)), shifted=shifted)
+
+
+def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]:
+    """Interventions that hide from every query what the policy has let go of; positions stay as they are.
+
+    Raises:
+        ValueError: a policy that shifts, or attention that has read its pattern before it can be changed.
+    """
+    about = anatomy(model)
+    if policy.shifted:
+        raise ValueError("positions of a run over whole windows cannot be shifted; use stream.")
+    _check(about)
+    if policy.window is None:
+        return ()
+    groups = about.n_kv_heads
+
+    def hidden(pattern: Float[Tensor, "window head query key"]) -> Float[Tensor, "window head query key"]:
+        if policy.heavy:
+            return hit(pattern, policy.window, policy.heavy, groups)
+        keys = torch.arange(pattern.shape[-1], device=pattern.device)
+        return renormalized(pattern, policy.sees(keys[-pattern.shape[-2] :], keys))
+
+    hidden.__name__ = f"a cache of {policy}"
+    return (apply(hook(about.pattern_hooks), hidden),)
+
+
+def _check(about: Anatomy) -> None:
+    if not about.edits_pattern:
+        raise ValueError(f"the attention of this {about.family} model has read its pattern before it can be changed.")
+    if about.learned_sink:
+        raise ValueError(
+            f"a learned logit takes part in the attention of this {about.family} model; that is not covered."
+        )
+
+
+def renormalized(
+    pattern: Float[Tensor, "window head query key"], seen: Bool[Tensor, "query key"]
+) -> Float[Tensor, "window head query key"]:
+    """Attention over the keys that are seen alone: what softmax makes of their logits."""
+    return functional.normalize(pattern * seen, p=1, dim=-1, eps=torch.finfo(pattern.dtype).tiny)
+
+
+def hit(
+    pattern: Float[Tensor, "window head query key"], window: int, heavy: int, n_kv_heads: int
+) -> Float[Tensor, "window head query key"]:
+    """Attention where, beside the last tokens, only the most attended to are left: of those, and of the one that leaves
+    the window, the one that has received least goes, query by query and for each K/V head by itself.
+    """
+    if pattern.shape[-1] != pattern.shape[-2]:
+        raise ValueError("heavy hitters are found over whole windows; run them without a cache.")
+    grouped = pattern.unflatten(1, (n_kv_heads, -1))  # window, K/V head, query head of it, query, key
+    out = torch.zeros_like(grouped)
+    n = pattern.shape[-1]
+    received = pattern.new_zeros(len(pattern), n_kv_heads, n)
+    stays = torch.zeros_like(received, dtype=torch.bool)
+    for q in range(n):
+        seen = stays.clone()
+        seen[..., max(0, q - window + 1) : q + 1] = True
+        row = functional.normalize(grouped[..., q, :] * seen[:, :, None], p=1, dim=-1)
+        out[..., q, :] = row
+        received += row.sum(2)
+        leaving = q - window + 1
+        if leaving >= 0:
+            stays[..., leaving] = True
+            if leaving >= heavy:
+                least = received.masked_fill(~stays, torch.inf).argmin(-1, keepdim=True)
+                stays.scatter_(-1, least, False)
+    return out.flatten(1, 2)
+
+
+def constant(known: Constants, positions: int | Sequence[int] | Bool[Tensor, "window position"] = 0) -> tuple:
+    """Interventions that put the spike tokens' mean key and value at some positions: a sink that needs no token there.
+
+    Args:
+        known: as `patching.chain.constants` returns it, of other windows.
+        positions: where; by default the first.
+
+    Returns:
+        The interventions; none where the model has no keys and values that could be held.
+    """
+    if known.keys is None:
+        return ()
+    layers = range(known.about.n_layers)
+    return (set_to(key(layers), known.keys, positions), set_to(value(layers), known.values, positions))
+
+
+class Bounded:
+    """A model with a KV cache that lets go of what a policy does not keep."""
+
+    def __init__(self, model: TransformerBridge, policy: Policy, cuts: Sequence[Intervention] = ()):
+        if policy.heavy:
+            raise ValueError("heavy hitters differ from head to head, and no cache here does; use forget.")
+        self.model, self.policy, self.cuts, self.about = model, policy, tuple(cuts), anatomy(model)
+        if policy.window is not None:
+            _check(self.about)
+        self.cache = DynamicCache()
+        self.held = torch.zeros(0, dtype=torch.long)  # positions of what the cache holds
+        self.begin: Int[Tensor, "window kept"] | None = None
+        self.done = 0
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Int[Tensor, "window new"]) -> Float[Tensor, "window new vocabulary"]:
+        """Run the next tokens; returns what is predicted after each."""
+        n_kept, new = len(self.policy.kept), tokens.shape[1]
+        if self.done == 0:
+            if new < n_kept:
+                raise ValueError(f"the first {new} tokens are fewer than the {n_kept} to be kept; run more at once.")
+            self.begin = tokens[:, :n_kept]
+        elif self.policy.shifted and n_kept:
+            self._move_up()
+        positions = torch.arange(self.done, self.done + new)
+        keys = torch.cat([self.held, positions])
+        logits = self._run(tokens, positions, keys, self.cuts if self.done == 0 else ())
+        self.done += new
+        stays = self.policy.sees(torch.tensor([self.done]), keys)[0]
+        self.held = keys[stays]
+        for layer in self.cache.layers:
+            index = stays.nonzero()[:, 0].to(layer.keys.device)
+            layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
+        return logits
+
+    def _run(self, tokens, positions, keys, cuts, cache: DynamicCache | None = None) -> Tensor:
+        def seeing(layer: int):
+            def see(pattern: Tensor) -> Tensor:
+                seen = self.policy.sees(positions, keys, self.about.sight[layer])
+                return renormalized(pattern, seen.to(pattern.device))
+
+            return see
+
+        seen = [apply(hook(name), seeing(layer)) for layer, name in enumerate(self.about.pattern_hooks)]
+        device = self.model.cfg.device
+        with patched(self.model, *cuts, *(seen if self.policy.window is not None else ())):
+            try:
+                return self.model(
+                    tokens.to(device),
+                    past_key_values=self.cache if cache is None else cache,
+                    use_cache=True,
+                    position_ids=positions[None].expand(len(tokens), -1).to(device),
+                )
+            except IndexError:
+                if int(positions[-1]) < self.about.context:
+                    raise
+                raise ValueError(
+                    f"this {self.about.family} model has no positions beyond its context of {self.about.context}; "
+                    "give a shorter text."
+                ) from None
+
+    def _move_up(self) -> None:
+        """Run the kept tokens once more, right before the window: attention knows distances only, so that all that
+        becomes of them is the rotation of their keys.
+        """
+        n = len(self.policy.kept)
+        if len(self.held) <= n or self.held[n] == n:
+            return
+        place = torch.arange(int(self.held[n]) - n, int(self.held[n]))
+        anew = DynamicCache()
+        self._run(self.begin, place, place, self.cuts, anew)
+        for layer, moved in zip(self.cache.layers, anew.layers, strict=True):
+            layer.keys = torch.cat([moved.keys, layer.keys[:, :, n:]], dim=2)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A text that ran through a bounded cache."""
+
+    policy: Policy
+    loss: Float[Tensor, "window position"]  # cross-entropy of the next token, nats
+    most_held: int  # keys in the cache between two chunks
+
+    def perplexity(self, start: int = 0, end: int | None = None) -> float:
+        """exp of the mean loss from one position to before another."""
+        return float(self.loss[:, start:end].mean().exp())
+
+
+def stream(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "window position"],
+    policy: Policy,
+    cuts: Sequence[Intervention] = (),
+    chunk: int = CHUNK,
+) -> Streamed:
+    """Run text through a cache that lets go of what the policy does not keep; it may be longer than the context.
+
+    Args:
+        model: as `load` returns it.
+        tokens: windows, of any length.
+        policy: what the cache keeps. Where it shifts, kept tokens move up between chunks.
+        cuts: interventions, at positions of the first chunk only.
+        chunk: how many tokens run side by side.
+
+    Raises:
+        ValueError: fewer tokens in a chunk than the policy keeps for good, or heavy hitters.
+    """
+    bounded, losses, most = Bounded(model, policy, cuts), [], 0
+    for start in progress(range(0, tokens.shape[1], chunk), str(policy), "chunk"):
+        logits = bounded(tokens[:, start : start + chunk]).float()
+        target = tokens[:, start + 1 : start + chunk + 1].to(logits.device)
+        # The vocabulary last: over another dimension, log_softmax adds up in an order that loses four digits.
+        loss = functional.cross_entropy(logits[:, : target.shape[1]].flatten(0, 1), target.flatten(), reduction="none")
+        losses.append(loss.view_as(target).cpu())
+        most = max(most, len(bounded.held))
+    return Streamed(policy, torch.cat(losses, dim=1), most)
+
+
+def write(
+    model: TransformerBridge,
+    prompt: Int[Tensor, " length"],
+    policy: Policy,
+    n: int,
+    cuts: Sequence[Intervention] = (),
+    chunk: int = CHUNK,
+) -> Int[Tensor, " n"]:
+    """Generate greedily from a cache that lets go of what the policy does not keep; raises what `stream` does."""
+    bounded, written = Bounded(model, policy, cuts), []
+    for start in range(0, len(prompt), chunk):
+        logits = bounded(prompt[None, start : start + chunk])
+    for _ in progress(range(n), str(policy), "token"):
+        written.append(int(logits[0, -1].argmax()))
+        logits = bounded(torch.tensor([written[-1:]]))
+    return torch.tensor(written)

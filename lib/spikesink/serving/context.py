@@ -1,0 +1,225 @@
+"""Long contexts: sink, spike and perplexity by length, to a model's limit and past it; and recall by depth."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from scipy.stats import bootstrap
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.models import anatomy
+from spikesink.patching import Outcome
+from spikesink.patching.behaviour import PLACES, THINGS
+from spikesink.progress import progress
+from spikesink.serving.cache import Bounded, Policy
+from spikesink.sinks import EPSILON
+
+CHUNK = 256
+BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are no independent draws
+DEPTHS = (0.05, 0.35, 0.65, 0.95)
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a text's first tokens do for later ones, bin by bin: from one length to before the next."""
+
+    lengths: tuple[int, ...]  # the end of each bin; the first one begins at 0
+    limit: int  # the model's context
+    epsilon: float
+    score: Float[Tensor, "bin window layer head"]  # attention that position 0 gets of all queries up to this length
+    late: Float[Tensor, "bin layer head"]  # of the queries of this bin alone, mean over windows
+    loss: Float[Tensor, "window position"]  # cross-entropy of the next token, nats
+    largest: Float[Tensor, "window position"]  # max |h| over channels, as the stream enters layers and leaves the last
+    seconds: float
+
+    @property
+    def sink_ratios(self) -> list[float]:
+        """Share of windows, layers and heads whose score at each length exceeds epsilon."""
+        return (self.score > self.epsilon).float().mean((1, 2, 3)).tolist()
+
+    @property
+    def late_ratios(self) -> list[float]:
+        """Share of layers and heads in which the queries of each bin give position 0 more than epsilon."""
+        return (self.late > self.epsilon).float().mean((1, 2)).tolist()
+
+    def _bins(self, of: Float[Tensor, "window position"]) -> list[Float[Tensor, "window part"]]:
+        starts = (0, *self.lengths[:-1])
+        return [of[:, start:end] for start, end in zip(starts, self.lengths, strict=True)]
+
+    @property
+    def perplexities(self) -> list[float]:
+        """exp of the mean loss of each bin's predictions."""
+        return [float(of.mean().exp()) for of in self._bins(self.loss)]
+
+    def intervals(self, level: float = 0.95, seed: int = 0) -> list[tuple[float, float]]:
+        """A bootstrap interval of each bin's perplexity, over pieces of `BLOCK` predictions."""
+        found = []
+        for of in self._bins(self.loss):
+            pieces = torch.cat([piece.mean(1) for piece in of.split(BLOCK, 1)]).double().numpy()
+            if len(pieces) < 2:
+                found.append((float("nan"), float("nan")))
+                continue
+            ends = bootstrap(
+                (pieces,),
+                lambda x, axis: x.mean(axis=axis),
+                n_resamples=RESAMPLES,
+                confidence_level=level,
+                method="percentile",
+                rng=seed,
+            ).confidence_interval
+            found.append((float(torch.tensor(ends.low).exp()), float(torch.tensor(ends.high).exp())))
+        return found
+
+    @property
+    def first(self) -> float:
+        """The largest entry of the stream at position 0, median over windows; it does not depend on the length."""
+        return float(self.largest[:, 0].median())
+
+    @property
+    def elsewhere(self) -> list[float]:
+        """The largest entry of the stream in each bin, position 0 left out."""
+        return [float((of[:, 1:] if i == 0 else of).max()) for i, of in enumerate(self._bins(self.largest))]
+
+
+@torch.inference_mode()
+def lengthen(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "window position"],
+    lengths: Sequence[int],
+    cuts: Sequence = (),
+    chunk: int = CHUNK,
+    epsilon: float = EPSILON,
+) -> Lengths:
+    """Run long windows once, and measure at each length; every key stays in the cache.
+
+    Args:
+        model: as `load` returns it.
+        tokens: windows as long as the last of `lengths`.
+        lengths: where bins end, rising.
+        cuts: interventions, at positions of the first chunk only.
+        chunk: how many tokens run side by side.
+        epsilon: what a sink's score exceeds.
+
+    Raises:
+        ValueError: lengths that do not rise, or more than there are tokens.
+    """
+    lengths = tuple(lengths)
+    if list(lengths) != sorted(set(lengths)) or not lengths or lengths[0] < 2 or lengths[-1] > tokens.shape[1]:
+        raise ValueError(f"lengths must rise from at least 2 to the windows' {tokens.shape[1]}, but are {lengths}.")
+    begun, about, tokens = time.perf_counter(), anatomy(model), tokens[:, : lengths[-1]]
+    ends = torch.tensor(lengths)
+    got = torch.zeros(len(lengths), len(tokens), about.n_layers, about.n_heads)  # attention, summed over queries
+    queries = torch.zeros(len(lengths), about.n_layers)  # that have position 0 in sight
+    sizes: list[Float[Tensor, "window part"]] = []
+    losses, bounded, now = [], Bounded(model, Policy(), cuts), {}
+
+    def on_pattern(value, hook):
+        layer = about.pattern_hooks.index(hook.name)
+        at = bounded.done + torch.arange(value.shape[2])
+        if (sight := about.sight[layer]) is not None:
+            at = at[at < sight]
+        to_first = value[:, :, : len(at), 0].float().cpu()  # window, head, query
+        for i, where in enumerate(torch.bucketize(at, ends, right=True)):
+            got[where, :, layer] += to_first[..., i]
+            queries[where, layer] += 1
+
+    def on_layer(value, hook):
+        now[hook.name] = value.abs().amax(-1).float().cpu()
+
+    watch = [(name, on_pattern) for name in about.pattern_hooks] + [(name, on_layer) for name in about.layer_hooks]
+    for start in progress(range(0, lengths[-1], chunk), "long context", "chunk"):
+        with model.hooks(fwd_hooks=watch):
+            logits = bounded(tokens[:, start : start + chunk]).float()
+        sizes.append(torch.stack(list(now.values())).amax(0))
+        target = tokens[:, start + 1 : start + chunk + 1].to(logits.device)
+        loss = functional.cross_entropy(logits[:, : target.shape[1]].flatten(0, 1), target.flatten(), reduction="none")
+        losses.append(loss.view_as(target).cpu())
+    each = queries[:, None, :, None].clamp(min=1)
+    return Lengths(
+        lengths,
+        about.context,
+        epsilon,
+        got.cumsum(0) / queries.cumsum(0)[:, None, :, None].clamp(min=1),
+        (got / each).mean(1),
+        torch.cat(losses, 1),
+        torch.cat(sizes, 1),
+        time.perf_counter() - begun,
+    )
+
+
+@dataclass(frozen=True)
+class Needles:
+    """Prompts that say once where a thing is, at some depth of another text, and ask for it in the end."""
+
+    tokens: Int[Tensor, "prompt length"]
+    answer: tuple[slice, ...]  # which predictions are the answer's, by prompt
+    depth: tuple[float, ...]  # how deep it is told; of a control, where another place is told
+    told: tuple[bool, ...]
+
+    def recalled(self, outcome: Outcome) -> dict[float, float]:
+        """How many nats likelier each token of the answer is for having been told, by depth."""
+        loss = [float(of[where].mean()) for of, where in zip(outcome.loss, self.answer, strict=True)]
+        found = {}
+        for depth in dict.fromkeys(self.depth):
+            of = {
+                told: [x for x, d, t in zip(loss, self.depth, self.told, strict=True) if d == depth and t == told]
+                for told in (True, False)
+            }
+            found[depth] = sum(of[False]) / len(of[False]) - sum(of[True]) / len(of[True])
+        return found
+
+
+def needles(
+    model: TransformerBridge,
+    filler: Int[Tensor, " token"],
+    length: int,
+    n: int = 2,
+    depths: Sequence[float] = DEPTHS,
+    seed: int = 0,
+) -> Needles:
+    """Hide a sentence at several depths of a text, and ask for it in the end; beside each, one that says another place.
+
+    Args:
+        model: as `load` returns it.
+        filler: the text, in tokens without BOS.
+        length: of the prompts, in tokens.
+        n: how many things are hidden, each at all depths.
+        depths: shares of the text that come before.
+        seed: of things and places.
+
+    Raises:
+        ValueError: the text is too short, or the prompts are.
+    """
+
+    def ids(text: str) -> list[int]:
+        return model.tokenizer(text, add_special_tokens=False).input_ids
+
+    generator = torch.Generator().manual_seed(seed)
+    things = [THINGS[i] for i in torch.randperm(len(THINGS), generator=generator)[:n]]
+    places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)]
+    bos = [model.tokenizer.bos_token_id] if model.cfg.default_prepend_bos else []
+    rows, answer, of = [], [], []
+    for i, thing in enumerate(things):
+        place, other = places[i], places[-1 - i]
+        question = f"\nSo, once more: the {thing} is in the"
+        asked, whole = ids(question), ids(f"{question} {place}")
+        asked = whole[: len(asked)] if whole[: len(asked)] == asked else whole[:-1]
+        for depth in depths:
+            for told, where in ((True, place), (False, other)):
+                said = ids(f"\nThe {thing} is in the {where}.\n")
+                room = length - len(bos) - len(said) - len(whole)
+                if room < 1 or room > len(filler):
+                    raise ValueError(
+                        f"prompts of {length} tokens need {max(room, 1)} of text, and there are {len(filler)}; "
+                        "give another length or a longer text."
+                    )
+                text, before = filler[:room].tolist(), round(depth * room)
+                rows.append([*bos, *text[:before], *said, *text[before:], *whole])
+                answer.append(slice(length - len(whole) + len(asked) - 1, length - 1))
+                of.append((depth, told))
+    return Needles(torch.tensor(rows), tuple(answer), *(tuple(column) for column in zip(*of, strict=True)))

@@ -1,0 +1,215 @@
+"""KV caches: policies against masks by hand, a cache that lets go of keys against attention that cannot see them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import spikesink
+from spikesink import find_lifecycle, patching, trace_windows
+from spikesink.patching import chain
+from spikesink.serving import cache
+from spikesink.serving.cache import Policy, constant, first, forget, hit, stream, write
+from tests import planted
+
+FEW = dict(rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_policy_sees():
+    at = torch.arange(6)
+    rows = ["100000", "110000", "111000", "101100", "100110", "100011"]
+    wanted = torch.tensor([[c == "1" for c in row] for row in rows])
+    assert torch.equal(Policy(2, (0,)).sees(at, at), wanted | (torch.eye(6) == 1))
+    assert torch.equal(Policy(2, (0,)).sees(at, at)[4], torch.tensor([True, False, False, True, True, False]))
+    assert torch.equal(Policy().sees(at, at), torch.ones(6, 6, dtype=torch.bool).tril())
+    assert first(1, 3) == Policy(2, (0,))
+    # What a layer does not see is out of sight wherever it is kept.
+    assert torch.equal(Policy(2, (0,)).sees(at, at, 3)[4], torch.tensor([False, False, False, True, True, False]))
+
+
+def test_what_is_no_policy_is_refused():
+    for wrong, says in (
+        ({"window": 0}, "no room for the query's own"),
+        ({"kept": (0,)}, "without a window"),
+        ({"window": 4, "kept": (-1,)}, "does not exist"),
+        ({"window": 4, "kept": (1, 2), "shifted": True}, "not the first ones"),
+        ({"window": 4, "kept": (0,), "heavy": 2}, "not both"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Policy(**wrong)
+
+
+def test_a_policy_says_what_it_keeps():
+    assert str(Policy()) == "every token"
+    assert str(first(4, 64)) == "the last 60 and the first 4"
+    assert str(first(1, 64, shifted=True)) == "the last 63 and the first 1, shifted"
+    assert str(Policy(8, (5, 6))) == "the last 8 and 2 others"
+    assert str(Policy(8, heavy=3)) == "the last 8 and the 3 most attended to"
+
+
+@pytest.mark.parametrize("policy", [Policy(5), Policy(5, (0, 1)), Policy(5, (3, 9)), Policy(5, heavy=3)])
+def test_attention_over_what_is_left_is_softmax_over_what_is_left(served, policy):
+    """Each query's attention, made again of the whole one's logits."""
+    model, tokens = served
+    seen = {}
+    name = model_patterns(model)[0]
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update(whole=x))]):
+        model(tokens)
+    with (
+        patching.patched(model, *forget(model, policy)),
+        model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update(left=x))]),
+    ):
+        model(tokens)
+    logits, left = seen["whole"].log(), seen["left"]
+    assert not torch.allclose(seen["whole"], left, atol=1e-3)
+    if policy.heavy:
+        left_keys = (left > 0).sum(-1)[0]  # of each head and query
+        assert int(left_keys.max()) <= policy.window + policy.heavy
+        if spikesink.models.anatomy(model).sight[0] is None:
+            assert int(left_keys[:, 8:].min()) == policy.window + policy.heavy
+        mask = left > 0
+    else:
+        at = torch.arange(tokens.shape[1])
+        mask = policy.sees(at, at)
+    torch.testing.assert_close(logits.masked_fill(~mask, -torch.inf).softmax(-1), left, **FEW)
+
+
+def model_patterns(model) -> tuple[str, ...]:
+    return spikesink.models.anatomy(model).pattern_hooks
+
+
+def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
+    """H2O for one head [query, key], in plain words."""
+    out, received, others = torch.zeros_like(pattern), [0.0] * len(pattern), []
+    for q in range(len(pattern)):
+        recent = list(range(max(0, q - window + 1), q + 1))
+        total = sum(float(pattern[q, k]) for k in others + recent)
+        for k in others + recent:
+            out[q, k] = float(pattern[q, k]) / total
+            received[k] += float(out[q, k])
+        if q - window + 1 >= 0:
+            others.append(q - window + 1)
+        if len(others) > heavy:
+            others.remove(min(others, key=lambda k: received[k]))
+    return out
+
+
+def test_heavy_hitters_against_a_loop():
+    logits = torch.randn(2, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    pattern = logits.masked_fill(torch.ones(20, 20).triu(1) == 1, -torch.inf).softmax(-1)
+    found = hit(pattern, 4, 3, 3)
+    for window in range(2):
+        for head in range(3):
+            torch.testing.assert_close(found[window, head], heaviest(pattern[window, head], 4, 3))
+    grouped = hit(pattern[:, [0, 0, 1, 1]], 4, 3, 2)  # two query heads to a K/V head: what both get counts
+    torch.testing.assert_close(grouped[:, 0], found[:, 0])
+    torch.testing.assert_close(grouped[:, 3], found[:, 1])
+    with pytest.raises(ValueError, match="whole windows"):
+        hit(pattern[:, :, -1:], 4, 3, 3)
+
+
+@pytest.mark.parametrize("chunk", [5, 48])
+@pytest.mark.parametrize("policy", [Policy(), Policy(48), Policy(9), Policy(7, (0, 1)), Policy(7, (2, 3))])
+def test_a_cache_that_lets_go_is_attention_that_cannot_see(served, policy, chunk):
+    model, tokens = served
+    found = stream(model, tokens, policy, chunk=chunk)
+    wanted = patching.evaluate(model, tokens, *forget(model, policy))
+    torch.testing.assert_close(found.loss, wanted.loss, **FEW)
+    assert found.most_held == min(48, (policy.window or 49) - 1 + len(policy.kept))
+
+
+def test_a_window_as_long_as_the_text_is_no_window(served):
+    model, tokens = served
+    whole = patching.evaluate(model, tokens)
+    torch.testing.assert_close(patching.evaluate(model, tokens, *forget(model, Policy(48))).loss, whole.loss, **FEW)
+    short = patching.evaluate(model, tokens, *forget(model, Policy(46)))
+    assert not torch.allclose(short.loss[:, -1], whole.loss[:, -1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(stream(model, tokens, Policy()).loss, whole.loss, **FEW)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """In one layer keys and values know nothing of what came before: what is left can be run by itself."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**planted.SIZES | {"num_hidden_layers": 1})
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight *= 20  # so that positions make a difference
+    return spikesink.load(planted.save(model, tmp_path_factory.mktemp("models") / "one-layer"))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_shifted_is_as_if_nothing_had_been_between(one_layer, kept):
+    model = one_layer
+    tokens = spikesink.windows(model, "house", 2, 40)
+    at = 36  # where a chunk begins: there kept tokens have just moved up
+    chunk = max(1, kept)
+    bounded, stays = (stream(model, tokens, first(kept, 8 + kept, shifted), chunk=chunk) for shifted in (True, False))
+    left = torch.cat([tokens[:, :kept], tokens[:, at - 7 : at + 1]], dim=1)
+    wanted = -model(left)[:, -1].log_softmax(-1).gather(1, tokens[:, at + 1, None])[:, 0]
+    torch.testing.assert_close(bounded.loss[:, at], wanted, **FEW)
+    assert ((stays.loss[:, at] - wanted).abs().max() > 1e-3) == (kept > 0)
+
+
+def test_generating_from_a_cache_is_generating_from_what_it_holds(served):
+    model, tokens = served
+    written = write(model, tokens[0, :20], Policy(), 10)
+    usual = model.generate(
+        tokens[:1, :20], max_new_tokens=10, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
+    )
+    assert torch.equal(written, usual[0, 20:])
+    policy = Policy(6, (0,))
+    short, whole = write(model, tokens[0, :20], policy, 10), tokens[0, :20]
+    for token in short:  # greedy, each from all that came before, of which attention sees what the cache holds
+        with patching.patched(model, *forget(model, policy)):
+            assert int(model(whole[None])[0, -1].argmax()) == token
+        whole = torch.cat([whole, token[None]])
+
+
+@pytest.mark.parametrize("served", ["llama", "qwen3"], indirect=True)
+def test_a_constant_key_and_value_does_for_the_first_token(served):
+    """Without the sink's key, a planted head writes what harms; with a constant one in its place it does not."""
+    model, tokens = served
+    life = find_lifecycle(trace_windows(model, tokens))
+    held_out = spikesink.windows(model, spikesink.texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
+    known = chain.constants(model, life, held_out)
+    loss = {
+        name: patching.evaluate(model, tokens, *cuts).loss[:, 24:].mean()
+        for name, cuts in {
+            "all": (),
+            "window": forget(model, Policy(8)),
+            "others": forget(model, Policy(8, (3,))),
+            "first": forget(model, Policy(8, (0,))),
+            "constant": (*constant(known), *forget(model, Policy(8, (0,)))),
+        }.items()
+    }
+    assert loss["window"] > loss["all"] + 0.1
+    assert loss["others"] > loss["all"] + 0.1
+    assert abs(loss["first"] - loss["all"]) < 0.05
+    assert abs(loss["constant"] - loss["all"]) < 0.05
+    streamed = stream(model, tokens, Policy(8, (0,)), constant(known), chunk=16)
+    masked = patching.evaluate(model, tokens, *constant(known), *forget(model, Policy(8, (0,))))
+    torch.testing.assert_close(streamed.loss, masked.loss, **FEW)
+
+
+@pytest.mark.parametrize(
+    ("field", "says"), [("edits_pattern", "has read its pattern"), ("learned_sink", "learned logit")]
+)
+def test_attention_that_cannot_be_made_again_is_refused(served, field, says, monkeypatch):
+    model, tokens = served
+    about = spikesink.models.anatomy(model)
+    monkeypatch.setattr(cache, "anatomy", lambda model: replace(about, **{field: not getattr(about, field)}))
+    for run in (forget, lambda model, policy: stream(model, tokens, policy)):
+        with pytest.raises(ValueError, match=says):
+            run(model, Policy(8))
+
+
+def test_what_a_cache_cannot_do_is_said(served):
+    model, tokens = served
+    with pytest.raises(ValueError, match="use stream"):
+        forget(model, first(1, 8, shifted=True))
+    with pytest.raises(ValueError, match="use forget"):
+        stream(model, tokens, Policy(8, heavy=2))
+    with pytest.raises(ValueError, match="fewer than the 4 to be kept"):
+        stream(model, tokens, first(4, 8), chunk=2)
