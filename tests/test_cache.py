@@ -8,9 +8,13 @@ import transformers
 
 import spikesink
 from spikesink import find_lifecycle, patching, trace_windows
+from spikesink.claims import NotApplicable
+from spikesink.lifecycle import find_spikes
 from spikesink.patching import chain
 from spikesink.serving import cache
-from spikesink.serving.cache import Policy, constant, first, forget, hit, stream, write
+from spikesink.serving.cache import Policy, evictions, first, forget, hit, pages, stream, write
+from spikesink.serving.cells import cells, cross, sink_held
+from spikesink.serving.diagnosis import ROUTING, diagnose
 from tests import planted
 
 FEW = dict(rtol=1e-4, atol=1e-5)
@@ -181,16 +185,39 @@ def test_a_constant_key_and_value_does_for_the_first_token(served):
             "window": forget(model, Policy(8)),
             "others": forget(model, Policy(8, (3,))),
             "first": forget(model, Policy(8, (0,))),
-            "constant": (*constant(known), *forget(model, Policy(8, (0,)))),
+            "constant": (*sink_held(known), *forget(model, Policy(8, (0,)))),
         }.items()
     }
     assert loss["window"] > loss["all"] + 0.1
     assert loss["others"] > loss["all"] + 0.1
     assert abs(loss["first"] - loss["all"]) < 0.05
     assert abs(loss["constant"] - loss["all"]) < 0.05
-    streamed = stream(model, tokens, Policy(8, (0,)), constant(known), chunk=16)
-    masked = patching.evaluate(model, tokens, *constant(known), *forget(model, Policy(8, (0,))))
+    streamed = stream(model, tokens, Policy(8, (0,)), sink_held(known), chunk=16)
+    masked = patching.evaluate(model, tokens, *sink_held(known), *forget(model, Policy(8, (0,))))
     torch.testing.assert_close(streamed.loss, masked.loss, **FEW)
+
+
+@pytest.mark.parametrize("served", ["llama", "qwen3"], indirect=True)
+def test_a_cache_without_the_sink_fails_by_routing(served):
+    """Whatever becomes of the spike; and the first token, or a constant in its place, is all that it takes."""
+    model, tokens = served
+    life = find_lifecycle(trace_windows(model, tokens))
+    text = spikesink.texts.Text("planted", planted.text(6, 48))
+    known = chain.constants(model, life, spikesink.windows(model, text, 3, 48, seed=5))
+    where = find_spikes(model, life, tokens)
+    ways = evictions(model, known, 8, where)
+    assert set(ways) == {cache.WINDOW, *map(cache.named, (1, 2, 4)), cache.OTHERS, cache.HEAVY, cache.CONSTANT}
+    crossed = cross(model, tokens, cells(known, where), ways)
+    found = diagnose(crossed)
+    assert found[cache.WINDOW].verdict == ROUTING
+    assert found[cache.WINDOW].cost > 2
+    assert found[cache.OTHERS].cost > 2
+    for name in (cache.named(1), cache.named(4), cache.CONSTANT, cache.HEAVY):
+        assert found[name].cost < 1.05, name
+    written = pages(model, tokens[0, :24], known, 8, 4)
+    wanted = [cache.EVERY, cache.WINDOW, "with the first 4", "with the first 4, shifted", cache.CONSTANT]
+    assert list(written.index) == wanted
+    assert list(pages(model, tokens[0, :24], NotApplicable("no spike"), 8, 4).index) == wanted[:-1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from spikesink.patching import chain
+from spikesink.serving import diagnosis
 from tests import in_process, planted, spiking
 from tests.test_families import FAMILIES, MORE, build, n_experts, tiny
 
@@ -43,6 +44,7 @@ def test_where_a_measure_does_not_apply_it_says_why(walked):
         if gate is None:
             reason = f"the FFN of this {family} model has no gate, so it is no quadratic form"
             expected |= dict.fromkeys(OF_THE_FFN, reason)
+    expected["SV3"] = diagnosis.SHORT
     if family == "deepseek_v3":
         expected["TK2"] = "the attention of this deepseek_v3 model has no W_K and W_V of its own"
     assert reasons == expected

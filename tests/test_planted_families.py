@@ -218,8 +218,11 @@ DIFFERS = {
     "TK1": "one token spikes, and no other",
     "TK3": "the trigger spikes wherever it stands",
     "NM2": "one of 64 channels is more than 1% of them",
+    "SV1": "what other tokens say is random, and rounding it costs nothing",
 }
 NOT_APPLICABLE = {
+    "SV2": "the text is short",
+    "SV3": "the text is short",
     "TK4": "no delimiter spikes",
     "X-AM8": "no norm follows the block",
     "X-TK5": "there is one cycle",

@@ -5,15 +5,29 @@ import math
 import pytest
 import torch
 
+import spikesink
 from spikesink import find_lifecycle, patching, trace_windows
 from spikesink.claims import NotApplicable
 from spikesink.lab import data
 from spikesink.lab.data import Backcopy
 from spikesink.lab.model import Decoder
 from spikesink.lifecycle import find_spikes
+from spikesink.patching import Outcome, chain
 from spikesink.serving import quantize
-from spikesink.serving.cells import AS_IT_IS, NEITHER, NO_SINK, NO_SPIKE, Crossed, cells, cross
-from spikesink.serving.quantize import Quantizer, hooks_of, ranges, rounded, rounded_weights, shown
+from spikesink.serving.cells import (
+    AS_IT_IS,
+    CELLS,
+    NEITHER,
+    NO_SINK,
+    NO_SPIKE,
+    SPARED,
+    Crossed,
+    cells,
+    cross,
+    sink_held,
+)
+from spikesink.serving.diagnosis import FINE, MISMATCH, OUTLIERS, ROUTING, UNKNOWN, diagnose, diagnoses
+from spikesink.serving.quantize import Quantizer, by_torch, hooks_of, ranges, rounded, rounded_weights, shown
 from tests.test_lab import SMALL, planted_decoder
 
 
@@ -58,9 +72,14 @@ def test_a_quantizer_is_its_formula(bits, per, split):
 
 def test_keys_are_rounded_a_head_at_a_time():
     x = torch.tensor([[[[1.0, 0.55], [100.0, 30.0]]]])  # window, position, head, channel
-    found = Quantizer(4, "token")(x)
+    found = Quantizer(4, "token", by_head=True)(x)
     torch.testing.assert_close(found[0, 0, 0], torch.tensor([1.0, 4 / 7]))
     torch.testing.assert_close(found[0, 0, 1], torch.tensor([100.0, 200 / 7]))
+    together = Quantizer(4, "token")(x)  # as what a matrix is multiplied by
+    torch.testing.assert_close(together, torch.tensor([[[[0.0, 0.0], [100.0, 200 / 7]]]]))
+    assert torch.equal(Quantizer(4, "token", split=(2,))(x)[..., 1, :1], x[..., 1, :1]), (
+        "channels of all heads in a row"
+    )
 
 
 def test_zero_stays_zero_and_what_is_no_quantizer_is_refused():
@@ -114,7 +133,7 @@ def test_what_is_rounded_is_what_was_asked_for(planted):
     with model.hooks(fwd_hooks=[("blocks.0.attn.v.hook_out", keep("clean"))]):
         model(tokens)
     assert torch.equal(seen["rounded"][where], seen["clean"][where])
-    torch.testing.assert_close(seen["rounded"][~where], Quantizer(4, "token")(seen["clean"])[~where])
+    torch.testing.assert_close(seen["rounded"][~where], Quantizer(4, "token", by_head=True)(seen["clean"])[~where])
 
 
 @torch.inference_mode()
@@ -135,11 +154,12 @@ def test_weights_are_rounded_while_the_context_lasts():
 
 def test_a_cell_has_what_it_says(planted):
     model, tokens, life, where = planted
-    of = cells(model, life, tokens, data.held_out(Backcopy(), 8, 32)[4:], where)
-    assert list(of) == [AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER]
-    techniques = quantize.activations(model, ranges(model, where, tokens))
-    assert len({str([cut.change.function for cut in cuts]) for cuts in techniques.values()}) == len(techniques)
-    found = cross(model, tokens, of, {"int8": techniques[quantize.PER_TENSOR]})
+    known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    of = cells(known, where)
+    assert tuple(of) == CELLS
+    techniques = quantize.activations(model, ranges(model, where, tokens), known, where)
+    assert len({str([cut.change.function for cut in one.cuts]) for one in techniques.values()}) == len(techniques)
+    found = cross(model, tokens, of, {"int8": techniques[quantize.PER_TENSOR], "apart": techniques[quantize.APART]})
     clean = patching.evaluate(model, tokens)
     assert found.plain[AS_IT_IS].perplexity == pytest.approx(clean.perplexity)
     assert found.plain[NO_SPIKE].max_activation < clean.max_activation / 5
@@ -150,23 +170,80 @@ def test_a_cell_has_what_it_says(planted):
     assert found.cost("int8") == pytest.approx(alone.perplexity / clean.perplexity)
     assert found.table().loc["int8", AS_IT_IS] == pytest.approx(alone.perplexity)
     assert found.costs().loc["int8", NO_SINK] == found.cost("int8", NO_SINK)
-    some = cross(model, tokens, of, {}, only=[AS_IT_IS])
-    assert list(some.plain) == [AS_IT_IS]
+    held = patching.evaluate(model, tokens, *rounded(model, Quantizer(8)), *sink_held(known, where))
+    assert found.with_it["int8"][SPARED].perplexity == pytest.approx(held.perplexity)
+    assert found.cost("int8", SPARED) == pytest.approx(held.perplexity / clean.perplexity)
+    assert list(found.with_it["apart"]) == [AS_IT_IS]
+    weighed = quantize.weights(model, tokens, of, found, {"int4": (4, "tensor")})
+    with rounded_weights(model, 4, "tensor"):
+        wanted = patching.evaluate(model, tokens, *of[NO_SPIKE])
+    assert weighed.with_it["int4"][NO_SPIKE].perplexity == pytest.approx(wanted.perplexity)
+    assert weighed.with_it["int8"] is found.with_it["int8"]
 
 
-def test_a_cost_has_gone_where_a_fifth_of_it_is_left():
-    def outcome(loss: float):
-        return type("Outcome", (), {"loss": torch.full((2, 3), loss), "perplexity": math.exp(loss)})()
+@torch.inference_mode()
+def test_without_the_spike_nothing_makes_it(planted):
+    """The step-up block's hidden activation is as large as ever if only what it writes is taken away."""
+    model, tokens, life, where = planted
+    known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    with patching.patched(model, *cells(known, where)[NO_SPIKE]):
+        found = ranges(model, where, tokens)["FFN's hidden"]
+    assert float(found.spike[1]) == 0
+    with patching.patched(model, *chain.decoupled(known, where)):
+        assert float(ranges(model, where, tokens)["FFN's hidden"].spike[1]) > 10 * float(found.other[1])
 
-    crossed = Crossed(
-        {AS_IT_IS: outcome(2.0), NO_SPIKE: outcome(2.1), NO_SINK: outcome(3.0)},
-        {"int8": {AS_IT_IS: outcome(2.5), NO_SPIKE: outcome(2.19), NO_SINK: outcome(3.11)}},
-    )
-    assert crossed.gone("int8", NO_SPIKE)
-    assert not crossed.gone("int8", NO_SINK)
+
+def outcome(*losses: float):
+    """One loss a window."""
+    loss = torch.tensor(losses)[:, None].repeat(1, 3)
+    names = ("what", "epsilon", "divergence", "agrees", "score", "attention", "sinks", "largest")
+    return Outcome(loss=loss, **dict.fromkeys(names))
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without_spike", "with_sink", "verdict"),
+    [
+        ((2.01, 2.01), 2.0, 2.0, FINE),
+        ((2.0, 2.6), 2.3, 2.3, FINE),  # on one window it costs nothing: the interval reaches 1
+        ((2.5, 2.6), 2.1, 2.5, OUTLIERS),
+        ((2.5, 2.6), 2.5, 2.1, ROUTING),
+        ((2.5, 2.6), 2.1, 2.1, f"{OUTLIERS} or {ROUTING}"),
+        ((2.5, 2.6), 2.3, 2.5, f"in part {OUTLIERS}"),
+        ((2.5, 2.6), 2.3, 2.4, f"in part {OUTLIERS} and {ROUTING}"),
+        ((2.5, 2.6), 2.54, 2.6, MISMATCH),
+        ((2.5, 2.6), None, 2.1, ROUTING),
+        ((2.5, 2.6), None, None, UNKNOWN),
+    ],
+)
+def test_whose_failure_it_is(with_it, without_spike, with_sink, verdict):
+    row = {AS_IT_IS: outcome(*with_it), NO_SPIKE: without_spike, SPARED: with_sink}
+    row = {cell: outcome(of, of) if isinstance(of, float) else of for cell, of in row.items() if of is not None}
+    crossed = Crossed({AS_IT_IS: outcome(2.0, 2.0), NO_SPIKE: outcome(2.0, 2.0)}, {"it": row})
+    found = diagnose(crossed)["it"]
+    assert found.verdict == verdict
+    assert found.cost == pytest.approx(math.exp(sum(with_it) / 2 - 2))
+    assert diagnoses({"it": found}).loc["it", "diagnosis"] == verdict
 
 
 def test_without_a_spike_there_are_no_cells():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
-    found = cells(model, find_lifecycle(trace_windows(model, tokens)), tokens, tokens)
-    assert isinstance(found, NotApplicable)
+    life = find_lifecycle(trace_windows(model, tokens))
+    known = chain.constants(model, life, tokens)
+    for found in (cells(known, tokens > 0), cross(model, tokens, cells(known, tokens > 0), {}), diagnose(known)):
+        assert isinstance(found, NotApplicable)
+    assert sink_held(known) == ()
+
+
+def test_integers_give_what_rounded_floats_give(random_model):
+    """By torch's own kernels; what differs is how a range is cut into steps."""
+    tokens = spikesink.windows(random_model, "house", 2, 24)
+    clean = patching.evaluate(random_model, tokens)
+    with rounded_weights(random_model, 8, "tensor"):
+        ours = patching.evaluate(random_model, tokens, *rounded(random_model, Quantizer(8)))
+    for per in ("tensor", "channel"):
+        theirs = by_torch(random_model, tokens, per)
+        assert theirs.shape == clean.loss.shape
+        far, near = (theirs - clean.loss).abs().max(), (theirs - ours.loss).abs().max()
+        assert 0 < far < 0.1
+        assert near < 0.1
+    assert torch.equal(patching.evaluate(random_model, tokens).loss, clean.loss), "the model itself is not rounded"

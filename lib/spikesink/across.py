@@ -112,6 +112,9 @@ SHORT = {
     "X-TR7": "sinks follow the loss, spikes less",
     "X-TR8": "the spike comes before the sink",
     "X-TR9": "idle heads wait at position 0",
+    "SV1": "the spike sets int8's scale",
+    "SV2": "a KV cache needs the sink",
+    "SV3": "sinks stay over the whole context",
 }
 
 

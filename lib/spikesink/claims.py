@@ -626,6 +626,38 @@ RULES |= {
     ),
 }
 
+RULES |= {
+    "SV1": Rule(
+        "The spike sets the scale of an activation quantizer.",
+        "arXiv:2211.10438 on outliers; DESIGN.md",
+        "int8 per tensor costs >= 5% more perplexity than the same with the spike's channels apart",
+        lambda m: m["perplexity_int8_per_tensor"] >= 1.05 * m["perplexity_int8_spike_split"],
+        "perplexity_int8_per_tensor",
+        beside="perplexity_int8_spike_split",
+        controls=({"perplexity_int8_spike_split": "perplexity_int8_others_split"},),
+    ),
+    "SV2": Rule(
+        "A cache that lets go of the sink breaks the model, one that keeps it does not.",
+        "arXiv:2309.17453",
+        "perplexity without the first tokens >= 1.5 times that of the full cache; with four of them <= 1.1 times",
+        lambda m: (
+            m["perplexity_window"] >= 1.5 * m["perplexity_full"]
+            and m["perplexity_window_with_sink"] <= 1.1 * m["perplexity_full"]
+        ),
+        "perplexity_window",
+        beside="perplexity_window_with_sink",
+        controls=({"perplexity_window_with_sink": "perplexity_window_with_others"},),
+    ),
+    "SV3": Rule(
+        "Sinks stay as they are over the whole context.",
+        f"{PAPER}, sinks; arXiv:2410.10781",
+        "the sink ratio stays within a factor 2 from 256 tokens to the longest that was measured within the context",
+        lambda m: min(m["sink_ratios"]) > 0 and max(m["sink_ratios"]) <= 2 * min(m["sink_ratios"]),
+        "sink_ratios",
+        controls=({"sink_ratios": "sink_ratios_of_late_queries"},),
+    ),
+}
+
 
 def _decoupled(m: Mapping[str, Any]) -> bool:
     sink_stays = abs(m["sink_ratio_decoupled"] - m["sink_ratio_clean"]) <= 0.05

@@ -83,6 +83,17 @@ def windows(
     return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed, about.d_vocab)
 
 
+def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " token"]:
+    """A whole text's tokens, in one row that begins with BOS where `windows` do.
+
+    Raises:
+        TextError: as `read` and `windows` do.
+    """
+    text, about = source if isinstance(source, Text) else read(source), anatomy(model)
+    bos = [model.tokenizer.bos_token_id] if about.prepends_bos else []
+    return torch.tensor(bos + _ids(text, model.tokenizer, about.d_vocab))
+
+
 def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
     """How often each vocabulary entry occurs in a text.
 

@@ -25,6 +25,7 @@ from spikesink.plots.lifecycle import (
 )
 from spikesink.plots.memory import growth
 from spikesink.plots.patching import broken_chain, causal_map, dose_response, near_and_far, patched_view, where_it_goes
+from spikesink.plots.serving import costs, lengths, quantizer_steps, recalled, streaming
 from spikesink.plots.sinks import (
     logits,
     places,
@@ -49,6 +50,7 @@ __all__ = [
     "collapse_of_size",
     "collapsing",
     "cosines",
+    "costs",
     "cycles",
     "decoupling",
     "depth",
@@ -65,6 +67,7 @@ __all__ = [
     "implicit",
     "instead",
     "learned_scale",
+    "lengths",
     "lives",
     "logits",
     "magnitudes",
@@ -73,8 +76,10 @@ __all__ = [
     "places",
     "plateau",
     "positions",
+    "quantizer_steps",
     "queries_and_keys",
     "ratios",
+    "recalled",
     "save",
     "secondary_sinks",
     "shared_directions",
@@ -83,6 +88,7 @@ __all__ = [
     "sinks_over_depth",
     "skyline",
     "spectra",
+    "streaming",
     "verdicts",
     "vocabulary",
     "waterfall",

@@ -1,13 +1,14 @@
 """What a KV cache keeps, and what becomes of a model that can attend to nothing else.
 
 A `Policy` says which keys a query still has. `forget` hides the others from attention in one run over whole windows:
-exact, and as slow as full attention. `stream` and `write` run text of any length through a cache that really lets go of
-them. What is kept without its real first token is the sink's constant key and value (`constant`).
+exact, and as slow as full attention. `stream` and `write` run text of any length through a cache that really lets go
+of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,12 +16,18 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from spikesink.claims import NotApplicable, where_applicable
 from spikesink.models import Anatomy, anatomy
-from spikesink.patching import Intervention, apply, hook, key, patched, set_to, value
+from spikesink.patching import Intervention, apply, hook, patched
 from spikesink.patching.chain import Constants
 from spikesink.progress import progress
+from spikesink.serving.cells import AS_IT_IS, Cuts, Technique, sink_held
 
 CHUNK = 64  # tokens that run side by side; the cache lets go of keys between chunks
+FIRST = (1, 2, 4, 8)
+MOST_FIRST = 4  # as many others are kept as a control
+EVERY = "every token"
+WINDOW, OTHERS, HEAVY, CONSTANT = "the last ones", "with 4 others", "with heavy hitters", "with a constant sink"
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Policy:
 
     def __str__(self) -> str:
         if self.window is None:
-            return "every token"
+            return EVERY
         first = self.kept == tuple(range(len(self.kept)))
         kept = f" and {'the first ' if first else ''}{len(self.kept)}{'' if first else ' others'}" if self.kept else ""
         heavy = f" and the {self.heavy} most attended to" if self.heavy else ""
@@ -82,6 +89,47 @@ def first(n: int, budget: int, shifted: bool = False) -> Policy:
     return Policy(budget - n, tuple(range(n)), shifted=shifted)
 
 
+@where_applicable
+def evictions(
+    model: TransformerBridge,
+    known: Constants | NotApplicable,
+    budget: int,
+    where: Bool[Tensor, "window position"],
+    seed: int = 0,
+) -> dict[str, Technique] | NotApplicable:
+    """The ways to keep so many keys, as techniques for `cross`: the last ones, some of the first, and others instead.
+
+    Where the sink is spared, one of the keys is the first token's; of `CONSTANT`, a constant key and value stand in its
+    place from the start.
+
+    Args:
+        model: as `load` returns it.
+        known: as `patching.chain.constants` returns it.
+        budget: how many keys a query has, its own among them.
+        where: the windows' spike tokens; others that are kept instead are none of them.
+        seed: of which others.
+    """
+    if (reason := cannot(anatomy(model))) is not None:
+        return NotApplicable(reason)
+    ordinary = (~where.any(0))[:budget].nonzero()[:, 0]
+    order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:MOST_FIRST]
+    others = Policy(budget - MOST_FIRST, tuple(sorted(ordinary[order].tolist())))
+    held = (*sink_held(known), *forget(model, first(1, budget)))
+    found = {WINDOW: Technique(forget(model, Policy(budget)), forget(model, first(1, budget)))}
+    others_kept = {named(n): first(n, budget) for n in FIRST if n < budget}
+    others_kept |= {OTHERS: others, HEAVY: Policy(budget // 2, heavy=budget - budget // 2)}
+    for name, policy in others_kept.items():
+        found[name] = Technique(forget(model, policy), cells=(AS_IT_IS,))
+    if known.keys is not None:
+        found[CONSTANT] = Technique(held, cells=(AS_IT_IS,))
+    return found
+
+
+def named(n: int) -> str:
+    """What the policy that keeps the first n tokens is called."""
+    return f"with the first {n}" if n > 1 else "with the first"
+
+
 def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]:
     """Interventions that hide from every query what the policy has let go of; positions stay as they are.
 
@@ -106,13 +154,18 @@ def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]
     return (apply(hook(about.pattern_hooks), hidden),)
 
 
-def _check(about: Anatomy) -> None:
+def cannot(about: Anatomy) -> str | None:
+    """Why keys cannot be hidden from a family's attention; None where they can."""
     if not about.edits_pattern:
-        raise ValueError(f"the attention of this {about.family} model has read its pattern before it can be changed.")
+        return f"the attention of this {about.family} model has read its pattern before it can be changed"
     if about.learned_sink:
-        raise ValueError(
-            f"a learned logit takes part in the attention of this {about.family} model; that is not covered."
-        )
+        return f"a learned logit takes part in the attention of this {about.family} model, beside its keys"
+    return None
+
+
+def _check(about: Anatomy) -> None:
+    if (reason := cannot(about)) is not None:
+        raise ValueError(f"{reason}.")
 
 
 def renormalized(
@@ -148,22 +201,6 @@ def hit(
                 least = received.masked_fill(~stays, torch.inf).argmin(-1, keepdim=True)
                 stays.scatter_(-1, least, False)
     return out.flatten(1, 2)
-
-
-def constant(known: Constants, positions: int | Sequence[int] | Bool[Tensor, "window position"] = 0) -> tuple:
-    """Interventions that put the spike tokens' mean key and value at some positions: a sink that needs no token there.
-
-    Args:
-        known: as `patching.chain.constants` returns it, of other windows.
-        positions: where; by default the first.
-
-    Returns:
-        The interventions; none where the model has no keys and values that could be held.
-    """
-    if known.keys is None:
-        return ()
-    layers = range(known.about.n_layers)
-    return (set_to(key(layers), known.keys, positions), set_to(value(layers), known.values, positions))
 
 
 class Bounded:
@@ -282,6 +319,35 @@ def stream(
         losses.append(loss.view_as(target).cpu())
         most = max(most, len(bounded.held))
     return Streamed(policy, torch.cat(losses, dim=1), most)
+
+
+def pages(
+    model: TransformerBridge, prompt: Int[Tensor, " length"], known: Constants | NotApplicable, budget: int, n: int
+) -> pd.DataFrame | NotApplicable:
+    """What the model writes from caches that hold so many keys, and its perplexity as every token judges it.
+
+    Args:
+        model: as `load` returns it.
+        prompt: what it goes on from.
+        known: as `patching.chain.constants` returns it, for a constant sink.
+        budget: how many keys a query has, its own among them.
+        n: how many tokens to write.
+    """
+    about = anatomy(model)
+    if (reason := cannot(about)) is not None:
+        return NotApplicable(reason)
+    n = min(n, about.context - len(prompt))
+    caches: dict[str, tuple[Policy, Cuts]] = {EVERY: (Policy(), ()), WINDOW: (Policy(budget), ())}
+    caches |= {named(4): (first(4, budget), ()), f"{named(4)}, shifted": (first(4, budget, shifted=True), ())}
+    if held := sink_held(known):
+        caches[CONSTANT] = (first(1, budget), held)
+    rows = []
+    for name, (policy, cuts) in caches.items():
+        written = write(model, prompt, policy, n, cuts)
+        judged = stream(model, torch.cat([prompt, written])[None], Policy())
+        text = model.tokenizer.decode(written).replace("\n", "\\n")
+        rows.append({"cache": name, "judged perplexity": judged.perplexity(len(prompt) - 1), "writes": f"`{text}`"})
+    return pd.DataFrame(rows).set_index("cache")
 
 
 def write(

@@ -1,10 +1,10 @@
 """A model as it is, without the spike, without the sink, and without either: which of the two a failure needs.
 
-A technique of serving is tried in each; what it costs there, beside the same cell without it, says whose failure it is.
+A technique of serving is tried in each, and once more with the sink's key and value spared; what it costs there, beside
+the same cell without it, says whose failure it is (`diagnosis`).
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -13,50 +13,66 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import NotApplicable, where_applicable
-from spikesink.lifecycle import Lifecycle, find_spikes, plateau_layers
-from spikesink.patching import Intervention, Outcome, compare, mask_key, skip
-from spikesink.patching.chain import constants, decoupled
+from spikesink.patching import Intervention, Outcome, compare, hook, key, mask_key, set_to, skip, value, zero
+from spikesink.patching.chain import Constants, decoupled
+from spikesink.patching.interventions import At
 from spikesink.weights import no_projections
 
 AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER = "as it is", "without the spike", "without the sink", "without either"
-GONE = 0.2  # of a cost that is left where it has gone
+SPARED = "with the sink kept"
+CELLS = (AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER)
 Cuts = tuple[Intervention, ...]
 
 
+@dataclass(frozen=True)
+class Technique:
+    """What serving does, as interventions; and the same with the sink's key and value spared, where it can be."""
+
+    cuts: Cuts
+    spared: Cuts | None = None
+    cells: tuple[str, ...] = CELLS  # that it is tried in
+
+
 @where_applicable
-def cells(
-    model: TransformerBridge,
-    life: Lifecycle,
-    tokens: Int[Tensor, "n length"],
-    held_out: Int[Tensor, "m length"],
-    where: Bool[Tensor, "n length"] | None = None,
-) -> dict[str, Cuts] | NotApplicable:
+def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position"]) -> dict[str, Cuts] | NotApplicable:
     """What is done in each cell: nothing; spike tokens are decoupled; their keys masked; their spike never written.
 
+    Where there is no spike, the step-up and step-down blocks' hidden activations are zero at the spike tokens too: it
+    is there that the spike is made, and they would be as large with nobody to read them.
+
     Args:
-        model: as `load` returns it.
-        life: as `find_lifecycle` returns it.
-        tokens: the windows that will be run.
-        held_out: other windows, of which the constants are taken.
-        where: the spike tokens of `tokens`, if they are known.
+        known: as `patching.chain.constants` returns it, of other windows.
+        where: the spike tokens of the windows that will be run, as `find_spikes` returns them.
 
     Returns:
         Interventions by cell, or why there are none.
     """
-    if (reason := no_projections(life.trace.anatomy)) is not None:
+    if (reason := no_projections(known.about)) is not None:
         return NotApplicable(reason)
-    known = constants(model, life, held_out)
-    if isinstance(known, NotApplicable):
-        return known
-    where = find_spikes(model, life, tokens) if where is None else where
     if not where.any():
         return NotApplicable("no token of these windows spikes")
-    return {
-        AS_IT_IS: (),
-        NO_SPIKE: decoupled(known, where),
-        NO_SINK: (mask_key(where, plateau_layers(life.main)),),
-        NEITHER: (skip(known.steps, where),) if known.steps else (),
-    }
+    made = tuple(f"blocks.{block // 2 - 1}.mlp.out.hook_in" for block in known.steps if block % 2 == 0)
+    unmade = (zero(hook(made), where),) if made and known.about.separate_ffn and not known.about.n_experts else ()
+    found = {AS_IT_IS: (), NO_SPIKE: (*unmade, *decoupled(known, where))}
+    if known.about.edits_pattern:
+        found[NO_SINK] = (mask_key(where, known.layers),)
+    return found | ({NEITHER: (*unmade, skip(known.steps, where))} if known.steps else {})
+
+
+def sink_held(known: Constants | NotApplicable, positions: At = 0) -> Cuts:
+    """Interventions that put the spike tokens' mean key and value at some positions: a sink that needs no token there.
+
+    Args:
+        known: as `patching.chain.constants` returns it, of other windows.
+        positions: where; by default the first.
+
+    Returns:
+        The interventions; none where there are no spike tokens, or no keys and values that could be held.
+    """
+    if isinstance(known, NotApplicable) or known.keys is None:
+        return ()
+    layers = range(known.about.n_layers)
+    return (set_to(key(layers), known.keys, positions), set_to(value(layers), known.values, positions))
 
 
 @dataclass(frozen=True)
@@ -64,47 +80,75 @@ class Crossed:
     """Techniques in cells. `plain` are the cells without any, `with_it` the techniques in each."""
 
     plain: Mapping[str, Outcome]  # by cell
-    with_it: Mapping[str, Mapping[str, Outcome]]  # by technique, then cell
+    with_it: Mapping[str, Mapping[str, Outcome]]  # by technique, then cell; with the sink spared where that can be
 
     def cost(self, technique: str, cell: str = AS_IT_IS) -> float:
-        """How many times the cell's perplexity it is with the technique."""
-        return float((self.with_it[technique][cell].loss.mean() - self.plain[cell].loss.mean()).exp())
+        """How many times the cell's own perplexity it is with the technique."""
+        return float((self.with_it[technique][cell].loss.mean() - self._own(cell).loss.mean()).exp())
+
+    def interval(self, technique: str, cell: str = AS_IT_IS) -> tuple[float, float]:
+        """A bootstrap interval of the cost, paired over windows."""
+        return self.with_it[technique][cell].times(self._own(cell))
+
+    def _own(self, cell: str) -> Outcome:
+        return self.plain[AS_IT_IS if cell == SPARED else cell]
 
     def table(self) -> pd.DataFrame:
         """Perplexities: a row a technique, a column a cell; the first row is that of the cells themselves."""
         rows = {"nothing": self.plain, **self.with_it}
         found = {name: {cell: outcome.perplexity for cell, outcome in row.items()} for name, row in rows.items()}
-        return pd.DataFrame.from_dict(found, orient="index").rename_axis("technique")
+        return self._ordered(found)
 
     def costs(self) -> pd.DataFrame:
         """How many times its cell's perplexity each is."""
-        found = {name: {cell: self.cost(name, cell) for cell in self.plain} for name in self.with_it}
-        return pd.DataFrame.from_dict(found, orient="index").rename_axis("technique")
+        found = {name: {cell: self.cost(name, cell) for cell in row} for name, row in self.with_it.items()}
+        return self._ordered(found)
 
-    def gone(self, technique: str, cell: str) -> bool:
-        """Whether hardly anything is left in a cell of what the technique costs the model as it is (in nats)."""
-        return math.log(self.cost(technique, cell)) <= GONE * math.log(self.cost(technique))
+    @staticmethod
+    def _ordered(found: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+        frame = pd.DataFrame.from_dict(found, orient="index").rename_axis("technique")
+        return frame[[cell for cell in (AS_IT_IS, SPARED, NO_SPIKE, NO_SINK, NEITHER) if cell in frame]]
 
 
+@where_applicable
+def cell_table(crossed: Crossed | NotApplicable) -> pd.DataFrame | NotApplicable:
+    """The cells without any technique: perplexity, sink ratio, largest activation."""
+    rows = [
+        {
+            "cell": cell,
+            "perplexity": outcome.perplexity,
+            "sink ratio": outcome.sink_ratio,
+            "largest activation": outcome.max_activation,
+        }
+        for cell, outcome in crossed.plain.items()
+    ]
+    return pd.DataFrame(rows).set_index("cell")
+
+
+@where_applicable
 def cross(
     model: TransformerBridge,
     tokens: Int[Tensor, "n length"],
-    of: Mapping[str, Cuts],
-    techniques: Mapping[str, Cuts],
-    only: Sequence[str] | None = None,
-) -> Crossed:
-    """Run every technique in every cell on the same windows.
+    of: Mapping[str, Cuts] | NotApplicable,
+    techniques: Mapping[str, Technique] | NotApplicable,
+) -> Crossed | NotApplicable:
+    """Run every technique in every cell on the same windows, and once with the sink spared.
 
     Args:
         model: as `load` returns it.
         tokens: windows.
         of: cells, as `cells` returns them.
-        techniques: interventions by name; they come after the cell's own.
-        only: cells; by default all.
+        techniques: by name; their interventions come after the cell's own.
     """
-    names = list(of) if only is None else list(only)
-    runs: dict[tuple[str, str | None], Cuts] = {(cell, None): of[cell] for cell in names}
-    runs |= {(cell, name): of[cell] + cuts for name, cuts in techniques.items() for cell in names}
+    runs: dict[tuple[str, str | None], Cuts] = {(cell, None): cuts for cell, cuts in of.items()}
+    for name, technique in techniques.items():
+        for cell in (cell for cell in technique.cells if cell in of):
+            runs[cell, name] = of[cell] + technique.cuts
+        if technique.spared is not None:
+            runs[SPARED, name] = technique.spared
     found = compare(model, tokens, runs)
-    plain = {cell: found[cell, None] for cell in names}
-    return Crossed(plain, {name: {cell: found[cell, name] for cell in names} for name in techniques})
+    with_it: dict[str, dict[str, Outcome]] = {name: {} for name in techniques}
+    for cell, name in runs:
+        if name is not None:
+            with_it[name][cell] = found[cell, name]
+    return Crossed({cell: found[cell, None] for cell in of}, with_it)

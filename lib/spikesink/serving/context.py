@@ -1,9 +1,11 @@
 """Long contexts: sink, spike and perplexity by length, to a model's limit and past it; and recall by depth."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.stats import bootstrap
@@ -11,17 +13,33 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import anatomy
-from spikesink.patching import Outcome
+from spikesink import texts
+from spikesink.claims import NotApplicable
+from spikesink.models import anatomy, body_of
+from spikesink.patching import Outcome, compare
 from spikesink.patching.behaviour import PLACES, THINGS
+from spikesink.patching.outcome import CLEAN
 from spikesink.progress import progress
-from spikesink.serving.cache import Bounded, Policy
+from spikesink.serving.cache import EVERY, HEAVY, WINDOW, Bounded, Policy, cannot, first, forget, named
 from spikesink.sinks import EPSILON
 
-CHUNK = 256
+CHUNK = 128
 BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are no independent draws
+MOST = 1.6e10  # entries of attention: a minute or so on two cores
+PAST = 1.25  # times a model's limit
 DEPTHS = (0.05, 0.35, 0.65, 0.95)
 RESAMPLES = 2000
+
+
+def interval_of(loss: Float[Tensor, "window position"], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """A bootstrap interval of exp of a mean loss, over pieces of `BLOCK` predictions; none where there is one piece."""
+    pieces = torch.cat([piece.mean(1) for piece in loss.split(BLOCK, 1)]).double().numpy()
+    if len(pieces) < 2:
+        return math.nan, math.nan
+    ends = bootstrap(
+        (pieces,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=seed
+    ).confidence_interval
+    return math.exp(ends.low), math.exp(ends.high)
 
 
 @dataclass(frozen=True)
@@ -56,24 +74,9 @@ class Lengths:
         """exp of the mean loss of each bin's predictions."""
         return [float(of.mean().exp()) for of in self._bins(self.loss)]
 
-    def intervals(self, level: float = 0.95, seed: int = 0) -> list[tuple[float, float]]:
-        """A bootstrap interval of each bin's perplexity, over pieces of `BLOCK` predictions."""
-        found = []
-        for of in self._bins(self.loss):
-            pieces = torch.cat([piece.mean(1) for piece in of.split(BLOCK, 1)]).double().numpy()
-            if len(pieces) < 2:
-                found.append((float("nan"), float("nan")))
-                continue
-            ends = bootstrap(
-                (pieces,),
-                lambda x, axis: x.mean(axis=axis),
-                n_resamples=RESAMPLES,
-                confidence_level=level,
-                method="percentile",
-                rng=seed,
-            ).confidence_interval
-            found.append((float(torch.tensor(ends.low).exp()), float(torch.tensor(ends.high).exp())))
-        return found
+    def intervals(self) -> list[tuple[float, float]]:
+        """An interval of each bin's perplexity, as `interval_of` makes it."""
+        return [interval_of(of) for of in self._bins(self.loss)]
 
     @property
     def first(self) -> float:
@@ -84,6 +87,33 @@ class Lengths:
     def elsewhere(self) -> list[float]:
         """The largest entry of the stream in each bin, position 0 left out."""
         return [float((of[:, 1:] if i == 0 else of).max()) for i, of in enumerate(self._bins(self.largest))]
+
+
+def reach(
+    model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST
+) -> tuple[Int[Tensor, "1 position"], tuple[int, ...]]:
+    """The beginning of a text, to a quarter past a model's limit if the text and `most` allow, and lengths to stop at.
+
+    Args:
+        model: as `load` returns it.
+        source: a text, as `texts.windows` takes it.
+        most: entries of attention, over all layers and heads, that may be computed.
+
+    Raises:
+        TextError: as `texts.windows` does.
+    """
+    about = anatomy(model)
+    ids = texts.all_ids(model, source)
+    rotates = any("Rotary" in type(module).__name__ for module in body_of(model).modules())  # else positions run out
+    limit = about.context * (PAST if rotates else 1)
+    longest = int(min(len(ids), limit, (2 * most / (about.n_layers * about.n_heads)) ** 0.5))
+    within = min(longest, about.context)
+    lengths = [2**power for power in range(8, within.bit_length()) if 2**power <= within]
+    if within > 1.2 * max(lengths, default=1):
+        lengths.append(within)
+    if longest > within:
+        lengths.append(longest)
+    return ids[None, :longest], tuple(lengths)
 
 
 @torch.inference_mode()
@@ -172,6 +202,44 @@ class Needles:
             }
             found[depth] = sum(of[False]) / len(of[False]) - sum(of[True]) / len(of[True])
         return found
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What caches keep of a fact, and of the text around it; by their names, the model with every token first."""
+
+    gained: Mapping[str, Mapping[float, float]]  # nats a token of the answer, by depth
+    perplexity: Mapping[str, float]
+
+
+def recall(
+    model: TransformerBridge,
+    filler: Int[Tensor, " token"],
+    length: int,
+    budget: int,
+    n: int = 2,
+    depths: Sequence[float] = DEPTHS,
+    seed: int = 0,
+) -> Recall | NotApplicable:
+    """Ask for a fact under caches that hold so many keys: the last ones, with the first four, with heavy hitters.
+
+    Takes what `needles` does; where that raises, it is the reason why there is none.
+    """
+    half = budget // 2
+    if (reason := cannot(anatomy(model))) is not None:
+        return NotApplicable(reason)
+    policies = {WINDOW: Policy(budget), named(4): first(4, budget), HEAVY: Policy(half, heavy=budget - half)}
+    try:
+        found = needles(model, filler, length, n, depths, seed)
+        cuts = {name: forget(model, policy) for name, policy in policies.items()}
+    except ValueError as reason:
+        return NotApplicable(str(reason).rstrip("."))
+    outcomes = compare(model, found.tokens, cuts)
+    outcomes = {EVERY: outcomes.pop(CLEAN), **outcomes}
+    return Recall(
+        {name: found.recalled(outcome) for name, outcome in outcomes.items()},
+        {name: outcome.perplexity for name, outcome in outcomes.items()},
+    )
 
 
 def needles(

@@ -4,20 +4,29 @@ A quantizer's *step* is the distance between two of its values: for eight bits, 
 127. Where one entry is thousands of times the others, a step is larger than they are, and they are rounded to zero.
 """
 
+import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.ao import quantization
+from torch.ao.nn.quantized import dynamic
+from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
+from spikesink.claims import NotApplicable, where_applicable
 from spikesink.models import anatomy
-from spikesink.patching import Intervention, apply, hook
+from spikesink.patching import Intervention, apply, compare, evaluate, hook
+from spikesink.patching.chain import Constants
 from spikesink.patching.interventions import HEADS, batches
 from spikesink.progress import progress
-from spikesink.serving.cells import Cuts
+from spikesink.serving.cells import AS_IT_IS, Crossed, Cuts, Technique, sink_held
 
 PER = ("tensor", "token", "channel")
 # What is multiplied by matrices, layer by layer: the hooks of those that read it.
@@ -30,7 +39,14 @@ LINEAR_INPUTS = {
 CACHED = {"keys": (HEADS["key"],), "values": (HEADS["value"],)}  # keys before RoPE
 STREAM = "stream"
 PER_TENSOR, PER_TOKEN, PER_CHANNEL = "int8 per tensor", "int8 per token", "int8 per channel"
+PER_NAMES = dict(zip((PER_TENSOR, PER_TOKEN, PER_CHANNEL), PER, strict=True))
 APART, OTHERS_APART = "int8 per tensor, spike channels apart", "int8 per tensor, as many others apart"
+CACHE_NAMES = {"KV cache in int8": 8, "KV cache in int4": 4}
+WEIGHTS = {
+    "weights in int8 per channel": (8, "channel"),
+    "weights in int8 per tensor": (8, "tensor"),
+    "weights in int4 per channel": (4, "channel"),
+}
 SITES = (STREAM, *LINEAR_INPUTS, *CACHED)
 
 
@@ -40,14 +56,16 @@ class Quantizer:
 
     Args:
         bits: of the integers.
-        per: what shares a step: each window's "tensor", each "token" (of keys and values, each head's), or each
-            "channel" of a window.
+        per: what shares a step: each window's "tensor", each "token", or each "channel" of a window.
         split: channels that are left as they are, and out of the range.
+        by_head: whether each head of [window, position, head, d_head] has steps of its own, as in a KV cache; what a
+            matrix is multiplied by is one vector a token, whichever heads it comes from.
     """
 
     bits: int = 8
     per: str = "tensor"
     split: tuple[int, ...] = ()
+    by_head: bool = False
 
     def __post_init__(self):
         if self.per not in PER:
@@ -70,6 +88,8 @@ class Quantizer:
 
     def __call__(self, x: Float[Tensor, "window position *part"]) -> Float[Tensor, "window position *part"]:
         """What is left of x."""
+        if x.ndim > 3 and not self.by_head:
+            return self(x.flatten(2)).view_as(x)
         step = self.step(x)
         rounded = (x / step).round().clamp(-self.most, self.most) * step
         if self.split:
@@ -99,6 +119,8 @@ def hooks_of(model: TransformerBridge, site: str) -> list[tuple[str, ...]]:
         raise ValueError(f"there is no site {site!r}; give one of {', '.join(SITES)}.")
     names = (LINEAR_INPUTS | CACHED)[site]
     layers = range(about.n_layers)
+    if site.startswith("FFN") and (about.n_experts or not about.separate_ffn):
+        raise ValueError(f"the {site} of this {about.family} model is not seen token by token.")
     found = [tuple(n for n in (f"blocks.{i}.{name}" for name in names) if n in model.hook_dict) for i in layers]
     if not all(found):
         raise ValueError(f"the {site} of this {about.family} model cannot be seen in every layer.")
@@ -225,7 +247,8 @@ def rounded(
     for site in shown(model, sites):
         for layer, names in enumerate(hooks_of(model, site)):
             split = apart[site].outliers[layer] if apart is not None and site in apart else quantizer.split
-            cuts += [apply(hook(name), replace(quantizer, split=split), positions) for name in names]
+            how = replace(quantizer, split=split, by_head=site in CACHED)
+            cuts += [apply(hook(name), how, positions) for name in names]
     return tuple(cuts)
 
 
@@ -256,20 +279,112 @@ def _matrices(model: TransformerBridge) -> list[nn.Module]:
     return list(seen.values())
 
 
-def activations(model: TransformerBridge, found: Mapping[str, Range], seed: int = 0) -> dict[str, Cuts]:
-    """The ways to round what matrices are multiplied by, as techniques for `cross`.
+@where_applicable
+def activations(
+    model: TransformerBridge,
+    found: Mapping[str, Range],
+    known: Constants | NotApplicable,
+    where: Bool[Tensor, "window position"],
+    seed: int = 0,
+) -> dict[str, Technique] | NotApplicable:
+    """The ways to round what matrices are multiplied by, and what is cached, as techniques for `cross`.
+
+    Where the sink is spared, keys and values of spike tokens are constants (of what matrices read) or are not rounded
+    (of what is cached).
 
     Args:
         model: as `load` returns it.
         found: as `ranges` returns it.
+        known: as `patching.chain.constants` returns it.
+        where: the windows' spike tokens.
         seed: of the channels that are drawn as a control.
     """
     inputs = {site: found[site] for site in LINEAR_INPUTS if site in found}
     others = {site: one.others(seed) for site, one in inputs.items()}
-    return {
-        PER_TENSOR: rounded(model, Quantizer(8, "tensor")),
-        PER_TOKEN: rounded(model, Quantizer(8, "token")),
-        PER_CHANNEL: rounded(model, Quantizer(8, "channel")),
-        APART: rounded(model, Quantizer(8, "tensor"), apart=inputs),
-        OTHERS_APART: rounded(model, Quantizer(8, "tensor"), apart=others),
-    }
+    held = sink_held(known, where)
+    techniques = {name: rounded(model, Quantizer(8, per)) for name, per in PER_NAMES.items()}
+    done = {name: Technique(cuts, (*cuts, *held) if held else None) for name, cuts in techniques.items()}
+    for name, apart in ((APART, inputs), (OTHERS_APART, others)):
+        done[name] = Technique(rounded(model, Quantizer(8, "tensor"), apart=apart), cells=(AS_IT_IS,))
+    for name, bits in CACHE_NAMES.items():
+        quantizer = Quantizer(bits, "token")
+        spared = rounded(model, quantizer, CACHED, positions=~where)
+        done[name] = Technique(rounded(model, quantizer, CACHED), spared)
+    return done
+
+
+@where_applicable
+def weights(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "n length"],
+    of: Mapping[str, Cuts] | NotApplicable,
+    crossed: Crossed | NotApplicable,
+    settings: Mapping[str, tuple[int, str]] = WEIGHTS,
+) -> Crossed | NotApplicable:
+    """Round the layers' matrices, in every cell, beside what else was tried.
+
+    Args:
+        model: as `load` returns it.
+        tokens: windows.
+        of: cells, as `cells` returns them.
+        crossed: what was tried on these windows.
+        settings: bits and what shares a step, by name.
+    """
+    with_it = {}
+    for name, (bits, per) in settings.items():
+        with rounded_weights(model, bits, per):
+            found = compare(model, tokens, of)
+        with_it[name] = {cell: found[cell] for cell in of}
+    return Crossed(crossed.plain, {**crossed.with_it, **with_it})
+
+
+@where_applicable
+def beside_integers(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], crossed: Crossed | NotApplicable
+) -> pd.DataFrame | NotApplicable:
+    """Perplexity with int8 matrices and inputs, as simulated here and as torch computes it with integers."""
+    rows = {"as it is": 2 * [crossed.plain[AS_IT_IS].perplexity]}
+    for name, per in (("a step a matrix", "tensor"), ("a step an output", "channel")):
+        losses = by_torch(model, tokens, per)
+        if isinstance(losses, NotApplicable):
+            return losses
+        with rounded_weights(model, 8, per):
+            ours = evaluate(model, tokens, *rounded(model, Quantizer(8, "tensor")))
+        rows[f"int8, inputs per tensor, {name}"] = [ours.perplexity, float(losses.mean().exp())]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["simulated", "torch"]).rename_axis("perplexity")
+
+
+@torch.no_grad()
+def by_torch(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], per: str = "tensor"
+) -> Float[Tensor, "window position"] | NotApplicable:
+    """Losses of a model whose layers multiply integers: torch's dynamic quantization, one range for all inputs.
+
+    Args:
+        model: as `load` returns it; a copy of it is rounded.
+        tokens: windows.
+        per: what of a matrix shares a step, "tensor" or "channel".
+
+    Returns:
+        Cross-entropy of the next token, in nats, or why there is none.
+    """
+    matrices = [module for module in _matrices(model) if type(module) is nn.Linear]
+    if not matrices or {(one.weight.dtype, one.weight.device.type) for one in matrices} != {(torch.float32, "cpu")}:
+        return NotApplicable("torch multiplies integers in place of float32 matrices on the CPU only")
+    how = {"tensor": quantization.default_dynamic_qconfig, "channel": quantization.per_channel_dynamic_qconfig}[per]
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(model.original_model, memo)
+    wanted, done = {id(memo[id(one)]) for one in matrices}, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao is to take its place
+        for module in list(copied.modules()):  # the bridge has each matrix in several places
+            for name, child in list(module.named_children()):
+                if id(child) in wanted:
+                    child.qconfig = how
+                    done[id(child)] = done.get(id(child)) or dynamic.Linear.from_float(child)
+                    setattr(module, name, done[id(child)])
+    losses = []
+    for window in tokens:  # one at a time, so that a tensor is a window's, as it is here
+        logits = copied(window[None]).logits[0, :-1].float()
+        losses.append(functional.cross_entropy(logits, window[1:], reduction="none"))
+    return torch.stack(losses)

@@ -1,0 +1,129 @@
+"""A text as long as a model's context and longer, run once: what takes minutes is kept, and read where it is known.
+
+What is kept is of one model, one text and one way to measure; of any other, it is measured anew.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink import texts
+from spikesink.claims import write_atomically, writing_to
+from spikesink.models import anatomy
+from spikesink.progress import progress
+from spikesink.serving.cache import Policy, Streamed, cannot, first, stream
+from spikesink.serving.context import MOST, Lengths, interval_of, lengthen, reach
+
+FILE = "10-long.safetensors"
+BUDGET = 256  # keys that the bounded caches hold
+LONG = 4 * BUDGET  # tokens that make a text long
+ALONE, WITH_FIRST, SHIFTED, OTHERS = "the last ones", "with the first 4", "with the first 4, shifted", "with 4 others"
+POLICIES = {
+    ALONE: Policy(BUDGET),
+    WITH_FIRST: first(4, BUDGET),
+    SHIFTED: first(4, BUDGET, shifted=True),
+    OTHERS: Policy(BUDGET - 4, (97, 98, 99, 100)),
+}
+
+
+@dataclass(frozen=True)
+class Long:
+    """One long text through a cache that keeps everything, and through some that do not."""
+
+    lengths: Lengths
+    streams: Mapping[str, Streamed]
+    afresh: Float[Tensor, "window position"]  # loss where the last tokens are run anew and nothing else is known
+
+    def times(self, loss: Float[Tensor, "window position"]) -> tuple[float, float, float]:
+        """How many times the perplexity with every token it is, and its interval over pieces of the text."""
+        more = loss - self.lengths.loss
+        return float(more.mean().exp()), *interval_of(more)
+
+
+def measure(model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST) -> Long:
+    """Run a text as `reach` cuts it. Takes and raises what `reach`, `lengthen` and `stream` do."""
+    about = anatomy(model)
+    tokens, lengths = reach(model, source, most)
+    can = POLICIES if cannot(about) is None else {}
+    streams = {name: stream(model, tokens, policy, chunk=BUDGET) for name, policy in can.items()}
+    return Long(lengthen(model, tokens, lengths), streams, run_afresh(model, tokens))
+
+
+@torch.inference_mode()
+def run_afresh(
+    model: TransformerBridge, tokens: Int[Tensor, "window position"], budget: int = BUDGET
+) -> Float[Tensor, "window position"]:
+    """Losses where each token is predicted from a run of at least 3/4 of `budget` tokens before it and of nothing else:
+    what so few tokens tell a model, whichever keys a cache would have kept.
+    """
+    new, losses = budget // 4, []
+    for start in progress(range(0, tokens.shape[1] - 1, new), "the last tokens run anew", "chunk"):
+        end = min(start + new, tokens.shape[1] - 1)
+        part = tokens[:, max(0, end - budget) : end].to(model.cfg.device)
+        logits = model(part)[:, start - end :].float()
+        target = tokens[:, start + 1 : end + 1].to(logits.device)
+        loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+        losses.append(loss.view_as(target).cpu())
+    return torch.cat(losses, 1)
+
+
+def recorded(
+    model: TransformerBridge, source: str, folder: Path, also: Iterable[Path] = (), most: float = MOST
+) -> Long:
+    """What is known of this model and text, out of a folder or out of others; else it is measured, and kept there.
+
+    Args:
+        model: as `load` returns it.
+        source: a text, as `texts.windows` takes it.
+        folder: where it is kept, such as `figures/<model>/`.
+        also: other folders that may have it.
+        most: as `reach` takes it.
+    """
+    text = texts.read(source)
+    key = {
+        "model": model.source.sha256,
+        "dtype": str(model.cfg.dtype),
+        "text": text.sha256,
+        "most": f"{most:g}",
+        "policies": json.dumps({name: str(policy) for name, policy in POLICIES.items()}),
+    }
+    for place in (folder, *also):
+        if (found := _read(place / FILE, key)) is not None:
+            return found
+    made = measure(model, text, most)
+    tensors = {name: getattr(made.lengths, name).contiguous() for name in ("score", "late", "loss", "largest")}
+    tensors["afresh"] = made.afresh
+    tensors |= {f"stream {name}": of.loss.contiguous() for name, of in made.streams.items()}
+    numbers = {name: getattr(made.lengths, name) for name in ("lengths", "limit", "epsilon", "seconds")}
+    held = {name: of.most_held for name, of in made.streams.items()}
+    with writing_to(folder):
+        data = save(tensors, {**key, "numbers": json.dumps(numbers), "held": json.dumps(held)})
+        write_atomically(folder / FILE, data)
+    return made
+
+
+def _read(path: Path, key: Mapping[str, str]) -> Long | None:
+    """What a file holds, if it is of this key; a damaged one is as good as none."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            if any(about.get(name) != value for name, value in key.items()):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError:
+        return None
+    numbers, held = json.loads(about["numbers"]), json.loads(about["held"])
+    numbers["lengths"] = tuple(numbers["lengths"])
+    streams = {name: Streamed(POLICIES[name], tensors.pop(f"stream {name}"), most) for name, most in held.items()}
+    return Long(afresh=tensors.pop("afresh"), streams=streams, lengths=Lengths(**numbers, **tensors))

@@ -1,0 +1,128 @@
+"""One long text: kept where it was measured, read where it is known, and against runs that are short."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import spikesink
+from spikesink.claims import NotApplicable
+from spikesink.serving import diagnosis, long
+from spikesink.serving.cache import Policy, Streamed
+from spikesink.serving.context import Lengths, interval_of, reach
+from tests import planted
+from tests.test_cache import FEW
+
+TEXT = planted.text(4, 48)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def test_a_long_text_is_measured_once(planted_model, source, tmp_path, monkeypatch):
+    first, other = tmp_path / "first", tmp_path / "other"
+    made = long.recorded(planted_model, source, first)
+    assert set(made.streams) == set(long.POLICIES)
+    monkeypatch.setattr(long, "measure", lambda *_: pytest.fail("it was to be read"))
+    for found in (long.recorded(planted_model, source, first), long.recorded(planted_model, source, other, [first])):
+        assert found.lengths.lengths == made.lengths.lengths
+        assert found.lengths.sink_ratios == made.lengths.sink_ratios
+        assert torch.equal(found.lengths.loss, made.lengths.loss)
+        assert torch.equal(found.afresh, made.afresh)
+        for name, streamed in found.streams.items():
+            assert (streamed.policy, streamed.most_held) == (made.streams[name].policy, made.streams[name].most_held)
+            assert torch.equal(streamed.loss, made.streams[name].loss)
+    assert not other.exists(), "what is read elsewhere is not written again"
+
+
+@pytest.mark.parametrize("change", ["text", "model", "damaged"])
+def test_of_anything_else_it_is_measured_anew(planted_model, random_model, source, tmp_path, change, monkeypatch):
+    made = long.recorded(planted_model, source, tmp_path)
+    monkeypatch.setattr(long, "measure", lambda *_: replace(made, streams={}))
+    model = random_model if change == "model" else planted_model
+    if change == "text":
+        (tmp_path / "text.txt").write_text(TEXT + " more")
+    if change == "damaged":
+        (tmp_path / long.FILE).write_bytes((tmp_path / long.FILE).read_bytes()[:100])
+    assert long.recorded(model, source, tmp_path).streams == {}
+    monkeypatch.setattr(long, "measure", lambda *_: pytest.fail("it was to be read"))
+    assert long.recorded(model, source, tmp_path).streams == {}
+
+
+def test_run_anew_each_prediction_knows_few_tokens(planted_model):
+    tokens = spikesink.texts.all_ids(planted_model, spikesink.texts.Text("planted", TEXT))[None]
+    found = long.run_afresh(planted_model, tokens, budget=16)
+    assert found.shape == (1, tokens.shape[1] - 1)
+    for start in (0, 4, 60, 100):
+        end = start + 4
+        logits = planted_model(tokens[:, max(0, end - 16) : end])[0, start - end :]
+        wanted = functional.cross_entropy(logits, tokens[0, start + 1 : end + 1], reduction="none")
+        torch.testing.assert_close(found[0, start:end], wanted, **FEW)
+
+
+def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted_model, family_directory):
+    text = spikesink.texts.Text("long", planted.text(12, 64))
+    tokens, lengths = reach(planted_model, text)
+    assert lengths == (256, 512, 640)
+    assert tokens.shape == (1, 640)
+    assert reach(planted_model, text, most=24 * 300**2 / 2)[1] == (256,)
+    assert torch.equal(tokens[0], spikesink.texts.all_ids(planted_model, text)[:640])
+
+
+def a_long(n: int, window: float, first: float, score: float = 0.5) -> long.Long:
+    """Losses by hand: 2 nats with every token, so much more with others."""
+    full = torch.full((1, n - 1), 2.0)
+    lengths = Lengths(
+        (256, n), 4096, 0.3, torch.full((2, 1, 2, 2), score), torch.full((2, 2, 2), score), full, full, 1.0
+    )
+    more = dict(zip(long.POLICIES, (window, first, first, window), strict=True))
+    return long.Long(lengths, {name: Streamed(Policy(256), full + x, 256) for name, x in more.items()}, full + 0.1)
+
+
+class Short:
+    """Short windows, on which every technique costs nothing."""
+
+    with_it = ()
+
+    def __init__(self):
+        self.plain = {diagnosis.AS_IT_IS: type("Outcome", (), {"loss": torch.zeros(2, 63)})()}
+
+
+def test_a_cache_is_judged_on_the_long_text():
+    found = diagnosis.needs_the_sink(a_long(2048, 0.5, 0.05), Short(), 16)
+    assert found.measured["perplexity_window"] == pytest.approx(math.exp(2.5))
+    assert found.measured["perplexity_window_with_sink"] == pytest.approx(math.exp(2.05))
+    assert found.measured["interval_window_over_full"] == pytest.approx(2 * [math.exp(0.5)])
+    assert found.control["perplexity_run_anew"] == pytest.approx(math.exp(2.1))
+    assert spikesink.claims.judge("SV2", found, "10").verdict == "holds"
+    for window, first in ((0.3, 0.05), (0.5, 0.2)):
+        differs = diagnosis.needs_the_sink(a_long(2048, window, first), Short(), 16)
+        assert spikesink.claims.judge("SV2", differs, "10").verdict == "differs"
+    assert diagnosis.needs_the_sink(a_long(1000, 0.5, 0.05), Short(), 16) == NotApplicable(diagnosis.SHORT)
+
+
+def test_sinks_over_lengths_are_judged_within_the_limit():
+    held = diagnosis.over_lengths(a_long(2048, 0, 0).lengths)
+    assert json.loads(json.dumps(held.measured))["lengths"] == [256, 2048]
+    assert spikesink.claims.judge("SV3", held, "10").verdict == "holds"
+    fading = replace(a_long(2048, 0, 0).lengths, score=torch.tensor([[0.5, 0.5], [0.5, 0.1]])[:, None, None])
+    assert spikesink.claims.judge("SV3", diagnosis.over_lengths(fading), "10").verdict == "holds", "half is within two"
+    gone = replace(fading, score=torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.1, 0.1]])[:, None, None])
+    assert spikesink.claims.judge("SV3", diagnosis.over_lengths(gone), "10").verdict == "differs"
+    assert isinstance(diagnosis.over_lengths(a_long(2048, 0, 0, 0.1).lengths), NotApplicable)
+    past = replace(a_long(2048, 0, 0).lengths, limit=1024)
+    assert isinstance(diagnosis.over_lengths(past), NotApplicable), "within the limit it is short"
+
+
+def test_an_interval_is_of_pieces():
+    loss = torch.cat([torch.full((1, 64), 1.0), torch.full((1, 64), 3.0)], 1)
+    low, high = interval_of(loss)
+    assert (low, high) == pytest.approx((math.exp(1), math.exp(3)))
+    assert all(map(math.isnan, interval_of(loss[:, :64])))
