@@ -1,0 +1,124 @@
+"""python -m spikesink: a report on a model, or one of the two questions that its weights alone can answer."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from spikesink import amplifier, report
+from spikesink.claims import NotApplicable, brief
+from spikesink.models import LoadError, load
+from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, at_least, check_writable
+from spikesink.scan import ENTRIES, scan
+from spikesink.specs import slug
+from spikesink.texts import TextError, windows
+from spikesink.weights import open_weights
+
+MODEL = "built-in name, .gguf file, directory or hub id"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what `arguments` ask for; 0, 1 for an error, 2 for bad arguments, 130 if interrupted."""
+    chosen = _parser().parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        chosen.run(chosen, console)
+    except (LoadError, TextError, ValueError, FloatingPointError, NotebookError, OSError) as error:
+        console.print(str(error), style="bold red")
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; what was finished is kept")
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m spikesink", description="Where a model's spike and sinks are, and what that means.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    one = commands.add_parser(
+        "diagnose",
+        help="a report: spike, sinks, and which serving techniques fail because of which",
+        description="Measure a model on a text and write report.html (one page that opens offline) and report.json. "
+        "Takes minutes on a small model; what is finished is written as it goes.",
+    )
+    one.add_argument("model", help=MODEL)
+    one.add_argument("--text", default="house", help="house (default), pydoc, a file or datasets:NAME")
+    one.add_argument("--out", type=Path, help="folder for the report (default: reports/<model>)")
+    one.add_argument("--long", action="store_true", help="also run a text as long as the context: minutes more")
+    one.add_argument("--n-prompts", type=at_least(2), default=16, help="windows to measure (default: %(default)s)")
+    one.add_argument("--seq-len", type=at_least(16), default=256, help="tokens in a window (default: %(default)s)")
+    one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk (default: %(default)s)")
+    one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    one.add_argument("--seed", type=at_least(0), default=0)
+    one.set_defaults(run=diagnose)
+    two = commands.add_parser(
+        "census",
+        help="which channels each FFN can amplify, from the weights alone",
+        description=amplifier.Census.__doc__,
+    )
+    two.add_argument("model", help=MODEL)
+    two.add_argument("--top", type=at_least(1), default=10, help="how many to show (default: %(default)s)")
+    two.set_defaults(run=census)
+    three = commands.add_parser(
+        "probe",
+        help="whether tokens spike when they stand first, from the weights alone",
+        description="Send vocabulary entries through the model as first tokens, a layer at a time.",
+    )
+    three.add_argument("model", help=MODEL)
+    three.add_argument("--entries", type=at_least(1), default=ENTRIES, help="of the vocabulary (default: %(default)s)")
+    three.set_defaults(run=probe)
+    return parser
+
+
+def diagnose(chosen: argparse.Namespace, console: Console) -> None:
+    """Measure a model, and say each section as it is finished."""
+    out = chosen.out or Path("reports") / slug(chosen.model)
+    check_writable(out)
+    with console.status(f"loading {chosen.model}") as status:
+        model = load(chosen.model, chosen.device, chosen.dtype)
+        tokens = windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
+        status.update("looking for the spike")
+
+        def begun(title: str) -> None:
+            status.update(title)
+
+        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, begun):
+            console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
+            console.print(section.prose, markup=False)
+            if section.table is not None:
+                console.print(_table(section.table))
+    console.print(f"\nWritten to {out / 'report.html'} and report.json")
+
+
+def census(chosen: argparse.Namespace, console: Console) -> None:
+    """Show the (block, channel) pairs of largest gain."""
+    found = amplifier.census(open_weights(chosen.model))
+    if isinstance(found, NotApplicable):
+        raise ValueError(f"{found.reason}.")
+    rows = [
+        (block, channel, brief(gain), brief(found.over_median(block, channel)))
+        for block, channel, gain in found.top(chosen.top)
+    ]
+    columns = ["block", "channel", "||U_k||_F", "over its block's median"]
+    console.print(_table(pd.DataFrame(rows, columns=columns).set_index("block")))
+
+
+def probe(chosen: argparse.Namespace, console: Console) -> None:
+    """Say where the first token spikes."""
+    console.print(scan(chosen.model, chosen.entries, None, console.print).sentence())
+
+
+def _table(frame: pd.DataFrame) -> Table:
+    frame = frame.reset_index()
+    shown = Table(*map(str, frame.columns))
+    for row in frame.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

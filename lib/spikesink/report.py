@@ -1,0 +1,278 @@
+"""A report on a model for its owner: where its spike and its sinks are, and what that means for serving it.
+
+`diagnose` measures stage by stage, and writes what is finished after each: `report.json`, and `report.html`, one page
+that needs nothing else.
+"""
+
+import base64
+import html
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Int
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink import collapse, lifecycle, plots, sinks, texts
+from spikesink.claims import Evidence, NotApplicable, brief, write_atomically, writing_to
+from spikesink.lifecycle import Lifecycle, find_lifecycle
+from spikesink.notebook import say
+from spikesink.patching import chain
+from spikesink.serving import cache, cells, context, diagnosis, long, quantize
+from spikesink.trace import trace_windows
+
+HEADS = 8  # that are listed, the strongest first
+WINDOWS = 4  # for caches: whole ones
+SCHEMA = 1
+TITLES = {
+    "spike": "The spike",
+    "sink": "The sinks",
+    "quantization": "Eight and four bits",
+    "cache": "A KV cache that forgets",
+    "long": "Long contexts",
+}
+NOT_TESTED = (
+    "the speed of anything: what is rounded or forgotten here is simulated",
+    "ranges that are fixed beforehand (static quantization), and training with a remedy",
+    "any other text, and anything beyond perplexity and the recall of one sentence",
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report: what it says, the numbers behind it, and a table and a picture where there are some."""
+
+    key: str
+    prose: str
+    facts: Mapping[str, Any]
+    table: pd.DataFrame | None = None
+    picture: Figure | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the windows that it is looked at on."""
+
+    model: TransformerBridge
+    source: str
+    tokens: Int[Tensor, "n length"]
+    seed: int
+
+
+def diagnose(
+    model: TransformerBridge,
+    source: str,
+    tokens: Int[Tensor, "n length"],
+    out: Path,
+    with_long: bool = False,
+    seed: int = 0,
+    begun: Callable[[str], None] = lambda title: None,
+) -> Iterator[Section]:
+    """Look at a model, a section at a time; when one is yielded, `out/report.json` and `out/report.html` hold it.
+
+    Args:
+        model: as `load` returns it.
+        source: the text that `tokens` are cut from.
+        tokens: windows.
+        out: a folder.
+        with_long: whether to run a text as long as the context, which takes minutes.
+        seed: of what is drawn.
+        begun: is told the title of each section before it is measured.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    of, done, started = Subject(model, source, tokens, seed), {}, time.perf_counter()
+    life = find_lifecycle(trace_windows(model, tokens, seed))
+    stages = STAGES if with_long else {key: stage for key, stage in STAGES.items() if key != "long"}
+    about = {
+        "model": model.source.spec,
+        "sha256": model.source.sha256,
+        "text": source,
+        "windows": f"{len(tokens)} of {tokens.shape[1]} tokens",
+    }
+    for key, stage in stages.items():
+        begun(TITLES[key])
+        done[key] = stage(of, life)
+        left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done]
+        seconds = {"seconds": round(time.perf_counter() - started)}
+        _write(out, model.source.slug, about | seconds, done, left)
+        yield done[key]
+
+
+def _write(out: Path, name: str, about: Mapping[str, Any], done: Mapping[str, Section], left: list[str]) -> None:
+    found = {"schema": SCHEMA, **about, "sections": {key: one.facts for key, one in done.items()}, "not_tested": left}
+    with writing_to(out):
+        write_atomically(out / "report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(out / "report.html", page(name, about, done, left))
+
+
+def _facts(evidence: Evidence | NotApplicable) -> dict[str, Any]:
+    return dict(evidence.measured) if isinstance(evidence, Evidence) else {"reason": evidence.reason}
+
+
+def _said(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any], **more: Any) -> str:
+    if isinstance(evidence, NotApplicable):
+        return f"Not told: {evidence.reason}."
+    return say(template, evidence, **more).data.replace("\n", " ")
+
+
+def _spike(of: Subject, life: Lifecycle) -> Section:
+    up, down = lifecycle.step_up(life), lifecycle.step_down(life)
+    channels, tokens = lifecycle.few_channels(life), lifecycle.few_tokens(life, of.model.tokenizer.decode)
+    if life.main is None:
+        return Section("spike", f"No spike: {life.reason}.", {"reason": life.reason})
+    prose = [
+        _said("Channel {channels} reaches {plateau_value}, written by block(s) {step_up_blocks}.", up),
+        _said("It is taken back by block(s) {step_down_blocks} ({share_cancelled:.0%} of it).", down),
+        _said("{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} medians.", channels),
+        _said(
+            "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
+            "the windows. The commonest: {spike_tokens}.",
+            tokens,
+        ),
+    ]
+    facts = {"LC1": _facts(up), "LC3": _facts(down), "LC4": _facts(channels), "LC7": _facts(tokens)}
+    return Section("spike", " ".join(prose), facts, picture=plots.magnitudes(life))
+
+
+def _sink(of: Subject, life: Lifecycle) -> Section:
+    seen = sinks.look(of.model, of.tokens, life, collapse.collapse(of.model, of.tokens, life, of.seed), seed=of.seed)
+    many, others = sinks.many_heads(seen.scores), sinks.secondary(seen)
+    mean = seen.scores.at.mean(0)  # layer, head
+    order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
+    strongest = [(i // mean.shape[1], i % mean.shape[1]) for i in order]
+    rows = [(layer, head, f"{float(mean[layer, head]):.0%}") for layer, head in strongest]
+    table = pd.DataFrame(rows, columns=["layer", "head", "attention to position 0"]).set_index("layer")
+    prose = [
+        _said(
+            "In {sink_ratio:.0%} of heads and windows the first token gets more than {epsilon} of the attention, and "
+            "{mean_attention:.0%} of all attention on average.",
+            many,
+        ),
+        _said("{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.", others),
+    ]
+    short = sinks.score(of.model, of.tokens, length=max(2, of.tokens.shape[1] // 4))
+    facts = {"SK1": _facts(many), "X-SK9": _facts(others)}
+    return Section("sink", " ".join(prose), facts, table, plots.sink_map(seen.scores, short))
+
+
+def _quantization(of: Subject, life: Lifecycle) -> Section:
+    held_out, (tokens, where) = chain.halves(life, length=max(4, of.tokens.shape[1] // 4))
+    known = chain.constants(of.model, life, *held_out)
+    ranges = quantize.ranges(of.model, where, tokens)
+    in_cells = cells.cells(known, where)
+    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, known, where, of.seed))
+    crossed = quantize.weights(of.model, tokens, in_cells, crossed)
+    return _told("quantization", crossed, plots.quantizer_steps(ranges))
+
+
+def _cache(of: Subject, life: Lifecycle) -> Section:
+    held_out, judged = chain.halves(life, length=of.tokens.shape[1])
+    known = chain.constants(of.model, life, *held_out)
+    tokens, where = (part[:WINDOWS] for part in judged)
+    budget = max(8, tokens.shape[1] // 4)
+    techniques = cache.evictions(of.model, known, budget, where, of.seed)
+    crossed = cells.cross(of.model, tokens, cells.cells(known, where), techniques)
+    filler = texts.all_ids(of.model, of.source)[1:]
+    recalled = context.recall(of.model, filler, tokens.shape[1], budget, seed=of.seed)
+    found = _told("cache", crossed, plots.recalled(recalled))
+    if isinstance(recalled, NotApplicable):
+        return found
+    gained = {name: {f"{depth:g}": x for depth, x in row.items()} for name, row in recalled.gained.items()}
+    facts = {**found.facts, "recall": gained}
+    prose = (
+        f"{found.prose} Windows have {tokens.shape[1]} tokens, a query at most {budget} keys. The picture is of a fact "
+        "that is told at some depth and asked for in the end: how many nats likelier its telling makes the answer."
+    )
+    return Section("cache", prose, facts, found.table, found.picture)
+
+
+def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> Section:
+    """A section about techniques in cells."""
+    if isinstance(crossed, NotApplicable):
+        return Section(key, f"Not told apart: {crossed.reason}.", {"reason": crossed.reason})
+    found = diagnosis.diagnose(crossed)
+    told = {name: one for name, one in found.items() if one.verdict not in (diagnosis.FINE, diagnosis.UNKNOWN)}
+    risks = [f"{name} ({one.cost:.2f} times: {one.verdict})" for name, one in told.items()]
+    prose = f"Perplexity as it is: {brief(crossed.plain[cells.AS_IT_IS].perplexity)}. " + (
+        f"What costs more than 2%: {'; '.join(risks)}." if risks else "Nothing that was tried costs more than 2%."
+    )
+    facts = {
+        name: {
+            "cost": one.cost,
+            "interval": list(one.interval),
+            "without_spike": one.without_spike,
+            "with_sink": one.with_sink,
+            "verdict": one.verdict,
+        }
+        for name, one in found.items()
+    }
+    return Section(key, prose, facts, diagnosis.diagnoses(found), picture)
+
+
+def _long(of: Subject, life: Lifecycle) -> Section:
+    measured = long.measure(of.model, of.source)
+    found = diagnosis.over_lengths(measured.lengths)
+    prose = _said("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}, perplexity {perplexities}.", found)
+    times = {name: measured.times(streamed.loss) for name, streamed in measured.streams.items()}
+    facts = {"SV3": _facts(found), "streams": {name: list(value) for name, value in times.items()}}
+    return Section("long", prose, facts, picture=plots.lengths(measured.lengths))
+
+
+STAGES: Mapping[str, Callable[[Subject, Lifecycle], Section]] = {
+    "spike": _spike,
+    "sink": _sink,
+    "quantization": _quantization,
+    "cache": _cache,
+    "long": _long,
+}
+
+
+def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left: list[str]) -> str:
+    """The report as one page of HTML that opens without anything else."""
+    parts = [_part(section) for section in done.values()]
+    untested = "".join(f"<li>{html.escape(one)}</li>" for one in (*left, *NOT_TESTED))
+    facts = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in about.items()
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(name)}: spike and sink</title><style>{STYLE}</style></head><body><main>
+<h1>{html.escape(name)}: spike and sink</h1>
+<div class="wide"><table>{facts}</table></div>
+{"".join(parts)}
+<section><h2>Not tested</h2><ul>{untested}</ul></section>
+</main></body></html>
+"""
+
+
+STYLE = """
+body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+main { max-width: 62rem; margin: 0 auto; padding: 1rem }
+img { max-width: 100%; height: auto }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem }
+th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
+"""
+
+
+def _part(section: Section) -> str:
+    table = ""
+    if section.table is not None:
+        table = f'<div class="wide">{section.table.reset_index().to_html(index=False, border=0)}</div>'
+    picture = ""
+    if section.picture is not None:
+        data = io.BytesIO()
+        section.picture.savefig(data, format="png", dpi=110, bbox_inches="tight")
+        encoded = base64.b64encode(data.getvalue()).decode()
+        picture = f'<p><img alt="{html.escape(TITLES[section.key])}" src="data:image/png;base64,{encoded}"></p>'
+    title = html.escape(TITLES[section.key])
+    return f"<section><h2>{title}</h2><p>{html.escape(section.prose)}</p>{table}{picture}</section>"

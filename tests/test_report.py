@@ -1,0 +1,113 @@
+"""The command for owners of a model: what it says, what it leaves when stopped, and what it says of bad input."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from spikesink import __main__ as command
+from spikesink import report
+from tests import planted
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(planted.text(12, 64))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(family_directory, text, tmp_path_factory):
+    """A model whose spike and sinks are known, diagnosed."""
+    out = tmp_path_factory.mktemp("report")
+    options = ["--text", text, "--n-prompts", "6", "--seq-len", "64", "--out", str(out)]
+    assert command.main(["diagnose", str(family_directory("llama")), *options]) == 0
+    return json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+
+
+def test_a_report_says_where_spike_and_sinks_are(made):
+    found, _ = made
+    assert list(found["sections"]) == ["spike", "sink", "quantization", "cache"]
+    assert found["sections"]["spike"]["LC1"]["step_up_blocks"] == [4]
+    assert found["sections"]["spike"]["LC1"]["channels"] == [9, 30]
+    assert found["sections"]["sink"]["SK1"]["sink_ratio"] == pytest.approx(4 / 24)
+    assert found["sections"]["cache"]["the last ones"]["verdict"] == "attention routing"
+    assert found["sections"]["cache"]["with the first"]["verdict"] == "no failure"
+    assert found["not_tested"] == ["Long contexts (not measured)"]
+    assert len(found["sha256"]) == 64
+
+
+def test_the_page_needs_nothing_else(made):
+    _, page = made
+    assert not re.search(r"https?://|<script|<link|src=\"(?!data:)|url\(", page)
+    assert page.count("<img") == page.count("data:image/png;base64,") == 4
+    assert 'name="viewport"' in page
+    assert "attention routing" in page
+    assert "<li>Long contexts (not measured)</li>" in page
+    for title in list(report.TITLES.values())[:4]:
+        assert page.count(f"<h2>{title}</h2>") == 1
+
+
+def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp_path, monkeypatch, capsys):
+    def stopped(of, life):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "STAGES", {**report.STAGES, "quantization": stopped})
+    options = ["--text", text, "--n-prompts", "2", "--seq-len", "32", "--out", str(tmp_path / "new" / "folder")]
+    assert command.main(["diagnose", str(random_directory), *options]) == 130
+    assert "what was finished is kept" in capsys.readouterr().out
+    found = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
+    assert list(found["sections"]) == ["spike", "sink"]
+    assert found["not_tested"] == [f"{report.TITLES[key]} (not measured)" for key in ("quantization", "cache", "long")]
+    assert "No spike: " in (tmp_path / "new" / "folder" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [("out", "cannot be written"), ("empty", "is empty"), ("binary", "is not UTF-8 text"), ("model", "no-such-model")],
+)
+def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    given = {"out": tmp_path / "out", "text": text, "model": random_directory}
+    given |= {
+        "out": {"out": tmp_path / "file" / "out"},
+        "empty": {"text": tmp_path / "file"},
+        "binary": {"text": tmp_path / "binary"},
+        "model": {"model": tmp_path / "no-such-model"},
+    }[wrong]
+    options = ["--text", str(given["text"]), "--out", str(given["out"]), "--n-prompts", "2", "--seq-len", "32"]
+    assert command.main(["diagnose", str(given["model"]), *options]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert says in said
+    assert said.count(". ") == 0
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys):
+    assert command.main(["census", str(family_directory("llama")), "--top", "2"]) == 0
+    rows = re.findall(r"│ (\d+) +│ (\d+)", capsys.readouterr().out)
+    assert {("4", "9"), ("10", "9")} == set(rows)
+    assert command.main(["probe", str(family_directory("llama")), "--entries", "400"]) == 0
+    said = capsys.readouterr().out
+    assert "channel 9 after block 4" in said
+    assert "Blocks that write it: 4; that take it back: 10." in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["nosuch"], ["diagnose"], ["diagnose", "x", "--n-prompts", "1"]])
+def test_bad_arguments_point_to_the_help(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("(see --help)\n")
+
+
+def test_a_section_that_does_not_apply_says_why(made):
+    reason = report.Section("cache", "Not told apart: no spike.", {"reason": "no spike"})
+    page = report.page("x<y", {"a": "<b>"}, {"cache": reason}, [])
+    assert "x&lt;y" in page
+    assert "&lt;b&gt;" in page
+    assert "Not told apart: no spike." in page
+    assert replace(reason, prose="<i>").prose not in report.page("x", {}, {"cache": replace(reason, prose="<i>")}, [])
