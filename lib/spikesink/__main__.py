@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -114,7 +115,8 @@ def probe(chosen: argparse.Namespace, console: Console) -> None:
 
 def _table(frame: pd.DataFrame) -> Table:
     frame = frame.reset_index()
-    shown = Table(*map(str, frame.columns))
+    shown = Table(*map(str, frame.columns), box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.columns[0].no_wrap = True
     for row in frame.itertuples(index=False):
         shown.add_row(*map(str, row))
     return shown
