@@ -8,6 +8,7 @@ import pytest
 
 from spikesink import __main__ as command
 from spikesink import report
+from spikesink.serving.diagnosis import Diagnosis, diagnoses
 from tests import planted
 
 
@@ -37,6 +38,17 @@ def test_a_report_says_where_spike_and_sinks_are(made):
     assert found["sections"]["cache"]["with the first"]["verdict"] == "no failure"
     assert found["not_tested"] == ["Long contexts (not measured)"]
     assert len(found["sha256"]) == 64
+
+
+def test_a_table_fits_a_terminal(made):
+    """What it has no room for is on the page."""
+    found, page = made
+    name = "weights in int4 per channel"
+    one = found["sections"]["quantization"][name]
+    table = diagnoses({name: Diagnosis(one["cost"], tuple(one["interval"]), None, None)})
+    assert list(table[["perplexity, times", "diagnosis"]].index) == [name]
+    for column in table.columns:
+        assert f"<th>{column}</th>" in page
 
 
 def test_the_page_needs_nothing_else(made):

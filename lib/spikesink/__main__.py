@@ -91,7 +91,7 @@ def diagnose(chosen: argparse.Namespace, console: Console) -> None:
             console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
             console.print(section.prose, markup=False)
             if section.table is not None:
-                console.print(_table(section.table))
+                console.print(_table(section.table[list(section.narrow)] if section.narrow else section.table))
     console.print(f"\nWritten to {out / 'report.html'} and report.json")
 
 

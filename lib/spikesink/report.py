@@ -10,7 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Section:
     facts: Mapping[str, Any]
     table: pd.DataFrame | None = None
     picture: Figure | None = field(default=None, repr=False)
+    narrow: tuple[str, ...] = ()  # those of the table's columns that a terminal has room for; by default all
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _cache(of: Subject, life: Lifecycle) -> Section:
         f"{found.prose} Windows have {tokens.shape[1]} tokens, a query at most {budget} keys. The picture is of a fact "
         "that is told at some depth and asked for in the end: how many nats likelier its telling makes the answer."
     )
-    return Section("cache", prose, facts, found.table, found.picture)
+    return replace(found, prose=prose, facts=facts)
 
 
 def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> Section:
@@ -215,7 +216,7 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
         }
         for name, one in found.items()
     }
-    return Section(key, prose, facts, diagnosis.diagnoses(found), picture)
+    return Section(key, prose, facts, diagnosis.diagnoses(found), picture, ("perplexity, times", "diagnosis"))
 
 
 def _long(of: Subject, life: Lifecycle) -> Section:
