@@ -63,7 +63,7 @@ def test_the_page_needs_nothing_else(made):
 
 
 def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp_path, monkeypatch, capsys):
-    def stopped(of, life):
+    def stopped(of):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "STAGES", {**report.STAGES, "quantization": stopped})

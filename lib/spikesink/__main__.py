@@ -82,12 +82,7 @@ def diagnose(chosen: argparse.Namespace, console: Console) -> None:
     with console.status(f"loading {chosen.model}") as status:
         model = load(chosen.model, chosen.device, chosen.dtype)
         tokens = windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
-        status.update("looking for the spike")
-
-        def begun(title: str) -> None:
-            status.update(title)
-
-        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, begun):
+        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, status.update):
             console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
             console.print(section.prose, markup=False)
             if section.table is not None:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ class Subject:
     tokens: Int[Tensor, "n length"]
     seed: int
 
+    @cached_property
+    def life(self) -> Lifecycle:
+        """Its spike's life in these windows."""
+        return find_lifecycle(trace_windows(self.model, self.tokens, self.seed))
+
+    @cached_property
+    def known(self) -> chain.Constants | NotApplicable:
+        """What spike tokens are on average, over windows that are then not judged."""
+        held_out, _ = chain.halves(self.life, length=self.short)
+        return chain.constants(self.model, self.life, *held_out)
+
+    @property
+    def short(self) -> int:
+        """The length of windows that are run many times."""
+        return max(4, self.tokens.shape[1] // 4)
+
 
 def diagnose(
     model: TransformerBridge,
@@ -91,7 +108,6 @@ def diagnose(
         OSError: the folder cannot be written.
     """
     of, done, started = Subject(model, source, tokens, seed), {}, time.perf_counter()
-    life = find_lifecycle(trace_windows(model, tokens, seed))
     stages = STAGES if with_long else {key: stage for key, stage in STAGES.items() if key != "long"}
     about = {
         "model": model.source.spec,
@@ -101,7 +117,7 @@ def diagnose(
     }
     for key, stage in stages.items():
         begun(TITLES[key])
-        done[key] = stage(of, life)
+        done[key] = stage(of)
         left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done]
         seconds = {"seconds": round(time.perf_counter() - started)}
         _write(out, model.source.slug, about | seconds, done, left)
@@ -125,7 +141,8 @@ def _said(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any],
     return say(template, evidence, **more).data.replace("\n", " ")
 
 
-def _spike(of: Subject, life: Lifecycle) -> Section:
+def _spike(of: Subject) -> Section:
+    life = of.life
     up, down = lifecycle.step_up(life), lifecycle.step_down(life)
     channels, tokens = lifecycle.few_channels(life), lifecycle.few_tokens(life, of.model.tokenizer.decode)
     if life.main is None:
@@ -144,8 +161,9 @@ def _spike(of: Subject, life: Lifecycle) -> Section:
     return Section("spike", " ".join(prose), facts, picture=plots.magnitudes(life))
 
 
-def _sink(of: Subject, life: Lifecycle) -> Section:
-    seen = sinks.look(of.model, of.tokens, life, collapse.collapse(of.model, of.tokens, life, of.seed), seed=of.seed)
+def _sink(of: Subject) -> Section:
+    collapsed = collapse.collapse(of.model, of.tokens, of.life, of.seed)
+    seen = sinks.look(of.model, of.tokens, of.life, collapsed, seed=of.seed)
     many, others = sinks.many_heads(seen.scores), sinks.secondary(seen)
     mean = seen.scores.at.mean(0)  # layer, head
     order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
@@ -160,29 +178,27 @@ def _sink(of: Subject, life: Lifecycle) -> Section:
         ),
         _said("{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.", others),
     ]
-    short = sinks.score(of.model, of.tokens, length=max(2, of.tokens.shape[1] // 4))
+    short = sinks.score(of.model, of.tokens, length=of.short)
     facts = {"SK1": _facts(many), "X-SK9": _facts(others)}
     return Section("sink", " ".join(prose), facts, table, plots.sink_map(seen.scores, short))
 
 
-def _quantization(of: Subject, life: Lifecycle) -> Section:
-    held_out, (tokens, where) = chain.halves(life, length=max(4, of.tokens.shape[1] // 4))
-    known = chain.constants(of.model, life, *held_out)
+def _quantization(of: Subject) -> Section:
+    _, (tokens, where) = chain.halves(of.life, length=of.short)
     ranges = quantize.ranges(of.model, where, tokens)
-    in_cells = cells.cells(known, where)
-    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, known, where, of.seed))
+    in_cells = cells.cells(of.known, where)
+    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, of.known, where, of.seed))
     crossed = quantize.weights(of.model, tokens, in_cells, crossed)
     return _told("quantization", crossed, plots.quantizer_steps(ranges))
 
 
-def _cache(of: Subject, life: Lifecycle) -> Section:
-    held_out, judged = chain.halves(life, length=of.tokens.shape[1])
-    known = chain.constants(of.model, life, *held_out)
+def _cache(of: Subject) -> Section:
+    _, judged = chain.halves(of.life, length=of.tokens.shape[1])
     tokens, where = (part[:WINDOWS] for part in judged)
     budget = max(8, tokens.shape[1] // 4)
-    techniques = cache.evictions(of.model, known, budget, where, of.seed)
-    crossed = cells.cross(of.model, tokens, cells.cells(known, where), techniques)
-    filler = texts.all_ids(of.model, of.source)[1:]
+    techniques = cache.evictions(of.model, of.known, budget, where, of.seed)
+    crossed = cells.cross(of.model, tokens, cells.cells(of.known, where), techniques)
+    filler = texts.all_ids(of.model, of.source)
     recalled = context.recall(of.model, filler, tokens.shape[1], budget, seed=of.seed)
     found = _told("cache", crossed, plots.recalled(recalled))
     if isinstance(recalled, NotApplicable):
@@ -219,7 +235,7 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
     return Section(key, prose, facts, diagnosis.diagnoses(found), picture, ("perplexity, times", "diagnosis"))
 
 
-def _long(of: Subject, life: Lifecycle) -> Section:
+def _long(of: Subject) -> Section:
     measured = long.measure(of.model, of.source)
     found = diagnosis.over_lengths(measured.lengths)
     prose = _said("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}, perplexity {perplexities}.", found)
@@ -228,7 +244,7 @@ def _long(of: Subject, life: Lifecycle) -> Section:
     return Section("long", prose, facts, picture=plots.lengths(measured.lengths))
 
 
-STAGES: Mapping[str, Callable[[Subject, Lifecycle], Section]] = {
+STAGES: Mapping[str, Callable[[Subject], Section]] = {
     "spike": _spike,
     "sink": _sink,
     "quantization": _quantization,

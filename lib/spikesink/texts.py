@@ -84,14 +84,22 @@ def windows(
 
 
 def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " token"]:
-    """A whole text's tokens, in one row that begins with BOS where `windows` do.
+    """A whole text's tokens, without BOS.
 
     Raises:
         TextError: as `read` and `windows` do.
     """
-    text, about = source if isinstance(source, Text) else read(source), anatomy(model)
-    bos = [model.tokenizer.bos_token_id] if about.prepends_bos else []
-    return torch.tensor(bos + _ids(text, model.tokenizer, about.d_vocab))
+    text = source if isinstance(source, Text) else read(source)
+    return torch.tensor(_ids(text, model.tokenizer, anatomy(model).d_vocab))
+
+
+def bos(model: TransformerBridge) -> list[int]:
+    """What `windows` begin with: BOS where the tokenizer adds one of its own accord, else nothing."""
+    return _bos(model.tokenizer, anatomy(model).prepends_bos)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase, prepends_bos: bool) -> list[int]:
+    return [tokenizer.bos_token_id] if prepends_bos else []
 
 
 def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
@@ -100,8 +108,7 @@ def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[
     Raises:
         TextError: as `read` and `windows` do.
     """
-    text, d_vocab = source if isinstance(source, Text) else read(source), anatomy(model).d_vocab
-    return torch.bincount(torch.tensor(_ids(text, model.tokenizer, d_vocab)), minlength=d_vocab)
+    return torch.bincount(all_ids(model, source), minlength=anatomy(model).d_vocab)
 
 
 def cut(
@@ -120,15 +127,15 @@ def cut(
     """
     _check_whole(n=n, length=length, seed=seed)
     text = source if isinstance(source, Text) else read(source)
-    bos = [tokenizer.bos_token_id] if prepends_bos else []
+    begin = _bos(tokenizer, prepends_bos)
     if seed < 0:
         raise TextError(f"seed {seed} is negative; give a whole number of at least 0.")
-    if n < 1 or length < 2 + len(bos):
-        raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(bos)}.")
+    if n < 1 or length < 2 + len(begin):
+        raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(begin)}.")
     if context is not None and length > context:
         raise TextError(f"a window of {length} tokens is longer than the model's context of {context}.")
     ids = _ids(text, tokenizer, d_vocab)
-    body = length - len(bos)
+    body = length - len(begin)
     there = len(ids) // body
     if there < n:
         raise TextError(
@@ -136,7 +143,7 @@ def cut(
             "ask for fewer or shorter ones, or give a longer text."
         )
     chosen = np.random.default_rng(seed).permutation(there)[:n]
-    return torch.tensor([bos + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
+    return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
 
 
 def _check_whole(**given: Any) -> None:

@@ -17,6 +17,7 @@ from spikesink.patching.chain import Broken, Constants, aim, cuts_on, named
 from spikesink.patching.interventions import patched
 from spikesink.patching.outcome import CLEAN, Outcome, compare
 from spikesink.progress import progress
+from spikesink.texts import bos
 
 MAIN = ("skipped", "masked", "masked_everywhere", "decoupled")
 THINGS = ("key", "lamp", "coin", "letter", "spoon", "map", "ring", "knife", "bell")
@@ -129,8 +130,7 @@ def repeated(
 
 
 def _bos(model: TransformerBridge, n: int) -> Int[Tensor, "n bos"]:
-    ids = [model.tokenizer.bos_token_id] if model.cfg.default_prepend_bos else []
-    return torch.tensor([ids] * n, dtype=torch.long).reshape(n, len(ids))
+    return torch.tensor([bos(model)] * n, dtype=torch.long)
 
 
 def recall_prompts(model: TransformerBridge, n: int, seed: int = 0) -> tuple[Int[Tensor, "prompt length"], list[slice]]:
@@ -150,18 +150,24 @@ def recall_prompts(model: TransformerBridge, n: int, seed: int = 0) -> tuple[Int
             said = [place if i == middle else other for i, other in enumerate(places)]
             lines = [f"The {thing} is in the {where}." for thing, where in zip(things, said, strict=True)]
             question = "\n".join([*lines, f"So, once more: the {things[middle]} is in the"])
-            prompts.append((_ids(model, question), _ids(model, f"{question} {places[middle]}")))
-    bos = _bos(model, 2 * n)
-    length = max(len(whole) for _, whole in told + untold)
-    rows = [whole + whole[-1:] * (length - len(whole)) for _, whole in told + untold]
-    at = []
-    for question, whole in told + untold:
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(question, whole, strict=False)))
-        at.append(slice(common + bos.shape[1] - 1, len(whole) + bos.shape[1] - 1))  # each predicts the token after it
-    return torch.cat([bos, torch.tensor(rows)], dim=1), at
+            prompts.append(asked(model, question, places[middle]))
+    length = max(len(whole) for whole, _ in told + untold)
+    rows = [whole + whole[-1:] * (length - len(whole)) for whole, _ in told + untold]
+    begin = _bos(model, 2 * n)
+    before = begin.shape[1] - 1  # each predicts the token after it
+    at = [slice(len(whole) - size + before, len(whole) + before) for whole, size in told + untold]
+    return torch.cat([begin, torch.tensor(rows)], dim=1), at
 
 
-def _ids(model: TransformerBridge, text: str) -> list[int]:
+def asked(model: TransformerBridge, question: str, answer: str) -> tuple[list[int], int]:
+    """A question and its answer in tokens, without BOS, and how many of them, at the end, are the answer's."""
+    alone, whole = (ids_of(model, text) for text in (question, f"{question} {answer}"))
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False)))
+    return whole, len(whole) - common
+
+
+def ids_of(model: TransformerBridge, text: str) -> list[int]:
+    """A text's tokens, without BOS."""
     return model.tokenizer(text, add_special_tokens=False).input_ids
 
 

@@ -93,7 +93,7 @@ class Outcome:
         }
         if what not in measures:
             raise ValueError(f"there is no measure {what!r}; give one of {', '.join(measures)}.")
-        return _bootstrap(*measures[what], level, seed)
+        return bootstrapped(*measures[what], level, seed)
 
     def times(self, other: "Outcome", level: float = 0.95, seed: int = 0) -> tuple[float, float]:
         """A bootstrap interval over windows of how many times another outcome's perplexity this one's is.
@@ -108,7 +108,7 @@ class Outcome:
                 f"outcomes of {list(self.loss.shape)} and {list(other.loss.shape)} predictions cannot be paired; "
                 "evaluate both on the same windows."
             )
-        return _bootstrap((self.loss - other.loss).mean(1), _exp_mean, level, seed)
+        return bootstrapped((self.loss - other.loss).mean(1), _exp_mean, level, seed)
 
     def __repr__(self) -> str:
         low, high = self.interval()
@@ -124,7 +124,7 @@ def _exp_mean(x: np.ndarray, axis: int) -> np.ndarray:
     return np.exp(x.mean(axis=axis))
 
 
-def _bootstrap(values: Tensor, statistic: Callable, level: float, seed: int) -> tuple[float, float]:
+def bootstrapped(values: Tensor, statistic: Callable, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """The percentile interval of a statistic of windows; not numbers where there is only one."""
     values = values.double().numpy()
     if len(values) < 2:
@@ -154,8 +154,7 @@ def evaluate(
         RuntimeError: an intervention that never took effect.
         FloatingPointError: the model's own predictions are not finite.
     """
-    cut = {"": interventions} if interventions else {}
-    return list(compare(model, tokens, cut, epsilon).values())[-1]
+    return compare(model, tokens, {"": interventions}, epsilon)[""]
 
 
 def compare(
@@ -178,14 +177,15 @@ def compare(
     if CLEAN in cuts:
         raise ValueError(f"{CLEAN!r} is the name of the run without any cut; give this one another.")
     listed = {key: (cut,) if isinstance(cut, Intervention) else tuple(cut) for key, cut in cuts.items()}
+    listed = {key: cut for key, cut in listed.items() if cut}  # one without interventions is the clean run
     tokens = checked(model, tokens, [one for cut in listed.values() for one in cut])
     about = anatomy(model)
     if tokens.shape[1] < 2:
         raise ValueError("one token predicts nothing that could be compared; give prompts of at least two.")
-    starts = {key: min((one.first_layer(about) for one in cut), default=0) for key, cut in listed.items()}
+    starts = {key: min(one.first_layer(about) for one in cut) for key, cut in listed.items()}
     form = prefix.in_what_form(model, tokens, starts.values()) if reuse else None
     sums = {key: _Sums(about, epsilon) for key in (CLEAN, *listed)}
-    todo = [(rows, key) for rows in batches(about, tokens) for key in (CLEAN, *listed)]
+    todo = [(rows, key) for rows in batches(about, tokens) for key in sums]
     for rows, key in progress(todo, "patching" if listed else "running", "run"):
         batch = tokens[rows.start : rows.stop].to(model.cfg.device)
         if key == CLEAN:
@@ -197,7 +197,8 @@ def compare(
             start = starts[key] if form is not None else 0
             sums[key].add(batch, run(model, about, batch, listed[key], rows, start, bool(form), clean), clean)
     words = {CLEAN: "the clean run", **{key: "; then ".join(map(str, cut)) for key, cut in listed.items()}}
-    return {key: total.outcome(words[key]) for key, total in sums.items()}
+    found = {key: total.outcome(words[key]) for key, total in sums.items()}
+    return {key: found.get(key, found[CLEAN]) for key in (CLEAN, *cuts)}
 
 
 def sweep(

@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spikesink.claims import brief
 from spikesink.patching.behaviour import Behaviour
@@ -23,6 +22,7 @@ from spikesink.plots.style import (
     above,
     drawn_where_applicable,
     figure,
+    log_ticks,
     quoted,
     span,
     styled,
@@ -46,15 +46,6 @@ def _name(key: str) -> str:
 
 def _is_control(key: str) -> bool:
     return key in CUTS and CUTS[key].control
-
-
-def _log_ticks(ax) -> None:
-    """Numbers on a logarithmic axis, as many as its span has room for: one tick says nothing of a scale."""
-    low, high = ax.get_ylim()
-    subs = (1,) if high > 1000 * low else (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 3, 5, 7)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: brief(float(v))))
-    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 @drawn_where_applicable
@@ -119,7 +110,7 @@ def dose_response(found: Doses) -> Figure:
     left.plot(list(found.control), control, color=ORDINARY, marker="s", ms=5, lw=0, label="as many random channels")
     left.set(yscale="log", xlabel="spike multiplied by", ylabel="perplexity (band: 95% over windows)")
     left.legend(fontsize=9)
-    _log_ticks(left)
+    log_ticks(left.yaxis)
     right.plot(x, [of.sink_ratio for of in found.outcomes], color=SINK, marker="o", ms=5)
     controls = [of.sink_ratio for of in found.control.values()]
     right.plot(list(found.control), controls, color=ORDINARY, marker="s", ms=5, lw=0)
@@ -220,7 +211,7 @@ def causal_map(found: BlockMap) -> Figure:
         span(ax, found.cycle, label=ax is axes[0])
     axes[1].set_ylim(0, 1)
     axes[2].set(yscale="log", xlabel="block that writes nothing at the spike tokens (circles: attention, squares: FFN)")
-    _log_ticks(axes[2])
+    log_ticks(axes[2].yaxis)
     worst, least = int(ratio.argmax()) + 1, int(found.spike().argmin()) + 1
     left, times = brief(100 * float(found.spike().min())), brief(float(ratio.max()))
     text = f"Without block {least}, {left}% of the spike is left; without block {worst}, {times} times the perplexity"

@@ -1,10 +1,11 @@
 """The figures of notebook 10: what serving does, with and without spike and sink."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from spikesink.claims import brief
 from spikesink.plots.style import (
@@ -16,15 +17,16 @@ from spikesink.plots.style import (
     above,
     drawn_where_applicable,
     figure,
+    log_ticks,
     styled,
     thousands,
     whole,
 )
+from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, NEITHER, NO_SINK, NO_SPIKE, SPARED, Crossed
 from spikesink.serving.context import Lengths, Recall
 from spikesink.serving.diagnosis import FINE, UNKNOWN, Diagnosis
-from spikesink.serving.long import ALONE, BUDGET, SHIFTED, WITH_FIRST, Long
-from spikesink.serving.long import OTHERS as OTHERS_KEPT
+from spikesink.serving.long import BUDGET, Long
 from spikesink.serving.quantize import LINEAR_INPUTS, Range
 
 LOOKS = {
@@ -36,10 +38,10 @@ LOOKS = {
 }
 ANEW = "the last ones, run anew"
 STREAMED = {
-    ALONE: (SPIKE, "-"),
-    OTHERS_KEPT: (ORDINARY, "-."),
-    WITH_FIRST: (SINK, "-"),
-    SHIFTED: (OTHERS[0], "--"),
+    cache.WINDOW: (SPIKE, "-"),
+    cache.OTHERS: (ORDINARY, "-."),
+    cache.WITH_FIRST: (SINK, "-"),
+    cache.SHIFTED: (OTHERS[0], "--"),
     ANEW: ("black", "-"),
 }
 SMOOTHED = 256  # predictions in a running mean
@@ -87,43 +89,26 @@ def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
     names = list(crossed.with_it)
     fig, ax = figure(size=(11.5, 0.34 * len(names) + 1.6))
     for i, name in enumerate(names):
-        row = crossed.with_it[name]
-        low, high = found[name].interval
-        ax.plot([low, high], [i, i], color="black", lw=1.2)
-        for cell, (colour, marker) in LOOKS.items():
-            if cell in row:
-                face = "white" if cell in (NO_SINK, NEITHER) else colour
-                ax.plot(crossed.cost(name, cell), i, marker=marker, color=colour, mfc=face, ms=6, lw=0)
+        ax.plot(found[name].interval, [i, i], color="black", lw=1.2)
         ax.text(1.02, i, found[name].verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    tried = [cell for cell in LOOKS if any(cell in row for row in crossed.with_it.values())]
+    for cell in tried:
+        colour, marker = LOOKS[cell]
+        at = {i: crossed.cost(name, cell) for i, name in enumerate(names) if cell in crossed.with_it[name]}
+        face = "white" if cell in (NO_SINK, NEITHER) else colour
+        ax.plot(list(at.values()), list(at), marker=marker, color=colour, mfc=face, ms=6, lw=0, label=cell)
     ax.axvline(1, color="black", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="perplexity, times the same cell's without it (line: 95% over windows)")
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
-    _times_axis(ax.xaxis, *ax.get_xlim())
-    tried = [cell for cell in LOOKS if any(cell in row for row in crossed.with_it.values())]
-    marks = [
-        ax.plot([], [], lw=0, marker=LOOKS[c][1], color=LOOKS[c][0], mfc="white" if c in (NO_SINK, NEITHER) else None)
-        for c in tried
-    ]
-    ax.legend(
-        [mark[0] for mark in marks], tried, fontsize=8.5, ncols=len(tried), loc="lower left", bbox_to_anchor=(0, 1)
-    )
+    log_ticks(ax.xaxis)
+    ax.legend(fontsize=8.5, ncols=len(tried), loc="lower left", bbox_to_anchor=(0, 1))
     if told := [name for name in names if found[name].verdict not in (FINE, UNKNOWN)]:
         one = found[worst := max(told, key=crossed.cost)]
         remedies = {"without the spike": one.without_spike, "with the sink kept": one.with_sink}
         left = [f"{max(0, one.left(x)):.0%} {remedy}" for remedy, x in remedies.items() if x is not None]
         above(fig, f"{worst[0].upper()}{worst[1:]} costs {one.cost:.2f} times; of that is left {', '.join(left)}")
     return fig
-
-
-def _times_axis(axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis that may span less than a factor of two."""
-    steps = (1, 1.1, 1.2, 1.5, 2, 3, 5, 7) if high < 20 * low else (1, 3) if high < 1000 * low else (1,)
-    ticks = [step * 10.0**power for power in range(-3, 9) for step in steps]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axis.set_ticks(ticks)
-    axis.set_major_formatter(FuncFormatter(lambda v, _: brief(float(v))))
-    axis.set_minor_formatter(NullFormatter())
 
 
 @styled
@@ -141,7 +126,7 @@ def streaming(found: Long) -> Figure:
         at = slice(None, None, max(1, width // 16))  # a running mean is smooth: a few points of it are enough
         ax.plot(np.arange(width - 1, len(more))[at], running[at], color=colour, ls=style, lw=1.4)
         times, low, high = found.times(loss)
-        ends.append([float(running[-1]), f"{name}: {times:.2f} ({low:.2f} to {high:.2f})", colour])
+        ends.append((float(running[-1]), f"{name}: {times:.2f} ({low:.2f} to {high:.2f})", colour))
     ax.axhline(1, color="black", lw=0.8, ls=":")
     limit = found.lengths.limit
     if limit < found.lengths.lengths[-1]:
@@ -150,10 +135,10 @@ def streaming(found: Long) -> Figure:
     ax.set(yscale="log", xlabel="position in the text")
     ax.set_ylabel(f"perplexity, times that with every token\n(mean of {SMOOTHED} predictions)")
     thousands(ax, "x")
-    _times_axis(ax.yaxis, *ax.get_ylim())
+    log_ticks(ax.yaxis)
     _names_at_the_end(ax, ends)
     if found.streams:
-        alone, first = (found.times(found.streams[name].loss)[0] for name in (ALONE, WITH_FIRST))
+        alone, first = (found.times(found.streams[name].loss)[0] for name in (cache.WINDOW, cache.WITH_FIRST))
         above(
             fig,
             f"With the last {BUDGET} tokens alone, perplexity is {alone:.2f} times that with every token; "
@@ -162,13 +147,12 @@ def streaming(found: Long) -> Figure:
     return fig
 
 
-def _names_at_the_end(ax, ends: Sequence[list]) -> None:
+def _names_at_the_end(ax, ends: Sequence[tuple[float, str, str]]) -> None:
     """Label curves at their last values, moved apart where they would overlap."""
     low, high = np.log(ax.get_ylim())
-    heights = {name: (np.log(value) - low) / (high - low) for value, name, _ in ends}
-    placed = 0.0
+    placed = -math.inf
     for value, name, colour in sorted(ends):
-        placed = max(heights[name], placed + 0.06) if value != min(ends)[0] else heights[name]
+        placed = max((math.log(value) - low) / (high - low), placed + 0.06)
         ax.text(1.01, placed, name, color=colour, transform=ax.transAxes, va="center", fontsize=9)
 
 
@@ -189,7 +173,7 @@ def lengths(found: Lengths) -> Figure:
     right.fill_between(x, low, high, color="black", alpha=0.12, lw=0)
     right.plot(x, found.perplexities, color="black", marker="o", ms=5)
     right.set(yscale="log", ylabel="perplexity of this stretch (band: 95%)")
-    _times_axis(right.yaxis, *right.get_ylim())
+    log_ticks(right.yaxis)
     for ax in (left, middle, right):
         ax.set(xscale="log", xlabel="tokens of context")
         ax.set_xticks(x, [f"{length:,}" for length in x], rotation=45, fontsize=8.5)
@@ -216,17 +200,10 @@ def recalled(found: Recall) -> Figure:
     ax.imshow(values, cmap=SINK_MAP, vmin=0, vmax=top, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            ax.text(
-                j,
-                i,
-                f"{abs(value) if abs(value) < 0.05 else value:.1f}",
-                ha="center",
-                va="center",
-                color="white" if value > 0.6 * top else "black",
-            )
-        ax.text(
-            1.02, i, f"perplexity {brief(found.perplexity[names[i]])}", transform=ax.get_yaxis_transform(), va="center"
-        )
+            colour = "white" if value > 0.6 * top else "black"
+            ax.text(j, i, f"{round(value, 1) + 0.0:.1f}", ha="center", va="center", color=colour)
+        beside = f"perplexity {brief(found.perplexity[names[i]])}"
+        ax.text(1.02, i, beside, transform=ax.get_yaxis_transform(), va="center")
     ax.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="told at this depth of the text")

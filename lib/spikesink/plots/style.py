@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from spikesink.claims import NotApplicable, write_atomically, writing_to
+from spikesink.claims import NotApplicable, brief, write_atomically, writing_to
 from spikesink.lifecycle import Cycle
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
@@ -95,6 +95,15 @@ def thousands(ax, which: str = "y") -> None:
     getattr(ax, f"{which}axis").set_major_formatter(
         FuncFormatter(lambda v, _: f"{v:,.0f}" if abs(v) >= 1 else f"{v:g}")
     )
+
+
+def log_ticks(axis) -> None:
+    """Numbers on a logarithmic axis, as many as its span has room for: one tick says nothing of a scale."""
+    low, high = axis.get_view_interval()
+    subs = (1,) if high > 1000 * low else (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 3, 5, 7)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: brief(float(v))))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def above(fig: Figure, text: str) -> None:

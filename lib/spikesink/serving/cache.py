@@ -5,7 +5,7 @@ exact, and as slow as full attention. `stream` and `write` run text of any lengt
 of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -28,6 +28,7 @@ FIRST = (1, 2, 4, 8)
 MOST_FIRST = 4  # as many others are kept as a control
 EVERY = "every token"
 WINDOW, OTHERS, HEAVY, CONSTANT = "the last ones", "with 4 others", "with heavy hitters", "with a constant sink"
+WITH_FIRST, SHIFTED = "with the first 4", "with the first 4, shifted"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ def first(n: int, budget: int, shifted: bool = False) -> Policy:
     return Policy(budget - n, tuple(range(n)), shifted=shifted)
 
 
+def heaviest(budget: int) -> Policy:
+    """A cache of so many keys: half of them the last ones, the others those that have received the most attention."""
+    return Policy(budget // 2, heavy=budget - budget // 2)
+
+
 @where_applicable
 def evictions(
     model: TransformerBridge,
@@ -114,15 +120,13 @@ def evictions(
     ordinary = (~where.any(0))[:budget].nonzero()[:, 0]
     order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:MOST_FIRST]
     others = Policy(budget - MOST_FIRST, tuple(sorted(ordinary[order].tolist())))
-    held = (*sink_held(known), *forget(model, first(1, budget)))
-    found = {WINDOW: Technique(forget(model, Policy(budget)), forget(model, first(1, budget)))}
-    others_kept = {named(n): first(n, budget) for n in FIRST if n < budget}
-    others_kept |= {OTHERS: others, HEAVY: Policy(budget // 2, heavy=budget - budget // 2)}
-    for name, policy in others_kept.items():
-        found[name] = Technique(forget(model, policy), cells=(AS_IT_IS,))
-    if known.keys is not None:
-        found[CONSTANT] = Technique(held, cells=(AS_IT_IS,))
-    return found
+    policies = {named(n): first(n, budget) for n in FIRST if n < budget} | {OTHERS: others, HEAVY: heaviest(budget)}
+    cuts = {name: forget(model, policy) for name, policy in policies.items()}
+    with_first = cuts[named(1)]
+    if held := sink_held(known):
+        cuts[CONSTANT] = (*held, *with_first)
+    alone = {WINDOW: Technique(forget(model, Policy(budget)), with_first)}
+    return alone | {name: Technique(of, cells=(AS_IT_IS,)) for name, of in cuts.items()}
 
 
 def named(n: int) -> str:
@@ -229,7 +233,7 @@ class Bounded:
             self._move_up()
         positions = torch.arange(self.done, self.done + new)
         keys = torch.cat([self.held, positions])
-        logits = self._run(tokens, positions, keys, self.cuts if self.done == 0 else ())
+        logits = self._run(tokens, positions, keys, self.cuts if self.done == 0 else (), self.cache)
         self.done += new
         stays = self.policy.sees(torch.tensor([self.done]), keys)[0]
         self.held = keys[stays]
@@ -238,21 +242,29 @@ class Bounded:
             layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
         return logits
 
-    def _run(self, tokens, positions, keys, cuts, cache: DynamicCache | None = None) -> Tensor:
-        def seeing(layer: int):
-            def see(pattern: Tensor) -> Tensor:
-                seen = self.policy.sees(positions, keys, self.about.sight[layer])
-                return renormalized(pattern, seen.to(pattern.device))
+    def _hiding(self, queries: Int[Tensor, " query"], keys: Int[Tensor, " key"]) -> Iterator[Intervention]:
+        """Within a chunk, too, a query sees no more than the policy keeps; the same for all layers with one sight."""
+        if self.policy.window is None:
+            return
+        for sight in set(self.about.sight):
+            seen = self.policy.sees(queries, keys, sight)
+            names = [name for name, of in zip(self.about.pattern_hooks, self.about.sight, strict=True) if of == sight]
+            yield apply(hook(names), lambda pattern, seen=seen: renormalized(pattern, seen.to(pattern.device)))
 
-            return see
-
-        seen = [apply(hook(name), seeing(layer)) for layer, name in enumerate(self.about.pattern_hooks)]
+    def _run(
+        self,
+        tokens: Int[Tensor, "window new"],
+        positions: Int[Tensor, " new"],
+        keys: Int[Tensor, " key"],
+        cuts: Sequence[Intervention],
+        cache: DynamicCache,
+    ) -> Float[Tensor, "window new vocabulary"]:
         device = self.model.cfg.device
-        with patched(self.model, *cuts, *(seen if self.policy.window is not None else ())):
+        with patched(self.model, *cuts, *self._hiding(positions, keys)):
             try:
                 return self.model(
                     tokens.to(device),
-                    past_key_values=self.cache if cache is None else cache,
+                    past_key_values=cache,
                     use_cache=True,
                     position_ids=positions[None].expand(len(tokens), -1).to(device),
                 )
@@ -276,6 +288,16 @@ class Bounded:
         self._run(self.begin, place, place, self.cuts, anew)
         for layer, moved in zip(self.cache.layers, anew.layers, strict=True):
             layer.keys = torch.cat([moved.keys, layer.keys[:, :, n:]], dim=2)
+
+
+def losses_of(
+    logits: Float[Tensor, "window position vocabulary"], targets: Int[Tensor, "window target"]
+) -> Float[Tensor, "window target"]:
+    """Cross-entropy in nats of the tokens that follow the first positions; what no target follows is left out."""
+    logits = logits[:, : targets.shape[1]].float()
+    # The vocabulary last: over another dimension, log_softmax adds up in an order that loses four digits.
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets.to(logits.device).flatten(), reduction="none")
+    return loss.view_as(targets).cpu()
 
 
 @dataclass(frozen=True)
@@ -312,11 +334,8 @@ def stream(
     """
     bounded, losses, most = Bounded(model, policy, cuts), [], 0
     for start in progress(range(0, tokens.shape[1], chunk), str(policy), "chunk"):
-        logits = bounded(tokens[:, start : start + chunk]).float()
-        target = tokens[:, start + 1 : start + chunk + 1].to(logits.device)
-        # The vocabulary last: over another dimension, log_softmax adds up in an order that loses four digits.
-        loss = functional.cross_entropy(logits[:, : target.shape[1]].flatten(0, 1), target.flatten(), reduction="none")
-        losses.append(loss.view_as(target).cpu())
+        logits = bounded(tokens[:, start : start + chunk])
+        losses.append(losses_of(logits, tokens[:, start + 1 : start + chunk + 1]))
         most = max(most, len(bounded.held))
     return Streamed(policy, torch.cat(losses, dim=1), most)
 
@@ -338,7 +357,7 @@ def pages(
         return NotApplicable(reason)
     n = min(n, about.context - len(prompt))
     caches: dict[str, tuple[Policy, Cuts]] = {EVERY: (Policy(), ()), WINDOW: (Policy(budget), ())}
-    caches |= {named(4): (first(4, budget), ()), f"{named(4)}, shifted": (first(4, budget, shifted=True), ())}
+    caches |= {WITH_FIRST: (first(4, budget), ()), SHIFTED: (first(4, budget, shifted=True), ())}
     if held := sink_held(known):
         caches[CONSTANT] = (first(1, budget), held)
     rows = []

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import NotApplicable, where_applicable
+from spikesink.lifecycle import block_kind, block_layer
+from spikesink.models import Anatomy
 from spikesink.patching import Intervention, Outcome, compare, hook, key, mask_key, set_to, skip, value, zero
 from spikesink.patching.chain import Constants, decoupled
 from spikesink.patching.interventions import At
@@ -21,6 +23,7 @@ from spikesink.weights import no_projections
 AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER = "as it is", "without the spike", "without the sink", "without either"
 SPARED = "with the sink kept"
 CELLS = (AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER)
+HIDDEN = "mlp.out.hook_in"  # what an FFN's down projection reads
 Cuts = tuple[Intervention, ...]
 
 
@@ -51,12 +54,17 @@ def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position
         return NotApplicable(reason)
     if not where.any():
         return NotApplicable("no token of these windows spikes")
-    made = tuple(f"blocks.{block // 2 - 1}.mlp.out.hook_in" for block in known.steps if block % 2 == 0)
-    unmade = (zero(hook(made), where),) if made and known.about.separate_ffn and not known.about.n_experts else ()
+    made = tuple(f"blocks.{block_layer(block)}.{HIDDEN}" for block in known.steps if block_kind(block) == "FFN")
+    unmade = (zero(hook(made), where),) if made and shows_ffn(known.about) else ()
     found = {AS_IT_IS: (), NO_SPIKE: (*unmade, *decoupled(known, where))}
     if known.about.edits_pattern:
         found[NO_SINK] = (mask_key(where, known.layers),)
     return found | ({NEITHER: (*unmade, skip(known.steps, where))} if known.steps else {})
+
+
+def shows_ffn(about: Anatomy) -> bool:
+    """Whether what passes inside an FFN is seen token by token: it is not where a router sends tokens elsewhere."""
+    return about.separate_ffn and not about.n_experts
 
 
 def sink_held(known: Constants | NotApplicable, positions: At = 0) -> Cuts:

@@ -8,19 +8,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import bootstrap
 from torch import Tensor
-from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import texts
 from spikesink.claims import NotApplicable
 from spikesink.models import anatomy, body_of
 from spikesink.patching import Outcome, compare
-from spikesink.patching.behaviour import PLACES, THINGS
-from spikesink.patching.outcome import CLEAN
+from spikesink.patching.behaviour import PLACES, THINGS, asked, ids_of
+from spikesink.patching.outcome import CLEAN, bootstrapped
 from spikesink.progress import progress
-from spikesink.serving.cache import EVERY, HEAVY, WINDOW, Bounded, Policy, cannot, first, forget, named
+from spikesink.serving.cache import (
+    EVERY,
+    HEAVY,
+    WINDOW,
+    WITH_FIRST,
+    Bounded,
+    Policy,
+    cannot,
+    first,
+    forget,
+    heaviest,
+    losses_of,
+)
 from spikesink.sinks import EPSILON
 
 CHUNK = 128
@@ -28,18 +38,13 @@ BLOCK = 64  # predictions that are drawn together where an interval is made: nei
 MOST = 1.6e10  # entries of attention: a minute or so on two cores
 PAST = 1.25  # times a model's limit
 DEPTHS = (0.05, 0.35, 0.65, 0.95)
-RESAMPLES = 2000
 
 
 def interval_of(loss: Float[Tensor, "window position"], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """A bootstrap interval of exp of a mean loss, over pieces of `BLOCK` predictions; none where there is one piece."""
-    pieces = torch.cat([piece.mean(1) for piece in loss.split(BLOCK, 1)]).double().numpy()
-    if len(pieces) < 2:
-        return math.nan, math.nan
-    ends = bootstrap(
-        (pieces,), np.mean, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=seed
-    ).confidence_interval
-    return math.exp(ends.low), math.exp(ends.high)
+    pieces = torch.cat([piece.mean(1) for piece in loss.split(BLOCK, 1)])
+    low, high = bootstrapped(pieces, np.mean, level, seed)
+    return math.exp(low), math.exp(high)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def reach(
         TextError: as `texts.windows` does.
     """
     about = anatomy(model)
-    ids = texts.all_ids(model, source)
+    ids = torch.cat([torch.tensor(texts.bos(model), dtype=torch.long), texts.all_ids(model, source)])
     rotates = any("Rotary" in type(module).__name__ for module in body_of(model).modules())  # else positions run out
     limit = about.context * (PAST if rotates else 1)
     longest = int(min(len(ids), limit, (2 * most / (about.n_layers * about.n_heads)) ** 0.5))
@@ -121,7 +126,6 @@ def lengthen(
     model: TransformerBridge,
     tokens: Int[Tensor, "window position"],
     lengths: Sequence[int],
-    cuts: Sequence = (),
     chunk: int = CHUNK,
     epsilon: float = EPSILON,
 ) -> Lengths:
@@ -131,7 +135,6 @@ def lengthen(
         model: as `load` returns it.
         tokens: windows as long as the last of `lengths`.
         lengths: where bins end, rising.
-        cuts: interventions, at positions of the first chunk only.
         chunk: how many tokens run side by side.
         epsilon: what a sink's score exceeds.
 
@@ -146,7 +149,7 @@ def lengthen(
     got = torch.zeros(len(lengths), len(tokens), about.n_layers, about.n_heads)  # attention, summed over queries
     queries = torch.zeros(len(lengths), about.n_layers)  # that have position 0 in sight
     sizes: list[Float[Tensor, "window part"]] = []
-    losses, bounded, now = [], Bounded(model, Policy(), cuts), {}
+    losses, bounded, now = [], Bounded(model, Policy()), {}
 
     def on_pattern(value, hook):
         layer = about.pattern_hooks.index(hook.name)
@@ -154,9 +157,9 @@ def lengthen(
         if (sight := about.sight[layer]) is not None:
             at = at[at < sight]
         to_first = value[:, :, : len(at), 0].float().cpu()  # window, head, query
-        for i, where in enumerate(torch.bucketize(at, ends, right=True)):
-            got[where, :, layer] += to_first[..., i]
-            queries[where, layer] += 1
+        where = torch.bucketize(at, ends, right=True)
+        got[:, :, layer].index_add_(0, where, to_first.movedim(2, 0))
+        queries[:, layer] += where.bincount(minlength=len(ends))
 
     def on_layer(value, hook):
         now[hook.name] = value.abs().amax(-1).float().cpu()
@@ -164,11 +167,9 @@ def lengthen(
     watch = [(name, on_pattern) for name in about.pattern_hooks] + [(name, on_layer) for name in about.layer_hooks]
     for start in progress(range(0, lengths[-1], chunk), "long context", "chunk"):
         with model.hooks(fwd_hooks=watch):
-            logits = bounded(tokens[:, start : start + chunk]).float()
+            logits = bounded(tokens[:, start : start + chunk])
         sizes.append(torch.stack(list(now.values())).amax(0))
-        target = tokens[:, start + 1 : start + chunk + 1].to(logits.device)
-        loss = functional.cross_entropy(logits[:, : target.shape[1]].flatten(0, 1), target.flatten(), reduction="none")
-        losses.append(loss.view_as(target).cpu())
+        losses.append(losses_of(logits, tokens[:, start + 1 : start + chunk + 1]))
     each = queries[:, None, :, None].clamp(min=1)
     return Lengths(
         lengths,
@@ -225,16 +226,14 @@ def recall(
 
     Takes what `needles` does; where that raises, it is the reason why there is none.
     """
-    half = budget // 2
     if (reason := cannot(anatomy(model))) is not None:
         return NotApplicable(reason)
-    policies = {WINDOW: Policy(budget), named(4): first(4, budget), HEAVY: Policy(half, heavy=budget - half)}
     try:
         found = needles(model, filler, length, n, depths, seed)
-        cuts = {name: forget(model, policy) for name, policy in policies.items()}
     except ValueError as reason:
         return NotApplicable(str(reason).rstrip("."))
-    outcomes = compare(model, found.tokens, cuts)
+    policies = {WINDOW: Policy(budget), WITH_FIRST: first(4, budget), HEAVY: heaviest(budget)}
+    outcomes = compare(model, found.tokens, {name: forget(model, policy) for name, policy in policies.items()})
     outcomes = {EVERY: outcomes.pop(CLEAN), **outcomes}
     return Recall(
         {name: found.recalled(outcome) for name, outcome in outcomes.items()},
@@ -263,31 +262,25 @@ def needles(
     Raises:
         ValueError: the text is too short, or the prompts are.
     """
-
-    def ids(text: str) -> list[int]:
-        return model.tokenizer(text, add_special_tokens=False).input_ids
-
     generator = torch.Generator().manual_seed(seed)
     things = [THINGS[i] for i in torch.randperm(len(THINGS), generator=generator)[:n]]
     places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)]
-    bos = [model.tokenizer.bos_token_id] if model.cfg.default_prepend_bos else []
+    begin = texts.bos(model)
     rows, answer, of = [], [], []
     for i, thing in enumerate(things):
         place, other = places[i], places[-1 - i]
-        question = f"\nSo, once more: the {thing} is in the"
-        asked, whole = ids(question), ids(f"{question} {place}")
-        asked = whole[: len(asked)] if whole[: len(asked)] == asked else whole[:-1]
+        whole, size = asked(model, f"\nSo, once more: the {thing} is in the", place)
         for depth in depths:
             for told, where in ((True, place), (False, other)):
-                said = ids(f"\nThe {thing} is in the {where}.\n")
-                room = length - len(bos) - len(said) - len(whole)
+                said = ids_of(model, f"\nThe {thing} is in the {where}.\n")
+                room = length - len(begin) - len(said) - len(whole)
                 if room < 1 or room > len(filler):
                     raise ValueError(
                         f"prompts of {length} tokens need {max(room, 1)} of text, and there are {len(filler)}; "
                         "give another length or a longer text."
                     )
                 text, before = filler[:room].tolist(), round(depth * room)
-                rows.append([*bos, *text[:before], *said, *text[before:], *whole])
-                answer.append(slice(length - len(whole) + len(asked) - 1, length - 1))
+                rows.append([*begin, *text[:before], *said, *text[before:], *whole])
+                answer.append(slice(length - size - 1, length - 1))
                 of.append((depth, told))
     return Needles(torch.tensor(rows), tuple(answer), *(tuple(column) for column in zip(*of, strict=True)))

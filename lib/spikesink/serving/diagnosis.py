@@ -16,7 +16,7 @@ from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, NO_SPIKE, SPARED, Crossed
 from spikesink.serving.context import Lengths
-from spikesink.serving.long import ALONE, LONG, OTHERS, SHIFTED, WITH_FIRST, Long
+from spikesink.serving.long import LONG, Long
 from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
 
 GONE = 0.2  # of a cost, in nats: what is left, at most, where it has gone
@@ -126,11 +126,11 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
     """
     if long.lengths.lengths[-1] < LONG:
         return NotApplicable(SHORT)
-    window, with_first, others = (long.streams[name] for name in (ALONE, WITH_FIRST, OTHERS))
-    names = {"window": cache.WINDOW, "first": cache.named(1), "first_4": cache.named(4), "constant": cache.CONSTANT}
-    names |= {"others": cache.OTHERS, "heavy_hitters": cache.HEAVY}
-    short = {f"short_{key}": crossed.cost(name) for key, name in names.items() if name in crossed.with_it}
-    beside = {key: short.pop(key) for key in ("short_others", "short_heavy_hitters") if key in short}
+    window, with_first, others = (long.streams[name] for name in (cache.WINDOW, cache.WITH_FIRST, cache.OTHERS))
+
+    def short(**names: str) -> dict[str, float]:
+        return {f"short_{key}": crossed.cost(name) for key, name in names.items() if name in crossed.with_it}
+
     return evidence(
         measured={
             "perplexity_full": float(long.lengths.loss.mean().exp()),
@@ -138,17 +138,17 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
             "perplexity_window_with_sink": with_first.perplexity(),
             **_interval("window_over_full", long.times(window.loss)[1:]),
             **_interval("with_sink_over_full", long.times(with_first.loss)[1:]),
-            "perplexity_window_with_sink_shifted": long.streams[SHIFTED].perplexity(),
+            "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
             "n_tokens": long.lengths.lengths[-1],
             "n_keys": window.policy.window,
-            **short,
+            **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
             "short_n_tokens": crossed.plain[AS_IT_IS].loss.shape[1] + 1,
             "short_n_keys": budget,
         },
         control={
             "perplexity_window_with_others": others.perplexity(),
             "perplexity_run_anew": float(long.afresh.mean().exp()),
-            **beside,
+            **short(others=cache.OTHERS, heavy_hitters=cache.HEAVY),
         },
     )
 
@@ -168,7 +168,12 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
         return NotApplicable(SHORT)
     if max(found.sink_ratios) <= FEW_SINKS:
         return NotApplicable(NO_SINK)
-    past = [i for i in range(len(found.lengths)) if i not in within]
+    past = range(len(within), len(found.lengths))
+    beyond = {
+        "lengths_past": [found.lengths[i] for i in past],
+        "sink_ratios_past": [found.sink_ratios[i] for i in past],
+        "perplexities_past": [found.perplexities[i] for i in past],
+    }
     return evidence(
         measured={
             "lengths": [found.lengths[i] for i in within],
@@ -177,15 +182,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
             "largest_first": found.first,
             "largest_elsewhere": [found.elsewhere[i] for i in within],
             "limit": found.limit,
-            **(
-                {
-                    "lengths_past": [found.lengths[i] for i in past],
-                    "sink_ratios_past": [found.sink_ratios[i] for i in past],
-                    "perplexities_past": [found.perplexities[i] for i in past],
-                }
-                if past
-                else {}
-            ),
+            **(beyond if past else {}),
         },
         control={"sink_ratios_of_late_queries": [found.late_ratios[i] for i in within]},
     )

@@ -13,22 +13,31 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import texts
 from spikesink.claims import write_atomically, writing_to
 from spikesink.models import anatomy
 from spikesink.progress import progress
-from spikesink.serving.cache import Policy, Streamed, cannot, first, stream
+from spikesink.serving.cache import (
+    OTHERS,
+    SHIFTED,
+    WINDOW,
+    WITH_FIRST,
+    Policy,
+    Streamed,
+    cannot,
+    first,
+    losses_of,
+    stream,
+)
 from spikesink.serving.context import MOST, Lengths, interval_of, lengthen, reach
 
 FILE = "10-long.safetensors"
 BUDGET = 256  # keys that the bounded caches hold
 LONG = 4 * BUDGET  # tokens that make a text long
-ALONE, WITH_FIRST, SHIFTED, OTHERS = "the last ones", "with the first 4", "with the first 4, shifted", "with 4 others"
 POLICIES = {
-    ALONE: Policy(BUDGET),
+    WINDOW: Policy(BUDGET),
     WITH_FIRST: first(4, BUDGET),
     SHIFTED: first(4, BUDGET, shifted=True),
     OTHERS: Policy(BUDGET - 4, (97, 98, 99, 100)),
@@ -51,10 +60,9 @@ class Long:
 
 def measure(model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST) -> Long:
     """Run a text as `reach` cuts it. Takes and raises what `reach`, `lengthen` and `stream` do."""
-    about = anatomy(model)
     tokens, lengths = reach(model, source, most)
-    can = POLICIES if cannot(about) is None else {}
-    streams = {name: stream(model, tokens, policy, chunk=BUDGET) for name, policy in can.items()}
+    policies = POLICIES if cannot(anatomy(model)) is None else {}
+    streams = {name: stream(model, tokens, policy, chunk=BUDGET) for name, policy in policies.items()}
     return Long(lengthen(model, tokens, lengths), streams, run_afresh(model, tokens))
 
 
@@ -69,10 +77,8 @@ def run_afresh(
     for start in progress(range(0, tokens.shape[1] - 1, new), "the last tokens run anew", "chunk"):
         end = min(start + new, tokens.shape[1] - 1)
         part = tokens[:, max(0, end - budget) : end].to(model.cfg.device)
-        logits = model(part)[:, start - end :].float()
-        target = tokens[:, start + 1 : end + 1].to(logits.device)
-        loss = functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-        losses.append(loss.view_as(target).cpu())
+        logits = model(part)[:, start - end :]
+        losses.append(losses_of(logits, tokens[:, start + 1 : end + 1]))
     return torch.cat(losses, 1)
 
 

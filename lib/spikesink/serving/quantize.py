@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.ao.nn.quantized import dynamic
-from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import NotApplicable, where_applicable
@@ -26,7 +25,8 @@ from spikesink.patching import Intervention, apply, compare, evaluate, hook
 from spikesink.patching.chain import Constants
 from spikesink.patching.interventions import HEADS, batches
 from spikesink.progress import progress
-from spikesink.serving.cells import AS_IT_IS, Crossed, Cuts, Technique, sink_held
+from spikesink.serving.cache import losses_of
+from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, shows_ffn, sink_held
 
 PER = ("tensor", "token", "channel")
 # What is multiplied by matrices, layer by layer: the hooks of those that read it.
@@ -34,7 +34,7 @@ LINEAR_INPUTS = {
     "attention's input": ("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"),
     "mixed values": ("attn.o.hook_in",),
     "FFN's input": ("mlp.gate.hook_in", "mlp.in.hook_in"),
-    "FFN's hidden": ("mlp.out.hook_in",),
+    "FFN's hidden": (HIDDEN,),
 }
 CACHED = {"keys": (HEADS["key"],), "values": (HEADS["value"],)}  # keys before RoPE
 STREAM = "stream"
@@ -119,7 +119,7 @@ def hooks_of(model: TransformerBridge, site: str) -> list[tuple[str, ...]]:
         raise ValueError(f"there is no site {site!r}; give one of {', '.join(SITES)}.")
     names = (LINEAR_INPUTS | CACHED)[site]
     layers = range(about.n_layers)
-    if site.startswith("FFN") and (about.n_experts or not about.separate_ffn):
+    if site.startswith("FFN") and not shows_ffn(about):
         raise ValueError(f"the {site} of this {about.family} model is not seen token by token.")
     found = [tuple(n for n in (f"blocks.{i}.{name}" for name in names) if n in model.hook_dict) for i in layers]
     if not all(found):
@@ -383,8 +383,5 @@ def by_torch(
                     child.qconfig = how
                     done[id(child)] = done.get(id(child)) or dynamic.Linear.from_float(child)
                     setattr(module, name, done[id(child)])
-    losses = []
-    for window in tokens:  # one at a time, so that a tensor is a window's, as it is here
-        logits = copied(window[None]).logits[0, :-1].float()
-        losses.append(functional.cross_entropy(logits, window[1:], reduction="none"))
-    return torch.stack(losses)
+    # A window at a time, so that a tensor is a window's, as it is here.
+    return torch.cat([losses_of(copied(window[None]).logits, window[None, 1:]) for window in tokens])
