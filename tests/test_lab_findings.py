@@ -361,11 +361,11 @@ def test_the_committed_records_are_of_the_variants_that_there_are():
 
 def test_kept_weights_are_those_of_their_records():
     folder = RECORDS / "text"
-    tokens = records.windows_of(folder)
     files = sorted(folder.glob("*-0.safetensors"))
     assert sum(file.stat().st_size for file in files) < 20 * 2**20
     for file in files:
         model, found = records.open_model(file), records.read(file.with_suffix(".json"))
+        tokens = records.windows_of(folder, found.config.bos)
         logits = model(tokens)
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         assert model.config == found.config

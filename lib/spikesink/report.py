@@ -153,8 +153,9 @@ def _spike(of: Subject) -> Section:
         _said("{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} medians.", channels),
         _said(
             "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
-            "the windows. The commonest: {spike_tokens}.",
+            "the windows. The commonest: {commonest}.",
             tokens,
+            commonest=", ".join(map(repr, _facts(tokens).get("spike_tokens", ()))),
         ),
     ]
     facts = {"LC1": _facts(up), "LC3": _facts(down), "LC4": _facts(channels), "LC7": _facts(tokens)}
@@ -274,7 +275,7 @@ def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left:
 STYLE = """
 body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem }
-img { max-width: 100%; height: auto }
+img { width: 100%; min-width: 40rem; height: auto }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
@@ -290,6 +291,7 @@ def _part(section: Section) -> str:
         data = io.BytesIO()
         section.picture.savefig(data, format="png", dpi=110, bbox_inches="tight")
         encoded = base64.b64encode(data.getvalue()).decode()
-        picture = f'<p><img alt="{html.escape(TITLES[section.key])}" src="data:image/png;base64,{encoded}"></p>'
+        source = f"data:image/png;base64,{encoded}"
+        picture = f'<div class="wide"><img alt="{html.escape(TITLES[section.key])}" src="{source}"></div>'
     title = html.escape(TITLES[section.key])
     return f"<section><h2>{title}</h2><p>{html.escape(section.prose)}</p>{table}{picture}</section>"

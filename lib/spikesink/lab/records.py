@@ -29,6 +29,7 @@ LAST_WINDOWS = 512  # held-out windows that a trained model is measured on
 VERSIONS = ("torch", "transformer-lens", "tokenizers")
 DIGITS = 6
 TOKENIZER, WINDOWS_FILE = "tokenizer.json", "held-out.safetensors"
+WITH_BOS, NO_BOS = "tokens", "tokens without BOS"
 KEPT = {BASE, *(variant.name for variant in VARIANTS if variant.headline and variant.kept)}  # of whom weights are
 
 
@@ -90,12 +91,13 @@ def keep_text(task: Task, folder: Path) -> None:
     if isinstance(task, Corpus):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / TOKENIZER, task.tokenizer.backend_tokenizer.to_str())
-        write_atomically(folder / WINDOWS_FILE, save({"tokens": held_out(task)}))
+        windows = {name: held_out(task, bos=bos).contiguous() for name, bos in ((WITH_BOS, True), (NO_BOS, False))}
+        write_atomically(folder / WINDOWS_FILE, save(windows))
 
 
-def windows_of(folder: Path) -> Int[Tensor, "window position"]:
-    """The windows that models were looked at while they were trained."""
-    return load_file(folder / WINDOWS_FILE)["tokens"]
+def windows_of(folder: Path, bos: bool = True) -> Int[Tensor, "window position"]:
+    """The windows that models were looked at while they were trained; those that begin with BOS, or the others."""
+    return load_file(folder / WINDOWS_FILE)[WITH_BOS if bos else NO_BOS]
 
 
 def file_of(plan: Planned, folder: Path) -> Path:

@@ -107,7 +107,7 @@ def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
         one = found[worst := max(told, key=crossed.cost)]
         remedies = {"without the spike": one.without_spike, "with the sink kept": one.with_sink}
         left = [f"{max(0, one.left(x)):.0%} {remedy}" for remedy, x in remedies.items() if x is not None]
-        above(fig, f"{worst[0].upper()}{worst[1:]} costs {one.cost:.2f} times; of that is left {', '.join(left)}")
+        above(fig, f"“{worst}” costs {one.cost:.2f} times; of that is left {', '.join(left)}")
     return fig
 
 
