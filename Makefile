@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test lab ablations bench scan plan store help clean
+.PHONY: figures test lab ablations bench scan plan site store help clean
 
 # A scan reads the files as they are and computes in float32 on the CPU.
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
@@ -46,6 +46,10 @@ scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models
 
 plan: $(READY)  ## only what a scan of MODEL would take, from its configuration alone
 	@$(AS_A_SCAN)$(BIN)/python -m spikesink.scan --model "$(MODEL)" --plan
+
+site: $(READY)  ## pages of the notebooks, the READMEs and the figures as they are here, to open or to serve: build/site
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c site . build/site
+	@echo "build/site/README.html"
 
 store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
 	@$(BIN)/python -m spikesink.reproduce --store

@@ -66,6 +66,31 @@ def test_the_committed_table_is_made_from_the_committed_ledgers_and_reasons(tmp_
     assert across.render(tmp_path).read_text() == (FIGURES / "README.md").read_text()
 
 
+def test_each_committed_page_of_pictures_has_all_of_them_and_all_verdicts():
+    found = claims.ledgers(FIGURES)
+    assert len(found) > 1
+    for name, data in found.items():
+        page = (FIGURES / name / "README.md").read_text()
+        assert page.splitlines() == across.gallery(FIGURES / name, data)
+        shown = re.findall(r"^!\[.*\]\((.*)\)$", page, flags=re.MULTILINE)
+        assert sorted(shown) == sorted(path.name for path in (FIGURES / name).glob("*.png"))
+        verdicts = dict(re.findall(r"^- (\S+) .*\*\*(.*)\*\*$", page, flags=re.MULTILINE))
+        assert verdicts == {key: claim["verdict"] for key, claim in data["claims"].items()}
+
+
+def test_a_page_of_pictures_puts_a_verdict_under_the_notebook_that_reached_it(figures):
+    for name in ("01-writes.png", "11-panel.png", "notes.png"):
+        (figures / "two" / name).touch()
+    across.render(figures)
+    head, step_up, bench = (figures / "two" / "README.md").read_text().split("\n## ")
+    assert head.startswith("# two: the pictures\n")
+    assert step_up.startswith("[01 step up](../../notebooks/01_step_up.ipynb)\n")
+    assert "- LC5 The same channels spike on all spike tokens. **differs**\n" in step_up
+    assert "- X-OWN1 Mine \\| alone. **differs**\n" in step_up
+    assert "![01-writes](01-writes.png)" in step_up
+    assert bench == "11\n\n![11-panel](11-panel.png)\n"  # no claim is from it, and no notebook beside it: its number
+
+
 def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_over():
     """What is written of a claim that differs nowhere is what to keep in mind where it holds."""
     found, written = claims.ledgers(FIGURES), across.reasons(FIGURES)

@@ -5,6 +5,7 @@ written by hand, in `reasons.md` beside them, with placeholders for numbers that
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ LINKS = {
     "SV": "Serving",
 }
 OTHERS = "Further claims"
+TRAINED = "The models that we train ourselves"
 NOT_MEASURED = "(not measured here)"
 NOT_LOOKED_INTO = "The reason was not looked into."
 PICTURE = "claims"
@@ -34,7 +36,8 @@ PICTURE = "claims"
 GLOSSARY = """<details><summary>What the words mean</summary>
 
 - **Names of claims**: LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM
-  RMSNorm, SK the sink, AB what cutting the chain does. X- marks a claim of ours; the others are the paper's.
+  RMSNorm, SK the sink, AB what cutting the chain does, TR what training changes, SV what serving does. X- marks a claim
+  of ours and SV is ours too; the others are the paper's.
 - **Spike**: an entry of the residual stream thousands of times larger than most. Its *channel* is the coordinate, its
   *tokens* those that have it, its *step-up* and *step-down* the blocks that write it and take it back, the *plateau*
   all between. Blocks are counted from 1, attention odd and FFN even.
@@ -262,7 +265,7 @@ def _shortened(text: str, most: int = 40) -> str:
 def render(figures: Path) -> Path:
     """Write `figures/README.md` from all ledgers below it: claims x models, why some differ, each with its control.
 
-    The file is left alone where it says all that already.
+    Beside each ledger goes a page of that model's pictures. A file is left alone where it says all that already.
 
     Raises:
         ValueError: a ledger, or `reasons.md` beside it, is damaged.
@@ -289,11 +292,40 @@ def render(figures: Path) -> Path:
         lines += ["", *_trained(lab, written)]
     for name, data in found.items():
         lines += ["", *_one_model(name, data, written.get(name, ""))]
-    path, text = figures / "README.md", "\n".join(lines) + "\n"
+    for name, data in {**found, **({} if lab is None else {claims.LAB: lab})}.items():
+        _put(figures / name, gallery(figures / name, data))
+    return _put(figures, lines)
+
+
+def _put(folder: Path, lines: Sequence[str]) -> Path:
+    path, text = folder / "README.md", "\n".join(lines) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        with claims.writing_to(figures):
+        with claims.writing_to(folder):
             claims.write_atomically(path, text)
     return path
+
+
+def gallery(folder: Path, data: Mapping[str, Any]) -> list[str]:
+    """The lines of a page of all pictures of a model, by notebook, with the verdicts that each notebook reached."""
+    pictures, verdicts = defaultdict(list), defaultdict(list)
+    for path in sorted(folder.glob("[0-9][0-9]-*.png")):
+        pictures[path.name[:2]].append(f"![{path.stem}]({path.name})")
+    for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+        verdicts[claim["notebook"]].append(f"- {escape(key)} {escape(claim['statement'])} **{claim['verdict']}**")
+    stems = {path.stem[:2]: path.stem for path in (folder.parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb")}
+    stems |= {stem[:2]: stem for stem in verdicts}
+    lines = [
+        f"# {TRAINED if folder.name == claims.LAB else folder.name}: the pictures",
+        "",
+        "Each notebook's pictures, with the claims that it put to them; the numbers are in [the table of "
+        "all](../README.md). Made from `claims.json`; do not edit by hand.",
+    ]
+    for number, shown in sorted(pictures.items()):
+        stem = stems.get(number)
+        lines += ["", f"## [{stem.replace('_', ' ')}](../../notebooks/{stem}.ipynb)" if stem else f"## {number}"]
+        lines += ["", *verdicts[stem]] if stem in verdicts else []
+        lines += [line for picture in shown for line in ("", picture)]
+    return lines
 
 
 def draw(figures: Path) -> Path:
@@ -417,7 +449,7 @@ def _one_model(name: str, data: Mapping[str, Any], about: str) -> list[str]:
 def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
     """The models that we train ourselves: each claim with its verdict, why, and its variants."""
     lines = [
-        "## The models that we train ourselves",
+        f"## {TRAINED}",
         "",
         f"{data['spec']}, on `{data['text']}`; looked at on {data['windows'][0]} held-out windows of "
         f"{data['windows'][1]} tokens. Changes are against the base, or what a variant is said to be of, with 95% "

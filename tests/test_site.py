@@ -1,0 +1,82 @@
+"""The pages that `make site` makes: whole, with every link and picture, and nothing that comes from elsewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-c", "site", ".", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: BeautifulSoup(path.read_text(), "html.parser") for path in site.rglob("*.html")}
+
+
+def test_every_notebook_and_every_model_with_a_ledger_has_a_page(site):
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        assert (site / "notebooks" / notebook.with_suffix(".html").name).is_file()
+    for ledger in (ROOT / "figures").glob("*/claims.json"):
+        assert (site / "figures" / ledger.parent.name / "README.html").is_file()
+    assert (site / "CONTRIBUTING.html").is_file()
+
+
+def test_the_first_page_of_a_server_leads_to_the_readme(pages, site):
+    (refresh,) = pages[site / "index.html"].select("meta[http-equiv=refresh]")
+    assert refresh["content"] == "0; url=README.html"
+
+
+def test_links_resolve_and_their_anchors_are_there(pages):
+    n_links = n_anchors = 0
+    for path, page in pages.items():
+        for tag in page.select("a[href]"):
+            link = urlsplit(tag["href"])
+            if link.scheme:
+                continue
+            target = path if not link.path else (path.parent / unquote(link.path)).resolve()
+            assert target.is_file(), f"{path.name} links to {tag['href']}"
+            n_links += 1
+            if link.fragment and target in pages:
+                assert pages[target].find(id=unquote(link.fragment)), f"{path.name} links to {tag['href']}"
+                n_anchors += 1
+    assert n_links > 500
+    assert n_anchors > 50
+
+
+def test_pictures_scripts_and_styles_lie_beside_the_pages(pages):
+    n_pictures = 0
+    for path, page in pages.items():
+        needed = [tag["src"] for tag in page.select("img[src], script[src], iframe[src]")]
+        needed += [tag["href"] for tag in page.select("link[rel~=stylesheet], link[rel~=icon]")]
+        for name in needed:
+            if not name.startswith("data:"):
+                link = urlsplit(name)
+                assert not link.scheme, f"{path.name} fetches {name}"
+                assert (path.parent / unquote(link.path)).is_file(), f"{path.name} shows {name}"
+        n_pictures += len(page.select("img[src]"))
+    n_committed = len(list((ROOT / "figures").glob("*/[0-9][0-9]-*.png")))
+    assert n_pictures > n_committed > 20  # each once on its model's page, and the notebooks show the default model's
+
+
+def test_formulas_are_formulas_and_prose_is_not(pages, site):
+    n_formulas = sum(len(page.select("math")) for page in pages.values())
+    sources = "".join(path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert n_formulas > len(re.findall(r"\\\\tilde h", sources)) / 2 > 10
+    for path in pages:
+        page = BeautifulSoup(path.read_text(), "html.parser")
+        for tag in page.select("code, pre, math, script, style"):
+            tag.extract()
+        assert not re.search(r"\$[^$]*\\[a-z]+[^$]*\$|\\tilde|\\lambda", page.get_text()), path.name
