@@ -509,7 +509,7 @@ def test_the_library_sees_a_spike_that_is_written_into_a_lab_model():
 
 
 def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_path, monkeypatch):
-    plan = families.Planned("text", families.BASE, replace(SMALL, steps=2))
+    plan = families.Planned("text", families.BASE, replace(SMALL, steps=2, learning_rate=0.01 / 3))
     run = train(plan.config, Backcopy(), None, PLAIN)
     kept = records.keep(run, plan, Backcopy(), PLAIN, tmp_path)
     again = records.read(records.file_of(plan, tmp_path))
@@ -520,6 +520,16 @@ def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_
     model = records.open_model(records.file_of(plan, tmp_path).with_suffix(".safetensors"))
     tokens = random_tokens(SMALL)
     torch.testing.assert_close(model(tokens), run.model(tokens), rtol=1e-2, atol=2e-3)
+
+
+def test_each_committed_record_is_of_a_run_that_is_planned():
+    """Else it would be trained once more, and nobody would know what the record is of."""
+    folder = Path(__file__).parent.parent / "figures" / "lab"
+    for tier in ("text", "task"):
+        known = {records.file_of(plan, folder): plan.config for plan in families.planned(tier)}
+        found = {file: records.read(file).config for file in (folder / tier).glob("*-[0-9].json")}
+        assert found.items() <= known.items()
+        assert found
 
 
 COMMAND = """

@@ -36,7 +36,7 @@ def test_a_report_says_where_spike_and_sinks_are(made):
     assert found["sections"]["sink"]["SK1"]["sink_ratio"] == pytest.approx(4 / 24)
     assert found["sections"]["cache"]["the last ones"]["verdict"] == "attention routing"
     assert found["sections"]["cache"]["with the first"]["verdict"] == "no failure"
-    assert found["not_tested"] == ["Long contexts (not measured)"]
+    assert found["not_tested"] == ["Long contexts (not measured)", *report.NOT_TESTED]
     assert len(found["sha256"]) == 64
 
 
@@ -72,7 +72,8 @@ def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp
     assert "what was finished is kept" in capsys.readouterr().out
     found = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
     assert list(found["sections"]) == ["spike", "sink"]
-    assert found["not_tested"] == [f"{report.TITLES[key]} (not measured)" for key in ("quantization", "cache", "long")]
+    left = [f"{report.TITLES[key]} (not measured)" for key in ("quantization", "cache", "long")]
+    assert found["not_tested"] == [*left, *report.NOT_TESTED]
     assert "No spike: " in (tmp_path / "new" / "folder" / "report.html").read_text()
 
 

@@ -27,7 +27,17 @@ from spikesink.serving.cells import (
     sink_held,
 )
 from spikesink.serving.diagnosis import FINE, MISMATCH, OUTLIERS, ROUTING, UNKNOWN, diagnose, diagnoses
-from spikesink.serving.quantize import Quantizer, by_torch, hooks_of, ranges, rounded, rounded_weights, shown
+from spikesink.serving.quantize import (
+    Quantizer,
+    by_torch,
+    hooks_of,
+    not_rounded,
+    ranges,
+    rounded,
+    rounded_weights,
+    shown,
+)
+from tests.test_families import tiny
 from tests.test_lab import SMALL, planted_decoder
 
 
@@ -107,6 +117,14 @@ def test_ranges_show_where_the_spike_is(planted):
     others = hidden.others()
     assert [len(one) for one in others.outliers] == [len(one) for one in hidden.outliers]
     assert 0 not in others.outliers[1]
+
+
+def test_what_a_model_does_not_show_is_named_and_left_as_it_is(planted, tmp_path):
+    """A router gives each expert some of the tokens, so that inside the FFN there is no tensor of a window's tokens."""
+    assert not_rounded(planted[0]) == []
+    routed = spikesink.load(tiny("mixtral", tmp_path))
+    assert not_rounded(routed) == ["FFN's input", "FFN's hidden"]
+    assert not [cut for cut in rounded(routed, Quantizer(8)) if ".mlp." in str(cut.site)]
 
 
 def test_what_is_rounded_is_what_was_asked_for(planted):

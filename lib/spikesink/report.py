@@ -119,6 +119,8 @@ def diagnose(
         begun(TITLES[key])
         done[key] = stage(of)
         left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done]
+        left += [f"{site} in fewer bits: this model does not show it" for site in quantize.not_rounded(model)]
+        left += NOT_TESTED
         seconds = {"seconds": round(time.perf_counter() - started)}
         _write(out, model.source.slug, about | seconds, done, left)
         yield done[key]
@@ -257,7 +259,7 @@ STAGES: Mapping[str, Callable[[Subject], Section]] = {
 def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left: list[str]) -> str:
     """The report as one page of HTML that opens without anything else."""
     parts = [_part(section) for section in done.values()]
-    untested = "".join(f"<li>{html.escape(one)}</li>" for one in (*left, *NOT_TESTED))
+    untested = "".join(f"<li>{html.escape(one)}</li>" for one in left)
     facts = "".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in about.items()
     )

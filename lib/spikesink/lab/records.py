@@ -82,7 +82,9 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         half = {name: values.half().contiguous() for name, values in run.model.state_dict().items()}
         metadata = {"config": json.dumps(asdict(run.config)), "name": plan.name}
         write_atomically(place.with_suffix(".safetensors"), save(half, metadata))
-    write_atomically(place, json.dumps({"schema": SCHEMA, **_rounded(asdict(record))}) + "\n")
+    # The configuration to the last digit: a run whose record has another one is missing.
+    data = _rounded(asdict(record)) | {"config": asdict(record.config)}
+    write_atomically(place, json.dumps({"schema": SCHEMA, **data}) + "\n")
     return record
 
 

@@ -139,6 +139,11 @@ def shown(model: TransformerBridge, sites: Iterable[str] = SITES) -> list[str]:
     return found
 
 
+def not_rounded(model: TransformerBridge) -> list[str]:
+    """What matrices are multiplied by and the model does not show, so that it stays as it is."""
+    return [site for site in LINEAR_INPUTS if site not in shown(model, LINEAR_INPUTS)]
+
+
 @dataclass(frozen=True)
 class Range:
     """What passes a site, layer by layer: how large entries of spike tokens are, and of all others."""
