@@ -1,23 +1,21 @@
-"""python -m spikesink: a report on a model, or one of the two questions that its weights alone can answer."""
+"""python -m spikesink: a report on a model, or one of the two questions that its weights alone can answer.
+
+Help, and what is wrong with an argument, need not wait for torch: what stands on it is imported when it is used.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spikesink import amplifier, report
+import spikesink as ss
 from spikesink.claims import NotApplicable, brief
-from spikesink.models import LoadError, load
 from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, at_least, check_writable
-from spikesink.scan import ENTRIES, scan
-from spikesink.specs import slug
-from spikesink.texts import TextError, windows
-from spikesink.weights import open_weights
+from spikesink.specs import ENTRIES, slug
 
 MODEL = "built-in name, .gguf file, directory or hub id"
 
@@ -25,6 +23,9 @@ MODEL = "built-in name, .gguf file, directory or hub id"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what `arguments` ask for; 0, 1 for an error, 2 for bad arguments, 130 if interrupted."""
     chosen = _parser().parse_args(arguments)
+    from spikesink.models import LoadError
+    from spikesink.texts import TextError
+
     console = Console(highlight=False, soft_wrap=True)
     try:
         chosen.run(chosen, console)
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     two = commands.add_parser(
         "census",
         help="which channels each FFN can amplify, from the weights alone",
-        description=amplifier.Census.__doc__,
+        description="The gain of every channel of every FFN: how much a gated block, seen as a quadratic form, can "
+        "make of a token in that channel. No text is run.",
     )
     two.add_argument("model", help=MODEL)
     two.add_argument("--top", type=at_least(1), default=10, help="how many to show (default: %(default)s)")
@@ -77,42 +79,47 @@ def _parser() -> argparse.ArgumentParser:
 
 def diagnose(chosen: argparse.Namespace, console: Console) -> None:
     """Measure a model, and say each section as it is finished."""
+    from spikesink import report
+
     out = chosen.out or Path("reports") / slug(chosen.model)
     check_writable(out)
     with console.status(f"loading {chosen.model}") as status:
-        model = load(chosen.model, chosen.device, chosen.dtype)
-        tokens = windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
+        model = ss.load(chosen.model, chosen.device, chosen.dtype)
+        tokens = ss.windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
         for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, status.update):
             console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
             console.print(section.prose, markup=False)
             if section.table is not None:
-                console.print(_table(section.table[list(section.narrow)] if section.narrow else section.table))
+                table = (section.table[list(section.narrow)] if section.narrow else section.table).reset_index()
+                console.print(_table(table.columns, table.itertuples(index=False)))
     console.print(f"\nWritten to {out / 'report.html'} and report.json")
 
 
 def census(chosen: argparse.Namespace, console: Console) -> None:
     """Show the (block, channel) pairs of largest gain."""
-    found = amplifier.census(open_weights(chosen.model))
+    from spikesink import amplifier
+
+    found = amplifier.census(ss.open_weights(chosen.model))
     if isinstance(found, NotApplicable):
         raise ValueError(f"{found.reason}.")
     rows = [
         (block, channel, brief(gain), brief(found.over_median(block, channel)))
         for block, channel, gain in found.top(chosen.top)
     ]
-    columns = ["block", "channel", "||U_k||_F", "over its block's median"]
-    console.print(_table(pd.DataFrame(rows, columns=columns).set_index("block")))
+    console.print(_table(["block", "channel", "||U_k||_F", "over its block's median"], rows))
 
 
 def probe(chosen: argparse.Namespace, console: Console) -> None:
     """Say where the first token spikes."""
-    console.print(scan(chosen.model, chosen.entries, None, console.print).sentence())
+    from spikesink import scan
+
+    console.print(scan.scan(chosen.model, chosen.entries, None, console.print).sentence())
 
 
-def _table(frame: pd.DataFrame) -> Table:
-    frame = frame.reset_index()
-    shown = Table(*map(str, frame.columns), box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(columns: Iterable[object], rows: Iterable[Iterable[object]]) -> Table:
+    shown = Table(*map(str, columns), box=box.SIMPLE_HEAD, pad_edge=False)
     shown.columns[0].no_wrap = True
-    for row in frame.itertuples(index=False):
+    for row in rows:
         shown.add_row(*map(str, row))
     return shown
 

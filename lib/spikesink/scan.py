@@ -38,11 +38,10 @@ from spikesink.lifecycle import STEP
 from spikesink.models import LoadError, cache_directory, configuration, gguf_file, prepare, quiet, twin_of
 from spikesink.progress import progress
 from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, at_least, check_writable, model_names
-from spikesink.specs import DEFAULT_MODEL, local, slug
+from spikesink.specs import DEFAULT_MODEL, ENTRIES, local, slug
 from spikesink.trace import SPIKE_OVER_MEDIAN
 from spikesink.weights import FFN, Weights, gated_parts, give_back, no_form, no_static_map, open_weights
 
-ENTRIES = 1024  # of the vocabulary, spread evenly over it, that are put at position 0
 KEY = 16  # hexadecimal digits, of all that a scan depends on
 SUSPECTS = 10  # (block, channel) pairs of largest gain that are shown
 FLOAT = 4  # bytes

@@ -1,0 +1,71 @@
+"""That the README's examples speak of what there is: each name, and each argument that is given by name."""
+
+import ast
+import inspect
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def imported(source: str) -> dict:
+    """What an example's imports bind."""
+    lines = [ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    scope = {}
+    exec("\n".join(lines), scope)
+    return scope
+
+
+def found(node: ast.expr, scope: dict):
+    """What a name or a chain of attributes stands for; None for what only a run can tell."""
+    if isinstance(node, ast.Name):
+        return scope.get(node.id)
+    if isinstance(node, ast.Attribute) and inspect.ismodule(of := found(node.value, scope)):
+        return getattr(of, node.attr)
+    return None
+
+
+def calls() -> list[tuple[str, object, list[str]]]:
+    """The library's functions that the examples call, with the arguments that they name."""
+    scope, named = {}, []
+    for source in EXAMPLES:
+        scope |= imported(source)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and (function := found(node.func, scope)) is not None:
+                named.append((ast.unparse(node.func), function, [word.arg for word in node.keywords]))
+    return named
+
+
+def test_the_examples_call_what_there_is():
+    names = {name for name, _, _ in calls()}
+    assert {"ss.load", "patching.zero", "firsttoken.probe", "sinks.score", "amplifier.census", "train"} <= names
+    for name, function, words in calls():
+        missing = set(words) - set(inspect.signature(function).parameters)
+        assert not missing, f"{name} has no argument {missing}"
+
+
+def test_a_name_that_is_gone_is_noticed():
+    with pytest.raises(AttributeError):
+        found(ast.parse("ss.lode", mode="eval").body, imported("import spikesink as ss"))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^(?:\w+=\S+ )*make (\w+)", README, flags=re.MULTILINE))))
+def test_each_make_command_is_a_target(target):
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{target}: .*##", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(("module", "stage"), sorted(set(re.findall(r"-m (spikesink\S*) (\w*)", README))))
+def test_each_module_that_is_run_answers_to_help(module, stage, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, *([stage] if module == "spikesink" else []), "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(module, run_name="__main__")
+    assert left.value.code in (0, None)
+    assert "usage: " in capsys.readouterr().out
