@@ -236,10 +236,8 @@ def test_the_summary_sorts_claims_by_where_they_hold(figures):
         "nowhere": ["LC3", "X-OWN1"],
     }
     text = lines(figures)
-    assert "- **1 of 5 claims hold wherever they could be put.**" in text
-    only = (
-        "  - 1 hold on the only model that they could be put to: SK1 many heads sink on the first token (put to three)."
-    )
+    assert "- **1 of 5 claims hold wherever they were put.**" in text
+    only = "  - 1 hold on the only model that they were put to: SK1 many heads sink on the first token (put to three)."
     assert only in text
     assert "- **1 of 5 claims differ on one|bar alone**: LC1 one to three early FFN blocks write it." in text
     assert "- 1 more could be put to none of these models: LC2 blocks in between hardly write." in text
@@ -366,7 +364,7 @@ def test_every_committed_claim_has_a_few_words_for_the_picture():
 
 def test_the_title_is_counted(figures):
     title, where = texts(plots.verdicts(across.board(claims.ledgers(figures))))[-2:]
-    holding = "1 of 4 claims hold on every model they could be put to, 0 of them firmly"
+    holding = "1 of 4 claims hold on every model they were put to, 0 of them firmly"
     assert title == f"{holding}; 1 differs on one|bar alone"
     assert where == "The other 3 differ: 1 on one|bar alone, 1 on several, X-OWN1 wherever put."
 

@@ -17,7 +17,7 @@ HEADER = Header("tiny", "tiny", "ab", "house", "cd", (2, 64), "float32", 0)
 HOLDS = {
     "LC1": {"share_written": 0.8, "largest_attention_share": 0.09},
     "LC2": {"plateau_write_ratio": 0.01},
-    "SV1": {"perplexity_int8_per_tensor": 105.0, "perplexity_int8_spike_split": 100.0},
+    "SV1": {"interval_per_tensor_over_split": [1.05, 2.0]},
     "SV2": {"perplexity_full": 10.0, "perplexity_window": 15.0, "perplexity_window_with_sink": 11.0},
     "SV3": {"sink_ratios": [0.4, 0.2, 0.3]},
     "LC3": {"share_cancelled": 0.5},
@@ -129,7 +129,7 @@ DIFFERS = [
     *((f"TR{i}", {"n_agree": 1, "n_differ": 0, "n_reported": 3}) for i in range(1, 7)),
     ("TR1", {"n_agree": 3, "n_differ": 1, "n_reported": 4}),
     ("TR1", {"n_agree": 0, "n_differ": 0, "n_reported": 0}),
-    ("SV1", HOLDS["SV1"] | {"perplexity_int8_per_tensor": 104.9}),
+    ("SV1", {"interval_per_tensor_over_split": [1.049, 2.0]}),
     ("SV2", HOLDS["SV2"] | {"perplexity_window": 14.9}),
     ("SV2", HOLDS["SV2"] | {"perplexity_window_with_sink": 11.1}),
     ("SV3", {"sink_ratios": [0.41, 0.2, 0.3]}),

@@ -7,7 +7,7 @@ import torch
 
 import spikesink
 from spikesink import patching
-from spikesink.serving.context import lengthen, needles
+from spikesink.serving.context import OTHER, lengthen, needles
 from tests.test_cache import FEW
 
 
@@ -32,9 +32,11 @@ def test_every_length_is_as_a_run_of_that_length(served, chunk):
     for layer, name in enumerate(spikesink.models.anatomy(model).pattern_hooks):
         last = min(20, sight[layer] or 20)
         if last > 9:
-            torch.testing.assert_close(found.late[1, layer], cache[name][:, :, 9:last, 0].mean((0, 2)), **FEW)
+            for place, of in ((0, found.late), (OTHER, found.other)):
+                torch.testing.assert_close(of[1, layer], cache[name][:, :, 9:last, place].mean((0, 2)), **FEW)
         else:
             assert (found.late[1, layer] == 0).all()
+            assert layer not in found.throughout
 
 
 def test_intervals_hold_the_perplexity_and_are_none_of_one_piece(served):

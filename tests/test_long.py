@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 import spikesink
+from spikesink import plots
 from spikesink.claims import NotApplicable
-from spikesink.serving import diagnosis, long
+from spikesink.serving import cache, diagnosis, long
 from spikesink.serving.cache import Policy, Streamed
 from spikesink.serving.context import Lengths, interval_of, reach
 from tests import planted
@@ -67,32 +68,49 @@ def test_run_anew_each_prediction_knows_few_tokens(planted_model):
         torch.testing.assert_close(found[0, start:end], wanted, **FEW)
 
 
+def test_run_anew_begins_with_bos_where_windows_do(planted_model, monkeypatch):
+    tokens = spikesink.texts.all_ids(planted_model, spikesink.texts.Text("planted", TEXT))[None]
+    without = long.run_afresh(planted_model, tokens, budget=16)
+    monkeypatch.setattr(long.texts, "bos", lambda model: [7])
+    found = long.run_afresh(planted_model, tokens, budget=16)
+    torch.testing.assert_close(found[:, :16], without[:, :16])
+    part = torch.cat([torch.tensor([[7]]), tokens[:, 49:64]], 1)
+    logits = planted_model(part)[0, -4:]
+    wanted = functional.cross_entropy(logits, tokens[0, 61:65], reduction="none")
+    torch.testing.assert_close(found[0, 60:64], wanted, **FEW)
+
+
 def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted_model, family_directory):
     text = spikesink.texts.Text("long", planted.text(12, 64))
     tokens, lengths = reach(planted_model, text)
     assert lengths == (256, 512, 640)
     assert tokens.shape == (1, 640)
-    assert reach(planted_model, text, most=24 * 300**2 / 2)[1] == (256,)
+    tokens, lengths = reach(planted_model, text, most=24 * 300**2 / 2)
+    assert lengths == (256,), "300 tokens are hardly more"
+    assert tokens.shape == (1, 256), "what is run is what is measured"
+    tokens, _ = reach(planted_model, text)
     assert torch.equal(tokens[0], spikesink.texts.all_ids(planted_model, text)[:640])
 
 
 def a_long(n: int, window: float, first: float, score: float = 0.5) -> long.Long:
     """Losses by hand: 2 nats with every token, so much more with others."""
     full = torch.full((1, n - 1), 2.0)
-    lengths = Lengths(
-        (256, n), 4096, 0.3, torch.full((2, 1, 2, 2), score), torch.full((2, 2, 2), score), full, full, 1.0
-    )
-    more = dict(zip(long.POLICIES, (window, first, first, window), strict=True))
+    scores, late = torch.full((2, 1, 2, 2), score), torch.full((2, 2, 2), score)
+    lengths = Lengths((256, n), 4096, 0.3, scores, late, 0 * late, full, full, (None, None), 1.0)
+    more = dict(zip(long.POLICIES, (window, first, first - 0.01, window + 0.1), strict=True))
     return long.Long(lengths, {name: Streamed(Policy(256), full + x, 256) for name, x in more.items()}, full + 0.1)
 
 
 class Short:
-    """Short windows, on which every technique costs nothing."""
+    """Short windows, on which some techniques were tried."""
 
-    with_it = ()
+    with_it = (cache.WINDOW, cache.WITH_FIRST, cache.HEAVY)
 
     def __init__(self):
         self.plain = {diagnosis.AS_IT_IS: type("Outcome", (), {"loss": torch.zeros(2, 63)})()}
+
+    def cost(self, name: str) -> float:
+        return 1 + self.with_it.index(name)
 
 
 def test_a_cache_is_judged_on_the_long_text():
@@ -100,7 +118,14 @@ def test_a_cache_is_judged_on_the_long_text():
     assert found.measured["perplexity_window"] == pytest.approx(math.exp(2.5))
     assert found.measured["perplexity_window_with_sink"] == pytest.approx(math.exp(2.05))
     assert found.measured["interval_window_over_full"] == pytest.approx(2 * [math.exp(0.5)])
+    assert found.measured["perplexity_window_with_sink_shifted"] == pytest.approx(math.exp(2.04))
+    assert found.measured["interval_with_sink_over_shifted"] == pytest.approx(2 * [math.exp(0.01)])
     assert found.control["perplexity_run_anew"] == pytest.approx(math.exp(2.1))
+    assert found.control["perplexity_window_with_others"] == pytest.approx(math.exp(2.6))
+    short = {"short_window": 1, "short_first_4": 2}  # as Short has them
+    assert {key: found.measured[key] for key in short} == short
+    assert found.control["short_heavy_hitters"] == 3
+    assert not {"short_first", "short_constant"} & set(found.measured)
     assert spikesink.claims.judge("SV2", found, "10").verdict == "holds"
     for window, first in ((0.3, 0.05), (0.5, 0.2)):
         differs = diagnosis.needs_the_sink(a_long(2048, window, first), Short(), 16)
@@ -108,17 +133,43 @@ def test_a_cache_is_judged_on_the_long_text():
     assert diagnosis.needs_the_sink(a_long(1000, 0.5, 0.05), Short(), 16) == NotApplicable(diagnosis.SHORT)
 
 
+def over_lengths_verdict(lengths: Lengths) -> str:
+    found = diagnosis.over_lengths(lengths)
+    return spikesink.claims.judge("SV3", found, "10").verdict
+
+
 def test_sinks_over_lengths_are_judged_within_the_limit():
-    held = diagnosis.over_lengths(a_long(2048, 0, 0).lengths)
+    lengths = a_long(2048, 0, 0).lengths
+    held = diagnosis.over_lengths(lengths)
     assert json.loads(json.dumps(held.measured))["lengths"] == [256, 2048]
     assert spikesink.claims.judge("SV3", held, "10").verdict == "holds"
-    fading = replace(a_long(2048, 0, 0).lengths, score=torch.tensor([[0.5, 0.5], [0.5, 0.1]])[:, None, None])
-    assert spikesink.claims.judge("SV3", diagnosis.over_lengths(fading), "10").verdict == "holds", "half is within two"
-    gone = replace(fading, score=torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.1, 0.1]])[:, None, None])
-    assert spikesink.claims.judge("SV3", diagnosis.over_lengths(gone), "10").verdict == "differs"
+    assert spikesink.claims.held_by("SV3", held.measured, held.control) == []
     assert isinstance(diagnosis.over_lengths(a_long(2048, 0, 0, 0.1).lengths), NotApplicable)
-    past = replace(a_long(2048, 0, 0).lengths, limit=1024)
+    past = replace(lengths, limit=1024)
     assert isinstance(diagnosis.over_lengths(past), NotApplicable), "within the limit it is short"
+
+
+def test_sinks_that_fade_are_seen_in_the_late_queries():
+    """Heads by layer; two of four are half of them, which is within a factor two, and one of four is not."""
+    lengths = a_long(2048, 0, 0).lengths
+    for late, verdict in (([[0.5, 0.1], [0.5, 0.1]], "holds"), ([[0.5, 0.1], [0.1, 0.1]], "differs")):
+        fading = replace(lengths, late=torch.stack([lengths.late[0], torch.tensor(late)]))
+        assert fading.sink_ratios == [1, 1], "over all queries so far it is not seen"
+        assert over_lengths_verdict(fading) == verdict
+
+
+def test_a_layer_that_cannot_see_the_first_token_is_not_asked_about_it():
+    lengths = a_long(2048, 0, 0).lengths
+    blind = replace(lengths, late=torch.tensor([[[0.5, 0.5], [0.5, 0.5]], [[0.0, 0.0], [0.5, 0.5]]]))
+    assert blind.late_ratios() == [1, 0.5]
+    short_sighted = replace(blind, sight=(512, None))
+    assert short_sighted.throughout == [1]
+    assert short_sighted.late_ratios() == [1, 1]
+    assert diagnosis.over_lengths(short_sighted).measured["n_layers"] == 1
+    assert replace(blind, sight=(512, 2048)).throughout == [1], "all of the text is far enough"
+    none = replace(blind, sight=(512, 2047))
+    assert diagnosis.over_lengths(none) == NotApplicable(diagnosis.SHORT_SIGHTED)
+    plots.lengths(none)
 
 
 def test_an_interval_is_of_pieces():

@@ -1,13 +1,19 @@
 """The command for owners of a model: what it says, what it leaves when stopped, and what it says of bad input."""
 
+import contextlib
+import io
 import json
 import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from spikesink import __main__ as command
 from spikesink import report
+from spikesink.patching import Outcome
+from spikesink.serving import cells
+from spikesink.serving.cells import Crossed
 from spikesink.serving.diagnosis import Diagnosis, diagnoses
 from tests import planted
 
@@ -24,12 +30,13 @@ def made(family_directory, text, tmp_path_factory):
     """A model whose spike and sinks are known, diagnosed."""
     out = tmp_path_factory.mktemp("report")
     options = ["--text", text, "--n-prompts", "6", "--seq-len", "64", "--out", str(out)]
-    assert command.main(["diagnose", str(family_directory("llama")), *options]) == 0
-    return json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert command.main(["diagnose", str(family_directory("llama")), *options]) == 0
+    return json.loads((out / "report.json").read_text()), (out / "report.html").read_text(), said.getvalue()
 
 
 def test_a_report_says_where_spike_and_sinks_are(made):
-    found, _ = made
+    found, _, _ = made
     assert list(found["sections"]) == ["spike", "sink", "quantization", "cache"]
     assert found["sections"]["spike"]["LC1"]["step_up_blocks"] == [4]
     assert found["sections"]["spike"]["LC1"]["channels"] == [9, 30]
@@ -42,17 +49,38 @@ def test_a_report_says_where_spike_and_sinks_are(made):
 
 def test_a_table_fits_a_terminal(made):
     """What it has no room for is on the page."""
-    found, page = made
-    name = "weights in int4 per channel"
-    one = found["sections"]["quantization"][name]
-    table = diagnoses({name: Diagnosis(one["cost"], tuple(one["interval"]), None, None)})
-    assert list(table[["perplexity, times", "diagnosis"]].index) == [name]
-    for column in table.columns:
+    _, page, said = made
+    columns = diagnoses({"it": Diagnosis(2.0, (1.5, 2.5))}).columns
+    for column in columns:
         assert f"<th>{column}</th>" in page
+        assert (column in said) == (column in ("perplexity, times", "diagnosis"))
+    assert max(len(line) for line in said.splitlines() if "weights in int4 per channel" in line) <= 80
+
+
+def outcome(*losses: float) -> Outcome:
+    """One loss a window."""
+    names = ("what", "epsilon", "divergence", "agrees", "score", "attention", "sinks", "largest")
+    return Outcome(loss=torch.tensor(losses)[:, None], **dict.fromkeys(names))
+
+
+def test_what_costs_is_said_whatever_its_diagnosis():
+    techniques = {"harmless": (1.0, 1.01), "nothing helps": (2.2, 2.3), "on one window": (1.0, 2.3)}
+    crossed = Crossed(
+        {cells.AS_IT_IS: outcome(1.0, 1.0)},
+        {name: {cells.AS_IT_IS: outcome(*losses)} for name, losses in techniques.items()},
+    )
+    found = report._told("cache", crossed, None)
+    assert "nothing helps (3.49 times: no remedy tried)" in found.prose
+    assert "on one window (1.92 times: not to be told from none)" in found.prose
+    assert "harmless" not in found.prose
+    assert found.facts["nothing helps"]["left_with_sink"] is None
+    alone = Crossed({cells.AS_IT_IS: outcome(1.0)}, {"it": {cells.AS_IT_IS: outcome(2.0)}})
+    facts = report._told("cache", alone, None).facts["it"]
+    assert (facts["interval"], facts["verdict"]) == (None, "not to be told from none")
 
 
 def test_the_page_needs_nothing_else(made):
-    _, page = made
+    _, page, _ = made
     assert not re.search(r"https?://|<script|<link|src=\"(?!data:)|url\(", page)
     assert page.count("<img") == page.count("data:image/png;base64,") == 4
     assert 'name="viewport"' in page

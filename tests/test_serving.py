@@ -17,6 +17,7 @@ from spikesink.serving import quantize
 from spikesink.serving.cells import (
     AS_IT_IS,
     CELLS,
+    HELD,
     NEITHER,
     NO_SINK,
     NO_SPIKE,
@@ -25,8 +26,19 @@ from spikesink.serving.cells import (
     cells,
     cross,
     sink_held,
+    times,
 )
-from spikesink.serving.diagnosis import FINE, MISMATCH, OUTLIERS, ROUTING, UNKNOWN, diagnose, diagnoses
+from spikesink.serving.diagnosis import (
+    FINE,
+    MISMATCH,
+    OUTLIERS,
+    ROUTING,
+    UNKNOWN,
+    UNSURE,
+    diagnose,
+    diagnoses,
+    sets_the_scale,
+)
 from spikesink.serving.quantize import (
     Quantizer,
     by_torch,
@@ -102,7 +114,7 @@ def test_zero_stays_zero_and_what_is_no_quantizer_is_refused():
 @torch.inference_mode()
 def test_ranges_show_where_the_spike_is(planted):
     model, tokens, _, where = planted
-    found = ranges(model, where, tokens)
+    found = ranges(model, tokens, where)
     assert list(found) == list(quantize.SITES)
     hidden = found["FFN's hidden"]
     assert 1 in hidden.touched
@@ -133,7 +145,7 @@ def test_what_is_rounded_is_what_was_asked_for(planted):
     cuts = rounded(model, Quantizer(8), ["FFN's hidden"])
     assert [str(cut.site) for cut in cuts] == [f"hook blocks.{i}.mlp.out.hook_in" for i in range(4)]
     assert str(cuts[0]) == "apply int8 per tensor to hook blocks.0.mlp.out.hook_in at all positions"
-    apart = rounded(model, Quantizer(8), ["FFN's hidden"], apart=ranges(model, where, tokens))
+    apart = rounded(model, Quantizer(8), ["FFN's hidden"], apart=ranges(model, tokens, where))
     assert [cut.change.function.split for cut in apart][1] == (0,)
     with pytest.raises(ValueError, match="give per='token' to round some only"):
         rounded(model, Quantizer(8), ["keys"], positions=where)
@@ -175,7 +187,7 @@ def test_a_cell_has_what_it_says(planted):
     known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
     of = cells(known, where)
     assert tuple(of) == CELLS
-    techniques = quantize.activations(model, ranges(model, where, tokens), known, where)
+    techniques = quantize.activations(model, ranges(model, tokens, where), where)
     assert len({str([cut.change.function for cut in one.cuts]) for one in techniques.values()}) == len(techniques)
     found = cross(model, tokens, of, {"int8": techniques[quantize.PER_TENSOR], "apart": techniques[quantize.APART]})
     clean = patching.evaluate(model, tokens)
@@ -188,9 +200,17 @@ def test_a_cell_has_what_it_says(planted):
     assert found.cost("int8") == pytest.approx(alone.perplexity / clean.perplexity)
     assert found.table().loc["int8", AS_IT_IS] == pytest.approx(alone.perplexity)
     assert found.costs().loc["int8", NO_SINK] == found.cost("int8", NO_SINK)
-    held = patching.evaluate(model, tokens, *rounded(model, Quantizer(8)), *sink_held(known, where))
-    assert found.with_it["int8"][SPARED].perplexity == pytest.approx(held.perplexity)
-    assert found.cost("int8", SPARED) == pytest.approx(held.perplexity / clean.perplexity)
+    # The spike is written by block 4: what the layers after it read is held, as without the spike.
+    held = patching.evaluate(model, tokens, *sink_held(known, where, 2))
+    assert found.plain[HELD].perplexity == pytest.approx(held.perplexity)
+    assert found.plain[HELD].max_activation == pytest.approx(clean.max_activation)
+    assert found.plain[HELD].score[:, :2] == pytest.approx(clean.score[:, :2])
+    torch.testing.assert_close(found.plain[HELD].loss[~where[:, :-1]], found.plain[NO_SPIKE].loss[~where[:, :-1]])
+    both = patching.evaluate(model, tokens, *sink_held(known, where, 2), *rounded(model, Quantizer(8)))
+    assert found.cost("int8", HELD) == pytest.approx(both.perplexity / held.perplexity)
+    keys = cross(model, tokens, of, {"int4": techniques["KV cache in int4"]})
+    spared = patching.evaluate(model, tokens, *rounded(model, Quantizer(4, "token"), quantize.CACHED, positions=~where))
+    assert keys.cost("int4", SPARED) == pytest.approx(spared.perplexity / clean.perplexity)
     assert list(found.with_it["apart"]) == [AS_IT_IS]
     weighed = quantize.weights(model, tokens, of, found, {"int4": (4, "tensor")})
     with rounded_weights(model, 4, "tensor"):
@@ -205,10 +225,10 @@ def test_without_the_spike_nothing_makes_it(planted):
     model, tokens, life, where = planted
     known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
     with patching.patched(model, *cells(known, where)[NO_SPIKE]):
-        found = ranges(model, where, tokens)["FFN's hidden"]
+        found = ranges(model, tokens, where)["FFN's hidden"]
     assert float(found.spike[1]) == 0
     with patching.patched(model, *chain.decoupled(known, where)):
-        assert float(ranges(model, where, tokens)["FFN's hidden"].spike[1]) > 10 * float(found.other[1])
+        assert float(ranges(model, tokens, where)["FFN's hidden"].spike[1]) > 10 * float(found.other[1])
 
 
 def outcome(*losses: float):
@@ -218,29 +238,74 @@ def outcome(*losses: float):
     return Outcome(loss=loss, **dict.fromkeys(names))
 
 
+NEARLY = (2.5, 2.6, 2.5, 2.6)  # losses, of 2 without it
+
+
 @pytest.mark.parametrize(
-    ("with_it", "without_spike", "with_sink", "verdict"),
+    ("with_it", "held", "without_spike", "spared", "verdict"),
     [
-        ((2.01, 2.01), 2.0, 2.0, FINE),
-        ((2.0, 2.6), 2.3, 2.3, FINE),  # on one window it costs nothing: the interval reaches 1
-        ((2.5, 2.6), 2.1, 2.5, OUTLIERS),
-        ((2.5, 2.6), 2.5, 2.1, ROUTING),
-        ((2.5, 2.6), 2.1, 2.1, f"{OUTLIERS} or {ROUTING}"),
-        ((2.5, 2.6), 2.3, 2.5, f"in part {OUTLIERS}"),
-        ((2.5, 2.6), 2.3, 2.4, f"in part {OUTLIERS} and {ROUTING}"),
-        ((2.5, 2.6), 2.54, 2.6, MISMATCH),
-        ((2.5, 2.6), None, 2.1, ROUTING),
-        ((2.5, 2.6), None, None, UNKNOWN),
+        ((2.01, 2.01), 2.0, 2.0, None, FINE),
+        ((2.0, 2.6), 2.6, 2.3, None, UNSURE),  # on one window it costs nothing: the interval reaches 1
+        ((2.5,), 2.5, 2.1, None, UNSURE),  # one window has none
+        (NEARLY, 2.55, 2.1, None, OUTLIERS),
+        (NEARLY, 2.1, 2.1, None, ROUTING),  # it goes with the sink held; that the spike goes too adds nothing
+        (NEARLY, 2.5, 2.5, 2.1, ROUTING),
+        (NEARLY, 2.55, 2.1, 2.1, f"{OUTLIERS} or {ROUTING}"),
+        (NEARLY, 2.55, 2.3, None, f"in part {OUTLIERS}"),
+        (NEARLY, 2.4, 2.2, None, f"in part {OUTLIERS} and {ROUTING}"),
+        (NEARLY, 2.55, 2.54, 2.6, MISMATCH),
+        (NEARLY, None, None, 2.1, ROUTING),
+        (NEARLY, None, None, None, UNKNOWN),
     ],
 )
-def test_whose_failure_it_is(with_it, without_spike, with_sink, verdict):
-    row = {AS_IT_IS: outcome(*with_it), NO_SPIKE: without_spike, SPARED: with_sink}
-    row = {cell: outcome(of, of) if isinstance(of, float) else of for cell, of in row.items() if of is not None}
-    crossed = Crossed({AS_IT_IS: outcome(2.0, 2.0), NO_SPIKE: outcome(2.0, 2.0)}, {"it": row})
+def test_whose_failure_it_is(with_it, held, without_spike, spared, verdict):
+    row = {AS_IT_IS: outcome(*with_it), HELD: held, NO_SPIKE: without_spike, SPARED: spared}
+    n = len(with_it)
+    row = {cell: outcome(*[of] * n) if isinstance(of, float) else of for cell, of in row.items() if of is not None}
+    crossed = Crossed(dict.fromkeys((AS_IT_IS, HELD, NO_SPIKE), outcome(*[2.0] * n)), {"it": row})
     found = diagnose(crossed)["it"]
     assert found.verdict == verdict
-    assert found.cost == pytest.approx(math.exp(sum(with_it) / 2 - 2))
+    assert found.cost == pytest.approx(math.exp(sum(with_it) / n - 2))
     assert diagnoses({"it": found}).loc["it", "diagnosis"] == verdict
+
+
+def test_an_interval_of_few_windows_is_students():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(4000, 4, 1, generator=generator, dtype=torch.float64)
+    covered = [low <= 1 <= high for low, high in (times(of, torch.zeros(4, 1)) for of in losses)]
+    assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.015)
+    same = torch.ones(3, 2)
+    assert times(same + 0.5, same) == pytest.approx(2 * (math.exp(0.5),))
+    assert all(map(math.isnan, times(same[:1], same[:1])))
+
+
+@torch.inference_mode()
+def test_the_spikes_channels_apart_are_set_beside_others(planted):
+    model, tokens, life, where = planted
+    known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    techniques = quantize.activations(model, ranges(model, tokens, where), where)
+    crossed = cross(model, tokens, cells(known, where), techniques)
+    found = sets_the_scale(crossed)
+    alone = {
+        name: patching.evaluate(model, tokens, *techniques[name].cuts)
+        for name in (quantize.PER_TENSOR, quantize.APART, quantize.OTHERS_APART)
+    }
+    per_tensor, split, others = (alone[name] for name in alone)
+    assert found.measured["perplexity_int8_per_tensor"] == pytest.approx(per_tensor.perplexity)
+    assert found.measured["perplexity_int8_spike_split"] == pytest.approx(split.perplexity)
+    assert found.control["perplexity_int8_others_split"] == pytest.approx(others.perplexity)
+    assert found.measured["interval_per_tensor_over_split"] == pytest.approx(
+        times(per_tensor.loss, split.loss), rel=1e-4
+    )
+    assert found.control["interval_per_tensor_over_others"] == pytest.approx(
+        times(per_tensor.loss, others.loss), rel=1e-4
+    )
+    clean = crossed.plain[AS_IT_IS]
+    off = {name: float((of.loss - clean.loss).abs().mean()) for name, of in alone.items()}
+    assert off[quantize.APART] < off[quantize.PER_TENSOR] / 2
+    assert off[quantize.APART] < off[quantize.OTHERS_APART] / 2
+    one = Crossed({AS_IT_IS: outcome(1.0)}, {name: {AS_IT_IS: outcome(1.0)} for name in alone})
+    assert isinstance(sets_the_scale(one), NotApplicable)
 
 
 def test_without_a_spike_there_are_no_cells():
@@ -252,16 +317,19 @@ def test_without_a_spike_there_are_no_cells():
     assert sink_held(known) == ()
 
 
-def test_integers_give_what_rounded_floats_give(random_model):
-    """By torch's own kernels; what differs is how a range is cut into steps."""
+def test_integers_err_as_much_as_rounded_floats_do(random_model):
+    """By torch's own kernels. Which entry is rounded up differs (their ranges are no symmetric ones, and on some
+    processors of seven bits), so that errors are as large and not the same.
+    """
     tokens = spikesink.windows(random_model, "house", 2, 24)
     clean = patching.evaluate(random_model, tokens)
-    with rounded_weights(random_model, 8, "tensor"):
-        ours = patching.evaluate(random_model, tokens, *rounded(random_model, Quantizer(8)))
     for per in ("tensor", "channel"):
+        with rounded_weights(random_model, 8, per):
+            ours = patching.evaluate(random_model, tokens, *rounded(random_model, Quantizer(8)))
         theirs = by_torch(random_model, tokens, per)
-        assert theirs.shape == clean.loss.shape
-        far, near = (theirs - clean.loss).abs().max(), (theirs - ours.loss).abs().max()
-        assert 0 < far < 0.1
-        assert near < 0.1
+        off = [float((loss - clean.loss).square().mean().sqrt()) for loss in (ours.loss, theirs)]
+        assert off[0] / 3 < off[1] < 3 * off[0]
+        with rounded_weights(random_model, 6, per):
+            coarse = patching.evaluate(random_model, tokens, *rounded(random_model, Quantizer(6)))
+        assert off[1] < float((coarse.loss - clean.loss).square().mean().sqrt())
     assert torch.equal(patching.evaluate(random_model, tokens).loss, clean.loss), "the model itself is not rounded"

@@ -183,7 +183,7 @@ class Board:
 
     @property
     def universal(self) -> list[Row]:
-        """Of those, the ones that hold wherever they could be put."""
+        """Of those, the ones that hold wherever they were put."""
         return [row for row in self.judged if not row.differs_on]
 
     @property
@@ -193,11 +193,11 @@ class Board:
 
     @property
     def nowhere(self) -> list[Row]:
-        """The ones that differ wherever they could be put."""
+        """The ones that differ wherever they were put."""
         return [row for row in self.judged if row.differs_on == row.put_to]
 
     def only_on(self, model: str) -> list[Row]:
-        """The ones that differ on this model and hold on all others that they could be put to, at least one."""
+        """The ones that differ on this model and hold on all others that they were put to, at least one."""
         return [row for row in self.judged if row.differs_on == [model] != row.put_to]
 
     @property
@@ -354,11 +354,14 @@ def _summary(whole: Board) -> list[str]:
     def once(row: Row) -> list[str]:
         return row.put_to if len(row.put_to) < len(whole.models) else []
 
+    def alone(row: Row) -> list[str]:
+        return [*once(row), *(["and hold of a control"] if row.of_controls_on else [])]
+
     whatever = [row for row in whole.universal if len(row.put_to) > 1 and row.of_controls_on]
     single = [row for row in whole.universal if len(row.put_to) == 1]
     judged, lines = f"of {len(whole.judged)} claims", []
     if whole.universal:
-        lines.append(f"- **{len(whole.universal)} {judged} hold wherever they could be put.**")
+        lines.append(f"- **{len(whole.universal)} {judged} hold wherever they were put.**")
     if whole.firm:
         what = "hold firmly: on two models or more, and of no control"
         lines.append(f"  - {len(whole.firm)} {what}: {listed(whole.firm, once)}.")
@@ -366,10 +369,10 @@ def _summary(whole: Board) -> list[str]:
         what = "hold of a control as well, so that they are true of more than spikes and sinks"
         lines.append(f"  - {len(whatever)} {what}: {listed(whatever, where, 'on')}.")
     if single:
-        lines.append(f"  - {len(single)} hold on the only model that they could be put to: {listed(single, once)}.")
+        lines.append(f"  - {len(single)} hold on the only model that they were put to: {listed(single, alone)}.")
     groups = [(f"differ on {model} alone", whole.only_on(model)) for model in whole.models]
     groups += [("differ on several models and hold on others", whole.on_several)]
-    groups += [("differ wherever they could be put", whole.nowhere)]
+    groups += [("differ wherever they were put", whole.nowhere)]
     lines += [f"- **{len(rows)} {judged} {what}**: {listed(rows, once)}." for what, rows in groups if rows]
     if unjudged := [row for row in whole.rows if not row.put_to]:
         lines.append(f"- {len(unjudged)} more could be put to none of these models: {listed(unjudged)}.")
@@ -496,7 +499,7 @@ def _values(values: Mapping[str, Any]) -> str:
 def _reasons(written: Mapping[str, str], found: Mapping[str, Mapping[str, Any]], whole: Board) -> list[str]:
     """A paragraph for each claim that differs somewhere: its section, and a sentence for each model it leaves out.
 
-    And after them, the sections of claims that hold wherever they could be put.
+    And after them, the sections of claims that hold wherever they were put.
     """
     lines, held = [], []
     for row in whole.rows:

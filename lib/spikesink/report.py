@@ -187,10 +187,10 @@ def _sink(of: Subject) -> Section:
 
 
 def _quantization(of: Subject) -> Section:
-    _, (tokens, where) = chain.halves(of.life, length=of.short)
-    ranges = quantize.ranges(of.model, where, tokens)
+    held_out, (tokens, where) = chain.halves(of.life, length=of.short)
+    ranges = quantize.ranges(of.model, *held_out)
     in_cells = cells.cells(of.known, where)
-    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, of.known, where, of.seed))
+    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, where, of.seed))
     crossed = quantize.weights(of.model, tokens, in_cells, crossed)
     return _told("quantization", crossed, plots.quantizer_steps(ranges))
 
@@ -210,7 +210,8 @@ def _cache(of: Subject) -> Section:
     facts = {**found.facts, "recall": gained}
     prose = (
         f"{found.prose} Windows have {tokens.shape[1]} tokens, a query at most {budget} keys. The picture is of a fact "
-        "that is told at some depth and asked for in the end: how many nats likelier its telling makes the answer."
+        "that is told at some depth and asked for in the end: how many nats likelier the answer is than where another "
+        "was told."
     )
     return replace(found, prose=prose, facts=facts)
 
@@ -220,17 +221,18 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not told apart: {crossed.reason}.", {"reason": crossed.reason})
     found = diagnosis.diagnose(crossed)
-    told = {name: one for name, one in found.items() if one.verdict not in (diagnosis.FINE, diagnosis.UNKNOWN)}
-    risks = [f"{name} ({one.cost:.2f} times: {one.verdict})" for name, one in told.items()]
+    costly = {name: one for name, one in found.items() if one.verdict != diagnosis.FINE}
+    named = {diagnosis.UNKNOWN: "no remedy tried"}
+    risks = [f"{name} ({one.cost:.2f} times: {named.get(one.verdict, one.verdict)})" for name, one in costly.items()]
     prose = f"Perplexity as it is: {brief(crossed.plain[cells.AS_IT_IS].perplexity)}. " + (
         f"What costs more than 2%: {'; '.join(risks)}." if risks else "Nothing that was tried costs more than 2%."
     )
     facts = {
         name: {
             "cost": one.cost,
-            "interval": list(one.interval),
-            "without_spike": one.without_spike,
-            "with_sink": one.with_sink,
+            "interval": list(one.interval) if one.interval[0] == one.interval[0] else None,
+            "left_without_spike": one.left_without_spike,
+            "left_with_sink": one.left_with_sink,
             "verdict": one.verdict,
         }
         for name, one in found.items()

@@ -144,7 +144,7 @@ def _number(value: Any, room: int) -> str:
 
 
 def _tally(ax, row: Row, x: float, y: float, firm: bool) -> None:
-    """On how many of the models it could be put to a claim holds; bold where it does so firmly."""
+    """On how many of the models it was put to a claim holds; bold where it does so firmly."""
     n, put = len(row.put_to) - len(row.differs_on), len(row.put_to)
     weight, color = "bold" if firm else "normal", HOLDS if n == put else DIFFERS
     ax.text(x + TALLY / 2, y + HEIGHT / 2, f"{n} of {put}", fontsize=7.5, fontweight=weight, color=color, **CENTRED)
@@ -195,7 +195,7 @@ def _finding(board: Board) -> str:
         return "No claim could be put to a model here"
     if len(board.models) == 1:
         return f"{holding} of {judged} claims hold on {_name(board.models[0])}"
-    text = f"{holding} of {judged} claims hold on every model they could be put to, {len(board.firm)} of them firmly"
+    text = f"{holding} of {judged} claims hold on every model they were put to, {len(board.firm)} of them firmly"
     most = max(board.models, key=lambda model: len(board.only_on(model)))
     n = len(board.only_on(most))
     return text + (f"; {n} {'differ' if n > 1 else 'differs'} on {_name(most)} alone" if n else "")

@@ -23,15 +23,16 @@ from spikesink.plots.style import (
     whole,
 )
 from spikesink.serving import cache
-from spikesink.serving.cells import AS_IT_IS, NEITHER, NO_SINK, NO_SPIKE, SPARED, Crossed
-from spikesink.serving.context import Lengths, Recall
-from spikesink.serving.diagnosis import FINE, UNKNOWN, Diagnosis
+from spikesink.serving.cells import AS_IT_IS, HELD, NEITHER, NO_SINK, NO_SPIKE, SPARED, Crossed
+from spikesink.serving.context import OTHER, Lengths, Recall
+from spikesink.serving.diagnosis import FINE, UNKNOWN, UNSURE, Diagnosis
 from spikesink.serving.long import BUDGET, Long
 from spikesink.serving.quantize import LINEAR_INPUTS, Range
 
 LOOKS = {
     AS_IT_IS: ("black", "o"),
     SPARED: (SINK, "s"),
+    HELD: (SINK, "P"),
     NO_SPIKE: (SPIKE, "D"),
     NO_SINK: (OTHERS[2], "v"),
     NEITHER: (ORDINARY, "^"),
@@ -103,11 +104,11 @@ def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
     ax.invert_yaxis()
     log_ticks(ax.xaxis)
     ax.legend(fontsize=8.5, ncols=len(tried), loc="lower left", bbox_to_anchor=(0, 1))
-    if told := [name for name in names if found[name].verdict not in (FINE, UNKNOWN)]:
+    if told := [name for name in names if found[name].verdict not in (FINE, UNSURE, UNKNOWN)]:
         one = found[worst := max(told, key=crossed.cost)]
-        remedies = {"without the spike": one.without_spike, "with the sink kept": one.with_sink}
-        left = [f"{max(0, one.left(x)):.0%} {remedy}" for remedy, x in remedies.items() if x is not None]
-        above(fig, f"“{worst}” costs {one.cost:.2f} times; of that is left {', '.join(left)}")
+        remedies = {"without the spike": one.left_without_spike, "with the sink kept": one.left_with_sink}
+        left = [f"{max(0, share):.0%} {remedy}" for remedy, share in remedies.items() if share is not None]
+        above(fig, f"“{worst}” costs {one.cost:.2f} times; left of that: {', '.join(left)}")
     return fig
 
 
@@ -161,9 +162,14 @@ def lengths(found: Lengths) -> Figure:
     """10: sink ratio, largest activations and perplexity by length, to the model's limit and past it."""
     fig, (left, middle, right) = figure(1, 3, size=(13, 3.9))
     x = found.lengths
-    left.plot(x, found.sink_ratios, color=SINK, marker="o", ms=5, label="all queries so far")
-    left.plot(x, found.late_ratios, color=ORDINARY, marker="s", ms=5, ls="--", label="this stretch's queries alone")
-    left.set(ylim=(0, 1), ylabel="sink ratio")
+    n, late = len(found.throughout), found.late_ratios()
+    left.plot(x, found.sink_ratios, color=SINK, ls=":", lw=1.6, label="all queries so far, all layers")
+    if n:
+        of = "this stretch's queries" + (f", {n} layers that see so far" if n < len(found.sight) else "")
+        left.plot(x, late, color=SINK, marker="o", ms=5, label=of)
+        other = found.late_ratios(found.other)
+        left.plot(x, other, color=ORDINARY, marker="s", ms=5, ls="--", label=f"they, of position {OTHER}")
+    left.set(ylim=(-0.03, 1), ylabel="sink ratio")
     left.legend(fontsize=8.5)
     middle.plot(x, [found.first] * len(x), color=SPIKE, marker="o", ms=5, label="position 0")
     middle.plot(x, found.elsewhere, color=ORDINARY, marker="s", ms=5, ls="--", label="elsewhere in this stretch")
@@ -180,11 +186,11 @@ def lengths(found: Lengths) -> Figure:
         ax.xaxis.set_minor_formatter(NullFormatter())
         if x[-1] > found.limit:
             ax.axvline(found.limit, color="black", lw=0.8, ls=":")
-    within = [i for i, length in enumerate(x) if length <= found.limit]
+    last, ratios = sum(length <= found.limit for length in x) - 1, late if n else found.sink_ratios
     above(
         fig,
-        f"From {x[0]:,} to {x[within[-1]]:,} tokens the sink ratio goes from {found.sink_ratios[0]:.2f} to "
-        f"{found.sink_ratios[within[-1]]:.2f}" + (" (dotted: the model's limit)" if x[-1] > found.limit else ""),
+        f"From {x[0]:,} to {x[last]:,} tokens the sink ratio goes from {ratios[0]:.2f} to {ratios[last]:.2f}"
+        + (" (dotted: the model's limit)" if x[-1] > found.limit else ""),
     )
     return fig
 
@@ -209,5 +215,5 @@ def recalled(found: Recall) -> Figure:
     ax.set(xlabel="told at this depth of the text")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    above(fig, "Nats that each token of the answer gains by having been told")
+    above(fig, "How much likelier the answer is where it was told than where another was: nats a token")
     return fig

@@ -1,14 +1,16 @@
-"""A model as it is, without the spike, without the sink, and without either: which of the two a failure needs.
+"""A model as it is, with its sink held, without the spike, without the sink, without either: which a failure needs.
 
-A technique of serving is tried in each, and once more with the sink's key and value spared; what it costs there, beside
-the same cell without it, says whose failure it is (`diagnosis`).
+A technique of serving is tried in each, and where it can spare the sink's key and value, once more like that; what it
+costs there, beside the same cell without it, says whose failure it is (`diagnosis`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
+from scipy import stats
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -20,9 +22,10 @@ from spikesink.patching.chain import Constants, decoupled
 from spikesink.patching.interventions import At
 from spikesink.weights import no_projections
 
-AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER = "as it is", "without the spike", "without the sink", "without either"
-SPARED = "with the sink kept"
-CELLS = (AS_IT_IS, NO_SPIKE, NO_SINK, NEITHER)
+AS_IT_IS, HELD, NO_SPIKE = "as it is", "with the sink held", "without the spike"
+NO_SINK, NEITHER = "without the sink", "without either"
+SPARED = "with the sink kept"  # no cell: the technique leaves the sink's key and value out
+CELLS = (AS_IT_IS, HELD, NO_SPIKE, NO_SINK, NEITHER)
 HIDDEN = "mlp.out.hook_in"  # what an FFN's down projection reads
 Cuts = tuple[Intervention, ...]
 
@@ -38,7 +41,8 @@ class Technique:
 
 @where_applicable
 def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position"]) -> dict[str, Cuts] | NotApplicable:
-    """What is done in each cell: nothing; spike tokens are decoupled; their keys masked; their spike never written.
+    """What is done in each cell: nothing; spike tokens' keys and values are constants, from the spike on; so they are,
+    and the spike is not written; their keys are masked; their spike is not written, and nothing held.
 
     Where there is no spike, the step-up and step-down blocks' hidden activations are zero at the spike tokens too: it
     is there that the spike is made, and they would be as large with nobody to read them.
@@ -56,7 +60,9 @@ def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position
         return NotApplicable("no token of these windows spikes")
     made = tuple(f"blocks.{block_layer(block)}.{HIDDEN}" for block in known.steps if block_kind(block) == "FFN")
     unmade = (zero(hook(made), where),) if made and shows_ffn(known.about) else ()
-    found = {AS_IT_IS: (), NO_SPIKE: (*unmade, *decoupled(known, where))}
+    start = (min(known.cycle.step_up, default=known.cycle.peak) + 1) // 2  # as `decoupled` has it
+    held = {HELD: cuts} if (cuts := sink_held(known, where, start)) else {}
+    found = {AS_IT_IS: (), **held, NO_SPIKE: (*unmade, *decoupled(known, where))}
     if known.about.edits_pattern:
         found[NO_SINK] = (mask_key(where, known.layers),)
     return found | ({NEITHER: (*unmade, skip(known.steps, where))} if known.steps else {})
@@ -67,20 +73,33 @@ def shows_ffn(about: Anatomy) -> bool:
     return about.separate_ffn and not about.n_experts
 
 
-def sink_held(known: Constants | NotApplicable, positions: At = 0) -> Cuts:
+def sink_held(known: Constants | NotApplicable, positions: At = 0, start: int = 0) -> Cuts:
     """Interventions that put the spike tokens' mean key and value at some positions: a sink that needs no token there.
 
     Args:
         known: as `patching.chain.constants` returns it, of other windows.
         positions: where; by default the first.
+        start: the first layer.
 
     Returns:
         The interventions; none where there are no spike tokens, or no keys and values that could be held.
     """
     if isinstance(known, NotApplicable) or known.keys is None:
         return ()
-    layers = range(known.about.n_layers)
-    return (set_to(key(layers), known.keys, positions), set_to(value(layers), known.values, positions))
+    layers = range(start, known.about.n_layers)
+    return (set_to(key(layers), known.keys[start:], positions), set_to(value(layers), known.values[start:], positions))
+
+
+def times(loss: Float[Tensor, "window position"], other: Float[Tensor, "window position"]) -> tuple[float, float]:
+    """Student's 95% interval over windows of how many times another perplexity one is; not numbers of one window.
+
+    Paired: both are of the same windows. These are few, and of few a bootstrap's interval is too narrow.
+    """
+    more = (loss - other).mean(1).double().numpy()
+    if len(more) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / math.sqrt(len(more))
+    return math.exp(more.mean() - half), math.exp(more.mean() + half)
 
 
 @dataclass(frozen=True)
@@ -95,8 +114,8 @@ class Crossed:
         return float((self.with_it[technique][cell].loss.mean() - self._own(cell).loss.mean()).exp())
 
     def interval(self, technique: str, cell: str = AS_IT_IS) -> tuple[float, float]:
-        """A bootstrap interval of the cost, paired over windows."""
-        return self.with_it[technique][cell].times(self._own(cell))
+        """An interval of the cost, as `times` makes it."""
+        return times(self.with_it[technique][cell].loss, self._own(cell).loss)
 
     def _own(self, cell: str) -> Outcome:
         return self.plain[AS_IT_IS if cell == SPARED else cell]
@@ -115,7 +134,7 @@ class Crossed:
     @staticmethod
     def _ordered(found: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
         frame = pd.DataFrame.from_dict(found, orient="index").rename_axis("technique")
-        return frame[[cell for cell in (AS_IT_IS, SPARED, NO_SPIKE, NO_SINK, NEITHER) if cell in frame]]
+        return frame[[cell for cell in (AS_IT_IS, SPARED, *CELLS[1:]) if cell in frame]]
 
 
 @where_applicable

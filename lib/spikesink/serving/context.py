@@ -35,6 +35,7 @@ from spikesink.sinks import EPSILON
 
 CHUNK = 128
 BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are no independent draws
+OTHER = 1  # the position that what position 0 gets is compared with
 MOST = 1.6e10  # entries of attention: a minute or so on two cores
 PAST = 1.25  # times a model's limit
 DEPTHS = (0.05, 0.35, 0.65, 0.95)
@@ -56,8 +57,10 @@ class Lengths:
     epsilon: float
     score: Float[Tensor, "bin window layer head"]  # attention that position 0 gets of all queries up to this length
     late: Float[Tensor, "bin layer head"]  # of the queries of this bin alone, mean over windows
+    other: Float[Tensor, "bin layer head"]  # the same, of what the token at position OTHER gets
     loss: Float[Tensor, "window position"]  # cross-entropy of the next token, nats
     largest: Float[Tensor, "window position"]  # max |h| over channels, as the stream enters layers and leaves the last
+    sight: tuple[int | None, ...]  # of each layer: how far back a query sees, itself included; None: to position 0
     seconds: float
 
     @property
@@ -66,9 +69,15 @@ class Lengths:
         return (self.score > self.epsilon).float().mean((1, 2, 3)).tolist()
 
     @property
-    def late_ratios(self) -> list[float]:
-        """Share of layers and heads in which the queries of each bin give position 0 more than epsilon."""
-        return (self.late > self.epsilon).float().mean((1, 2)).tolist()
+    def throughout(self) -> list[int]:
+        """The layers in which every query has position 0 in sight."""
+        return [layer for layer, sight in enumerate(self.sight) if sight is None or sight >= self.lengths[-1]]
+
+    def late_ratios(self, of: Float[Tensor, "bin layer head"] | None = None) -> list[float]:
+        """Share of heads, in the layers of `throughout`, that give position 0 more than epsilon of each bin's queries'
+        attention; or, of `other`, another position.
+        """
+        return ((self.late if of is None else of)[:, self.throughout] > self.epsilon).float().mean((1, 2)).tolist()
 
     def _bins(self, of: Float[Tensor, "window position"]) -> list[Float[Tensor, "window part"]]:
         starts = (0, *self.lengths[:-1])
@@ -118,7 +127,7 @@ def reach(
         lengths.append(within)
     if longest > within:
         lengths.append(longest)
-    return ids[None, :longest], tuple(lengths)
+    return ids[None, : lengths[-1]], tuple(lengths)
 
 
 @torch.inference_mode()
@@ -146,7 +155,9 @@ def lengthen(
         raise ValueError(f"lengths must rise from at least 2 to the windows' {tokens.shape[1]}, but are {lengths}.")
     begun, about, tokens = time.perf_counter(), anatomy(model), tokens[:, : lengths[-1]]
     ends = torch.tensor(lengths)
-    got = torch.zeros(len(lengths), len(tokens), about.n_layers, about.n_heads)  # attention, summed over queries
+    places = [0, min(OTHER, lengths[0] - 1)]
+    # Attention to either place, summed over queries.
+    got = torch.zeros(len(lengths), len(tokens), about.n_layers, about.n_heads, len(places))
     queries = torch.zeros(len(lengths), about.n_layers)  # that have position 0 in sight
     sizes: list[Float[Tensor, "window part"]] = []
     losses, bounded, now = [], Bounded(model, Policy()), {}
@@ -156,9 +167,9 @@ def lengthen(
         at = bounded.done + torch.arange(value.shape[2])
         if (sight := about.sight[layer]) is not None:
             at = at[at < sight]
-        to_first = value[:, :, : len(at), 0].float().cpu()  # window, head, query
+        to_places = value[:, :, : len(at), places].float().cpu()  # window, head, query, place
         where = torch.bucketize(at, ends, right=True)
-        got[:, :, layer].index_add_(0, where, to_first.movedim(2, 0))
+        got[:, :, layer].index_add_(0, where, to_places.movedim(2, 0))
         queries[:, layer] += where.bincount(minlength=len(ends))
 
     def on_layer(value, hook):
@@ -170,15 +181,17 @@ def lengthen(
             logits = bounded(tokens[:, start : start + chunk])
         sizes.append(torch.stack(list(now.values())).amax(0))
         losses.append(losses_of(logits, tokens[:, start + 1 : start + chunk + 1]))
-    each = queries[:, None, :, None].clamp(min=1)
+    late, other = (got / queries[:, None, :, None, None].clamp(min=1)).mean(1).unbind(-1)
     return Lengths(
         lengths,
         about.context,
         epsilon,
-        got.cumsum(0) / queries.cumsum(0)[:, None, :, None].clamp(min=1),
-        (got / each).mean(1),
+        got[..., 0].cumsum(0) / queries.cumsum(0)[:, None, :, None].clamp(min=1),
+        late,
+        other,
         torch.cat(losses, 1),
         torch.cat(sizes, 1),
+        about.sight,
         time.perf_counter() - begun,
     )
 
@@ -193,7 +206,7 @@ class Needles:
     told: tuple[bool, ...]
 
     def recalled(self, outcome: Outcome) -> dict[float, float]:
-        """How many nats likelier each token of the answer is for having been told, by depth."""
+        """How many nats likelier each token of the answer is where it was told than where another was, by depth."""
         loss = [float(of[where].mean()) for of, where in zip(outcome.loss, self.answer, strict=True)]
         found = {}
         for depth in dict.fromkeys(self.depth):

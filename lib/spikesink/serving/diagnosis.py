@@ -1,8 +1,8 @@
 """Whose failure it is: the spike's, the sink's, or neither's; and what claims SV1 to SV3 are judged by.
 
-A failure that goes when the spike goes, its sinks kept, is one of *activation outliers*. One that goes when the sink's
-key and value are spared is one of *attention routing*. Where neither helps, the model is served what it was not trained
-for.
+A failure that goes when the spike goes, its sinks held in both cases, is one of *activation outliers*. One that goes
+when the sink's key and value are spared, or held, is one of *attention routing*. Where neither helps, the model is
+served what it was not trained for.
 """
 
 import math
@@ -14,17 +14,19 @@ import pandas as pd
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
-from spikesink.serving.cells import AS_IT_IS, NO_SPIKE, SPARED, Crossed
-from spikesink.serving.context import Lengths
+from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed, times
+from spikesink.serving.context import Lengths, interval_of
 from spikesink.serving.long import LONG, Long
 from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
 
 GONE = 0.2  # of a cost, in nats: what is left, at most, where it has gone
 PART = 0.8  # and where it has gone in part
 FINE = "no failure"
+UNSURE = "not to be told from none"  # the interval reaches 1
 OUTLIERS = "activation outliers"
 ROUTING = "attention routing"
 MISMATCH = "neither: not what it was trained for"
+SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 UNKNOWN = "–"  # no remedy was tried
 
@@ -35,19 +37,33 @@ class Diagnosis:
 
     cost: float
     interval: tuple[float, float]  # 95%, over windows
-    without_spike: float | None  # None: not tried
-    with_sink: float | None
+    held: float | None = None  # times, where the sink is held; None: not tried
+    without_spike: float | None = None  # times, where it is held as well and the spike is gone
+    spared: float | None = None  # times, where the technique leaves the sink's key and value out
 
-    def left(self, remedied: float | None) -> float | None:
-        """The share of the cost, in nats, that is left under a remedy."""
+    @property
+    def left_without_spike(self) -> float | None:
+        """The share of the cost, in nats, that does not go with the spike: by which it costs less than with the sink
+        held alone.
+        """
+        if self.held is None or self.without_spike is None:
+            return None
+        return 1 - (math.log(self.held) - math.log(self.without_spike)) / math.log(self.cost)
+
+    @property
+    def left_with_sink(self) -> float | None:
+        """The share of the cost, in nats, that is left where the sink is spared, or held where it cannot be."""
+        remedied = self.held if self.spared is None else self.spared
         return None if remedied is None else math.log(remedied) / math.log(self.cost)
 
     @property
     def verdict(self) -> str:
         """One of the three kinds of failure, or none; of both where either remedy suffices, in part where none does."""
-        if self.cost <= 1 + INDIFFERENT or self.interval[0] <= 1:
+        if self.cost <= 1 + INDIFFERENT:
             return FINE
-        tried = {OUTLIERS: self.left(self.without_spike), ROUTING: self.left(self.with_sink)}
+        if not self.interval[0] > 1:  # nor where there is none, of one window
+            return UNSURE
+        tried = {OUTLIERS: self.left_without_spike, ROUTING: self.left_with_sink}
         tried = {kind: share for kind, share in tried.items() if share is not None}
         if not tried:
             return UNKNOWN
@@ -62,8 +78,8 @@ def diagnose(crossed: Crossed | NotApplicable) -> dict[str, Diagnosis] | NotAppl
     """A diagnosis of each technique."""
     found = {}
     for name, row in crossed.with_it.items():
-        without, spared = (crossed.cost(name, cell) if cell in row else None for cell in (NO_SPIKE, SPARED))
-        found[name] = Diagnosis(crossed.cost(name), crossed.interval(name), without, spared)
+        under = (crossed.cost(name, cell) if cell in row else None for cell in (HELD, NO_SPIKE, SPARED))
+        found[name] = Diagnosis(crossed.cost(name), crossed.interval(name), *under)
     return found
 
 
@@ -78,25 +94,28 @@ def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | 
                 "technique": name,
                 "perplexity, times": f"{one.cost:.2f}",
                 "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left without the spike": _share(one, one.without_spike),
-                "left with the sink kept": _share(one, one.with_sink),
+                "left without the spike": _share(one, one.left_without_spike),
+                "left with the sink kept": _share(one, one.left_with_sink),
                 "diagnosis": one.verdict,
             }
         )
     return pd.DataFrame(rows).set_index("technique")
 
 
-def _share(one: Diagnosis, remedied: float | None) -> str:
-    return "–" if one.verdict == FINE or remedied is None else f"{max(0, one.left(remedied)):.0%}"
+def _share(one: Diagnosis, left: float | None) -> str:
+    return "–" if one.verdict in (FINE, UNSURE) or left is None else f"{max(0, left):.0%}"
 
 
 @where_applicable
 def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable:
     """SV1: what int8 per tensor costs, and what of it is left when the spike's channels are apart.
 
-    Controls: as many other channels apart; and the model whose spike is removed and whose sinks are kept.
+    Controls: as many other channels apart; and the model whose spike is removed and whose sinks are held.
     """
     done, plain = crossed.with_it, crossed.plain
+    per_tensor, split, others = (done[name][AS_IT_IS].loss for name in (PER_TENSOR, APART, OTHERS_APART))
+    if len(per_tensor) < 2:
+        return NotApplicable("one window alone has no interval")
     n, length = plain[AS_IT_IS].loss.shape
     return evidence(
         measured={
@@ -104,12 +123,13 @@ def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable
             "perplexity_int8_per_tensor": done[PER_TENSOR][AS_IT_IS].perplexity,
             "perplexity_int8_spike_split": done[APART][AS_IT_IS].perplexity,
             "perplexity_int8_per_token": done[PER_TOKEN][AS_IT_IS].perplexity,
-            **_interval("per_tensor_over_split", done[PER_TENSOR][AS_IT_IS].times(done[APART][AS_IT_IS])),
+            "interval_per_tensor_over_split": list(times(per_tensor, split)),
             "n_windows": n,
             "length": length + 1,
         },
         control={
             "perplexity_int8_others_split": done[OTHERS_APART][AS_IT_IS].perplexity,
+            "interval_per_tensor_over_others": list(times(per_tensor, others)),
             "perplexity_fp_no_spike": plain[NO_SPIKE].perplexity,
             "perplexity_int8_per_tensor_no_spike": done[PER_TENSOR][NO_SPIKE].perplexity,
         },
@@ -139,6 +159,7 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
             **_interval("window_over_full", long.times(window.loss)[1:]),
             **_interval("with_sink_over_full", long.times(with_first.loss)[1:]),
             "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
+            **_interval("with_sink_over_shifted", interval_of(with_first.loss - long.streams[cache.SHIFTED].loss)),
             "n_tokens": long.lengths.lengths[-1],
             "n_keys": window.policy.window,
             **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
@@ -161,28 +182,36 @@ def _interval(name: str, ends: tuple[float, float]) -> dict[str, list[float]]:
 def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
     """SV3: sink ratio and perplexity by length, to the context's limit as far as the text goes; and past it.
 
-    The control is what the queries of each stretch alone give position 0: a ratio over all queries is slow to move.
+    The ratio is of what the queries of each stretch alone give position 0, in the layers that see it from everywhere.
+    Controls: the same of another position; and the ratio over all queries so far and all layers, which is the usual one
+    and slow to move.
     """
     within = [i for i, length in enumerate(found.lengths) if length <= found.limit]
     if found.lengths[within[-1]] < LONG:
         return NotApplicable(SHORT)
     if max(found.sink_ratios) <= FEW_SINKS:
         return NotApplicable(NO_SINK)
-    past = range(len(within), len(found.lengths))
+    if not found.throughout:
+        return NotApplicable(SHORT_SIGHTED)
+    past, late = range(len(within), len(found.lengths)), found.late_ratios()
     beyond = {
         "lengths_past": [found.lengths[i] for i in past],
-        "sink_ratios_past": [found.sink_ratios[i] for i in past],
+        "sink_ratios_past": [late[i] for i in past],
         "perplexities_past": [found.perplexities[i] for i in past],
     }
     return evidence(
         measured={
             "lengths": [found.lengths[i] for i in within],
-            "sink_ratios": [found.sink_ratios[i] for i in within],
+            "sink_ratios": [late[i] for i in within],
             "perplexities": [found.perplexities[i] for i in within],
             "largest_first": found.first,
             "largest_elsewhere": [found.elsewhere[i] for i in within],
             "limit": found.limit,
+            "n_layers": len(found.throughout),
             **(beyond if past else {}),
         },
-        control={"sink_ratios_of_late_queries": [found.late_ratios[i] for i in within]},
+        control={
+            "sink_ratios_other_position": [found.late_ratios(found.other)[i] for i in within],
+            "sink_ratios_of_all_queries": [found.sink_ratios[i] for i in within],
+        },
     )

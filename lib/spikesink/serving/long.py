@@ -34,6 +34,7 @@ from spikesink.serving.cache import (
 from spikesink.serving.context import MOST, Lengths, interval_of, lengthen, reach
 
 FILE = "10-long.safetensors"
+MEASURES = "2"  # of what a file holds, to be raised when that changes; one of other measures is not read
 BUDGET = 256  # keys that the bounded caches hold
 LONG = 4 * BUDGET  # tokens that make a text long
 POLICIES = {
@@ -71,13 +72,15 @@ def run_afresh(
     model: TransformerBridge, tokens: Int[Tensor, "window position"], budget: int = BUDGET
 ) -> Float[Tensor, "window position"]:
     """Losses where each token is predicted from a run of at least 3/4 of `budget` tokens before it and of nothing else:
-    what so few tokens tell a model, whichever keys a cache would have kept.
+    what so few tokens tell a model, whichever keys a cache would have kept. A run begins as `texts.windows` do.
     """
-    new, losses = budget // 4, []
+    new, losses, bos = budget // 4, [], torch.tensor([texts.bos(model)], dtype=torch.long)
     for start in progress(range(0, tokens.shape[1] - 1, new), "the last tokens run anew", "chunk"):
         end = min(start + new, tokens.shape[1] - 1)
-        part = tokens[:, max(0, end - budget) : end].to(model.cfg.device)
-        logits = model(part)[:, start - end :]
+        part = tokens[:, max(0, end - budget) : end]
+        if end > budget:  # they begin in the middle of the text: BOS takes the place of the first
+            part = torch.cat([bos.expand(len(part), -1), part[:, bos.shape[1] :]], 1)
+        logits = model(part.to(model.cfg.device))[:, start - end :]
         losses.append(losses_of(logits, tokens[:, start + 1 : end + 1]))
     return torch.cat(losses, 1)
 
@@ -100,16 +103,17 @@ def recorded(
         "dtype": str(model.cfg.dtype),
         "text": text.sha256,
         "most": f"{most:g}",
-        "policies": json.dumps({name: str(policy) for name, policy in POLICIES.items()}),
+        "measures": MEASURES,
+        "policies": json.dumps({name: repr(policy) for name, policy in POLICIES.items()}),
     }
     for place in (folder, *also):
         if (found := _read(place / FILE, key)) is not None:
             return found
     made = measure(model, text, most)
-    tensors = {name: getattr(made.lengths, name).contiguous() for name in ("score", "late", "loss", "largest")}
+    tensors = {name: getattr(made.lengths, name).contiguous() for name in ("score", "late", "other", "loss", "largest")}
     tensors["afresh"] = made.afresh
     tensors |= {f"stream {name}": of.loss.contiguous() for name, of in made.streams.items()}
-    numbers = {name: getattr(made.lengths, name) for name in ("lengths", "limit", "epsilon", "seconds")}
+    numbers = {name: getattr(made.lengths, name) for name in ("lengths", "limit", "epsilon", "sight", "seconds")}
     held = {name: of.most_held for name, of in made.streams.items()}
     with writing_to(folder):
         data = save(tensors, {**key, "numbers": json.dumps(numbers), "held": json.dumps(held)})
@@ -130,6 +134,6 @@ def _read(path: Path, key: Mapping[str, str]) -> Long | None:
     except SafetensorError:
         return None
     numbers, held = json.loads(about["numbers"]), json.loads(about["held"])
-    numbers["lengths"] = tuple(numbers["lengths"])
+    numbers |= {name: tuple(numbers[name]) for name in ("lengths", "sight")}
     streams = {name: Streamed(POLICIES[name], tensors.pop(f"stream {name}"), most) for name, most in held.items()}
     return Long(afresh=tensors.pop("afresh"), streams=streams, lengths=Lengths(**numbers, **tensors))

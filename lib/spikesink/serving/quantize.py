@@ -22,11 +22,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.claims import NotApplicable, where_applicable
 from spikesink.models import anatomy
 from spikesink.patching import Intervention, apply, compare, evaluate, hook
-from spikesink.patching.chain import Constants
 from spikesink.patching.interventions import HEADS, batches
 from spikesink.progress import progress
 from spikesink.serving.cache import losses_of
-from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, shows_ffn, sink_held
+from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, shows_ffn
 
 PER = ("tensor", "token", "channel")
 # What is multiplied by matrices, layer by layer: the hooks of those that read it.
@@ -177,14 +176,14 @@ class Range:
 
 @torch.inference_mode()
 def ranges(
-    model: TransformerBridge, where: Bool[Tensor, "window position"], tokens: Int[Tensor, "n length"]
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], where: Bool[Tensor, "window position"]
 ) -> dict[str, Range]:
     """Measure every site that the model shows, in one pass.
 
     Args:
         model: as `load` returns it.
+        tokens: windows; others than will be judged, where channels are chosen by them.
         where: the windows' spike tokens, as `find_spikes` returns them.
-        tokens: windows.
     """
     sites = shown(model)
     found: dict[str, list[list[tuple]]] = {site: [[] for _ in hooks_of(model, site)] for site in sites}
@@ -284,31 +283,26 @@ def _matrices(model: TransformerBridge) -> list[nn.Module]:
     return list(seen.values())
 
 
-@where_applicable
 def activations(
     model: TransformerBridge,
     found: Mapping[str, Range],
-    known: Constants | NotApplicable,
     where: Bool[Tensor, "window position"],
     seed: int = 0,
-) -> dict[str, Technique] | NotApplicable:
+) -> dict[str, Technique]:
     """The ways to round what matrices are multiplied by, and what is cached, as techniques for `cross`.
 
-    Where the sink is spared, keys and values of spike tokens are constants (of what matrices read) or are not rounded
-    (of what is cached).
+    Where the sink is spared, keys and values of spike tokens are not rounded: of what is cached, that is; what matrices
+    read has no sink's part to spare, and is looked at with the sink held (`cells.HELD`).
 
     Args:
         model: as `load` returns it.
         found: as `ranges` returns it.
-        known: as `patching.chain.constants` returns it.
-        where: the windows' spike tokens.
+        where: the spike tokens of the windows to be run.
         seed: of the channels that are drawn as a control.
     """
     inputs = {site: found[site] for site in LINEAR_INPUTS if site in found}
     others = {site: one.others(seed) for site, one in inputs.items()}
-    held = sink_held(known, where)
-    techniques = {name: rounded(model, Quantizer(8, per)) for name, per in PER_NAMES.items()}
-    done = {name: Technique(cuts, (*cuts, *held) if held else None) for name, cuts in techniques.items()}
+    done = {name: Technique(rounded(model, Quantizer(8, per))) for name, per in PER_NAMES.items()}
     for name, apart in ((APART, inputs), (OTHERS_APART, others)):
         done[name] = Technique(rounded(model, Quantizer(8, "tensor"), apart=apart), cells=(AS_IT_IS,))
     for name, bits in CACHE_NAMES.items():
