@@ -245,6 +245,7 @@ NEARLY = (2.5, 2.6, 2.5, 2.6)  # losses, of 2 without it
     ("with_it", "held", "without_spike", "spared", "verdict"),
     [
         ((2.01, 2.01), 2.0, 2.0, None, FINE),
+        ((2.0, 2.0), 2.0, 2.1, None, FINE),  # of no cost at all there is no share
         ((2.0, 2.6), 2.6, 2.3, None, UNSURE),  # on one window it costs nothing: the interval reaches 1
         ((2.5,), 2.5, 2.1, None, UNSURE),  # one window has none
         (NEARLY, 2.55, 2.1, None, OUTLIERS),

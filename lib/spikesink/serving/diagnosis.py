@@ -48,18 +48,23 @@ class Diagnosis:
         """
         if self.held is None or self.without_spike is None:
             return None
-        return 1 - (math.log(self.held) - math.log(self.without_spike)) / math.log(self.cost)
+        return None if self._none else 1 - math.log(self.held / self.without_spike) / math.log(self.cost)
 
     @property
     def left_with_sink(self) -> float | None:
         """The share of the cost, in nats, that is left where the sink is spared, or held where it cannot be."""
         remedied = self.held if self.spared is None else self.spared
-        return None if remedied is None else math.log(remedied) / math.log(self.cost)
+        return None if remedied is None or self._none else math.log(remedied) / math.log(self.cost)
+
+    @property
+    def _none(self) -> bool:
+        """Whether there is no cost to speak of, and so no share of it."""
+        return self.cost <= 1 + INDIFFERENT
 
     @property
     def verdict(self) -> str:
         """One of the three kinds of failure, or none; of both where either remedy suffices, in part where none does."""
-        if self.cost <= 1 + INDIFFERENT:
+        if self._none:
             return FINE
         if not self.interval[0] > 1:  # nor where there is none, of one window
             return UNSURE
