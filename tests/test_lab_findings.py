@@ -286,8 +286,8 @@ def test_pictures_say_what_they_were_given():
     outcomes = [change.outcome for one in found for change in (one.sink, one.spike) if change.outcome]
     agree, differ = outcomes.count("agree"), outcomes.count("differ")
     assert (
-        f"Of {len(outcomes)} changes that the paper reports, {agree} go its way here, {differ} do not, "
-        f"{len(outcomes) - agree - differ} are undecided"
+        f"Of {len(outcomes)} changes that the paper reports, {agree} go its way here, {differ} another, "
+        f"{len(outcomes) - agree - differ} stay open"
     ) in texts(plots.changes(found))
     assert {BASE, *(one.name for one in found)} <= set(texts(plots.decoupling(found, findings.centre(rows))))
     rho = findings.follow_loss(findings.of_family(rows, "optimization")).sink

@@ -474,6 +474,16 @@ def test_what_windows_differ_in_among_themselves_does_not_widen_a_paired_interva
         clean.times(patching.evaluate(random_model, tokens[:1]))
 
 
+def test_an_interval_of_few_windows_is_students(random_model, tokens):
+    clean = patching.evaluate(random_model, tokens[:1])
+    none = replace(clean, loss=torch.zeros(4, 1))
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(4000, 4, 1, generator=generator, dtype=torch.float64)
+    covered = [low <= 1 <= high for low, high in (replace(clean, loss=of).times(none) for of in losses)]
+    assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.015)
+    assert all(math.isnan(end) for end in clean.times(clean))
+
+
 def test_a_sweep_is_a_tidy_table(random_model, tokens):
     doses = {dose: patching.scale(patching.stream(4), dose, 0) for dose in (0.0, 1.0, 2.0)}
     found = patching.sweep(random_model, tokens, doses, over="dose")

@@ -7,15 +7,14 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 
 from spikesink import __main__ as command
 from spikesink import report
-from spikesink.patching import Outcome
 from spikesink.serving import cells
 from spikesink.serving.cells import Crossed
 from spikesink.serving.diagnosis import Diagnosis, diagnoses
 from tests import planted
+from tests.test_serving import outcome
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +54,6 @@ def test_a_table_fits_a_terminal(made):
         assert f"<th>{column}</th>" in page
         assert (column in said) == (column in ("perplexity, times", "diagnosis"))
     assert max(len(line) for line in said.splitlines() if "weights in int4 per channel" in line) <= 80
-
-
-def outcome(*losses: float) -> Outcome:
-    """One loss a window."""
-    names = ("what", "epsilon", "divergence", "agrees", "score", "attention", "sinks", "largest")
-    return Outcome(loss=torch.tensor(losses)[:, None], **dict.fromkeys(names))
 
 
 def test_what_costs_is_said_whatever_its_diagnosis():

@@ -26,7 +26,6 @@ from spikesink.serving.cells import (
     cells,
     cross,
     sink_held,
-    times,
 )
 from spikesink.serving.diagnosis import (
     FINE,
@@ -270,16 +269,6 @@ def test_whose_failure_it_is(with_it, held, without_spike, spared, verdict):
     assert diagnoses({"it": found}).loc["it", "diagnosis"] == verdict
 
 
-def test_an_interval_of_few_windows_is_students():
-    generator = torch.Generator().manual_seed(0)
-    losses = torch.randn(4000, 4, 1, generator=generator, dtype=torch.float64)
-    covered = [low <= 1 <= high for low, high in (times(of, torch.zeros(4, 1)) for of in losses)]
-    assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.015)
-    same = torch.ones(3, 2)
-    assert times(same + 0.5, same) == pytest.approx(2 * (math.exp(0.5),))
-    assert all(map(math.isnan, times(same[:1], same[:1])))
-
-
 @torch.inference_mode()
 def test_the_spikes_channels_apart_are_set_beside_others(planted):
     model, tokens, life, where = planted
@@ -295,12 +284,8 @@ def test_the_spikes_channels_apart_are_set_beside_others(planted):
     assert found.measured["perplexity_int8_per_tensor"] == pytest.approx(per_tensor.perplexity)
     assert found.measured["perplexity_int8_spike_split"] == pytest.approx(split.perplexity)
     assert found.control["perplexity_int8_others_split"] == pytest.approx(others.perplexity)
-    assert found.measured["interval_per_tensor_over_split"] == pytest.approx(
-        times(per_tensor.loss, split.loss), rel=1e-4
-    )
-    assert found.control["interval_per_tensor_over_others"] == pytest.approx(
-        times(per_tensor.loss, others.loss), rel=1e-4
-    )
+    assert found.measured["interval_per_tensor_over_split"] == pytest.approx(per_tensor.times(split), rel=1e-4)
+    assert found.control["interval_per_tensor_over_others"] == pytest.approx(per_tensor.times(others), rel=1e-4)
     clean = crossed.plain[AS_IT_IS]
     off = {name: float((of.loss - clean.loss).abs().mean()) for name, of in alone.items()}
     assert off[quantize.APART] < off[quantize.PER_TENSOR] / 2

@@ -258,6 +258,10 @@ def _order(claim_id: str) -> tuple[int, bool, int, str]:
     return links.index(link(claim_id)), not known, ids.index(claim_id) if known else 0, claim_id
 
 
+def _in_order(of: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(of.items(), key=lambda item: _order(item[0]))
+
+
 def _shortened(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
@@ -292,7 +296,7 @@ def render(figures: Path) -> Path:
         lines += ["", *_trained(lab, written)]
     for name, data in found.items():
         lines += ["", *_one_model(name, data, written.get(name, ""))]
-    for name, data in {**found, **({} if lab is None else {claims.LAB: lab})}.items():
+    for name, data in (found if lab is None else {**found, claims.LAB: lab}).items():
         _put(figures / name, gallery(figures / name, data))
     return _put(figures, lines)
 
@@ -310,7 +314,7 @@ def gallery(folder: Path, data: Mapping[str, Any]) -> list[str]:
     pictures, verdicts = defaultdict(list), defaultdict(list)
     for path in sorted(folder.glob("[0-9][0-9]-*.png")):
         pictures[path.name[:2]].append(f"![{path.stem}]({path.name})")
-    for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+    for key, claim in _in_order(data["claims"]):
         verdicts[claim["notebook"]].append(f"- {escape(key)} {escape(claim['statement'])} **{claim['verdict']}**")
     stems = {path.stem[:2]: path.stem for path in (folder.parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb")}
     stems |= {stem[:2]: stem for stem in verdicts}
@@ -441,7 +445,7 @@ def _one_model(name: str, data: Mapping[str, Any], about: str) -> list[str]:
         "| claim | verdict | measured | control |",
         "|---|---|---|---|",
     ]
-    for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+    for key, claim in _in_order(data["claims"]):
         cells = [_values(claim["measured"]), _values(claim["control"])]
         held = ", ".join(_cell(key, claim).held_by)
         verdict = claim["verdict"] + (f" (of {held} too)" if held else "")
@@ -458,7 +462,7 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
         f"{data['windows'][1]} tokens. Changes are against the base, or what a variant is said to be of, with 95% "
         "intervals over seeds.",
     ]
-    for key, claim in sorted(data["claims"].items(), key=lambda item: _order(item[0])):
+    for key, claim in _in_order(data["claims"]):
         variants = claim["measured"].get("variants", ())
         measured = {name: value for name, value in claim["measured"].items() if not name.startswith("variants")}
         lines += [

@@ -30,7 +30,6 @@ from spikesink.serving import cache, cells, context, diagnosis, long, quantize
 from spikesink.trace import trace_windows
 
 HEADS = 8  # that are listed, the strongest first
-WINDOWS = 4  # for caches: whole ones
 SCHEMA = 1
 TITLES = {
     "spike": "The spike",
@@ -115,12 +114,11 @@ def diagnose(
         "text": source,
         "windows": f"{len(tokens)} of {tokens.shape[1]} tokens",
     }
+    untold = [f"{site} in fewer bits: this model does not show it" for site in quantize.not_rounded(model)]
     for key, stage in stages.items():
         begun(TITLES[key])
         done[key] = stage(of)
-        left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done]
-        left += [f"{site} in fewer bits: this model does not show it" for site in quantize.not_rounded(model)]
-        left += NOT_TESTED
+        left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done] + untold + [*NOT_TESTED]
         seconds = {"seconds": round(time.perf_counter() - started)}
         _write(out, model.source.slug, about | seconds, done, left)
         yield done[key]
@@ -196,8 +194,7 @@ def _quantization(of: Subject) -> Section:
 
 
 def _cache(of: Subject) -> Section:
-    _, judged = chain.halves(of.life, length=of.tokens.shape[1])
-    tokens, where = (part[:WINDOWS] for part in judged)
+    _, (tokens, where) = chain.halves(of.life, length=of.tokens.shape[1])
     budget = max(8, tokens.shape[1] // 4)
     techniques = cache.evictions(of.model, of.known, budget, where, of.seed)
     crossed = cells.cross(of.model, tokens, cells.cells(of.known, where), techniques)
@@ -222,8 +219,7 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
         return Section(key, f"Not told apart: {crossed.reason}.", {"reason": crossed.reason})
     found = diagnosis.diagnose(crossed)
     costly = {name: one for name, one in found.items() if one.verdict != diagnosis.FINE}
-    named = {diagnosis.UNKNOWN: "no remedy tried"}
-    risks = [f"{name} ({one.cost:.2f} times: {named.get(one.verdict, one.verdict)})" for name, one in costly.items()]
+    risks = [f"{name} ({one.cost:.2f} times: {one.verdict})" for name, one in costly.items()]
     prose = f"Perplexity as it is: {brief(crossed.plain[cells.AS_IT_IS].perplexity)}. " + (
         f"What costs more than 2%: {'; '.join(risks)}." if risks else "Nothing that was tried costs more than 2%."
     )

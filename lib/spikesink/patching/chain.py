@@ -20,6 +20,7 @@ from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.lifecycle import Cycle, Lifecycle, block_kind, find_spikes, is_spike, plateau_layers
 from spikesink.models import Anatomy
 from spikesink.patching.interventions import (
+    At,
     Intervention,
     add,
     key,
@@ -69,6 +70,11 @@ class Constants:
     def layers(self) -> range:
         """Those whose attention reads the plateau."""
         return plateau_layers(self.cycle)
+
+    @property
+    def start(self) -> int:
+        """The first layer that would meet the spike."""
+        return (min(self.cycle.step_up, default=self.cycle.peak) + 1) // 2
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -150,20 +156,34 @@ def decoupled(known: Constants, where: Where, readout: bool = True) -> tuple[Int
     Returns:
         The interventions; none where the model has no keys and values that could be held.
     """
-    about, cycle = known.about, known.cycle
+    about = known.about
     if known.keys is None:
         return ()
-    first = min(cycle.step_up, default=cycle.peak)
-    layers = range((first + 1) // 2, about.n_layers)
     cuts = [skip(known.steps, where)] if known.steps else []
     cuts += [
-        zero(stream(range(first + first % 2, about.n_blocks + 1, 2)), where, cycle.channels),
-        set_to(key(layers), known.keys[layers.start :], where),
-        set_to(value(layers), known.values[layers.start :], where),
+        zero(stream(range(2 * known.start, about.n_blocks + 1, 2)), where, known.cycle.channels),
+        *sink_held(known, where, known.start),
     ]
     if readout:
         cuts.append(set_to(read(about.n_blocks + 1), known.readout, where))
     return tuple(cuts)
+
+
+def sink_held(known: Constants | NotApplicable, positions: At = 0, start: int = 0) -> tuple[Intervention, ...]:
+    """The spike tokens' mean key and value at some positions: a sink that needs no token of its own there.
+
+    Args:
+        known: as `constants` returns it, of other windows.
+        positions: where; by default the first.
+        start: the first layer.
+
+    Returns:
+        The interventions; none where there are no spike tokens, or no keys and values that could be held.
+    """
+    if isinstance(known, NotApplicable) or known.keys is None:
+        return ()
+    layers = range(start, known.about.n_layers)
+    return (set_to(key(layers), known.keys[start:], positions), set_to(value(layers), known.values[start:], positions))
 
 
 def decouple(

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.stats import bootstrap
+from scipy.stats import t as student
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -95,10 +96,11 @@ class Outcome:
             raise ValueError(f"there is no measure {what!r}; give one of {', '.join(measures)}.")
         return bootstrapped(*measures[what], level, seed)
 
-    def times(self, other: "Outcome", level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """A bootstrap interval over windows of how many times another outcome's perplexity this one's is.
+    def times(self, other: "Outcome") -> tuple[float, float]:
+        """Student's 95% interval over windows of how many times another outcome's perplexity this one's is.
 
-        Paired: both are of the same windows, so that what these differ in among themselves does not widen it.
+        Paired: both are of the same windows, so that what these differ in among themselves does not widen it. Windows
+        are few, and of few a bootstrap's interval is too narrow. Not numbers where there is only one window.
 
         Raises:
             ValueError: the other is of other windows.
@@ -108,7 +110,11 @@ class Outcome:
                 f"outcomes of {list(self.loss.shape)} and {list(other.loss.shape)} predictions cannot be paired; "
                 "evaluate both on the same windows."
             )
-        return bootstrapped((self.loss - other.loss).mean(1), _exp_mean, level, seed)
+        more = (self.loss - other.loss).mean(1).double().numpy()
+        if len(more) < 2:
+            return math.nan, math.nan
+        half = student.ppf(0.975, len(more) - 1) * more.std(ddof=1) / math.sqrt(len(more))
+        return math.exp(more.mean() - half), math.exp(more.mean() + half)
 
     def __repr__(self) -> str:
         low, high = self.interval()

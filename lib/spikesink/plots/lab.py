@@ -155,8 +155,8 @@ def changes(found: Sequence[Compared]) -> Figure:
     count = Counter(outcome for outcome in outcomes if outcome)
     above(
         fig,
-        f"Of {count.total()} changes that the paper reports, {count[AGREES]} go its way here, {count[DIFFERS]} do not, "
-        f"{count[UNDECIDED]} are undecided",
+        f"Of {count.total()} changes that the paper reports, {count[AGREES]} go its way here, {count[DIFFERS]} another, "
+        f"{count[UNDECIDED]} stay open",
     )
     return fig
 

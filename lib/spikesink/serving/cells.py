@@ -4,22 +4,19 @@ A technique of serving is tried in each, and where it can spare the sink's key a
 costs there, beside the same cell without it, says whose failure it is (`diagnosis`).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-from jaxtyping import Bool, Float, Int
-from scipy import stats
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.claims import NotApplicable, where_applicable
 from spikesink.lifecycle import block_kind, block_layer
 from spikesink.models import Anatomy
-from spikesink.patching import Intervention, Outcome, compare, hook, key, mask_key, set_to, skip, value, zero
-from spikesink.patching.chain import Constants, decoupled
-from spikesink.patching.interventions import At
+from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, skip, zero
+from spikesink.patching.chain import Constants, decoupled, sink_held
 from spikesink.weights import no_projections
 
 AS_IT_IS, HELD, NO_SPIKE = "as it is", "with the sink held", "without the spike"
@@ -60,8 +57,7 @@ def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position
         return NotApplicable("no token of these windows spikes")
     made = tuple(f"blocks.{block_layer(block)}.{HIDDEN}" for block in known.steps if block_kind(block) == "FFN")
     unmade = (zero(hook(made), where),) if made and shows_ffn(known.about) else ()
-    start = (min(known.cycle.step_up, default=known.cycle.peak) + 1) // 2  # as `decoupled` has it
-    held = {HELD: cuts} if (cuts := sink_held(known, where, start)) else {}
+    held = {HELD: cuts} if (cuts := sink_held(known, where, known.start)) else {}
     found = {AS_IT_IS: (), **held, NO_SPIKE: (*unmade, *decoupled(known, where))}
     if known.about.edits_pattern:
         found[NO_SINK] = (mask_key(where, known.layers),)
@@ -71,35 +67,6 @@ def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position
 def shows_ffn(about: Anatomy) -> bool:
     """Whether what passes inside an FFN is seen token by token: it is not where a router sends tokens elsewhere."""
     return about.separate_ffn and not about.n_experts
-
-
-def sink_held(known: Constants | NotApplicable, positions: At = 0, start: int = 0) -> Cuts:
-    """Interventions that put the spike tokens' mean key and value at some positions: a sink that needs no token there.
-
-    Args:
-        known: as `patching.chain.constants` returns it, of other windows.
-        positions: where; by default the first.
-        start: the first layer.
-
-    Returns:
-        The interventions; none where there are no spike tokens, or no keys and values that could be held.
-    """
-    if isinstance(known, NotApplicable) or known.keys is None:
-        return ()
-    layers = range(start, known.about.n_layers)
-    return (set_to(key(layers), known.keys[start:], positions), set_to(value(layers), known.values[start:], positions))
-
-
-def times(loss: Float[Tensor, "window position"], other: Float[Tensor, "window position"]) -> tuple[float, float]:
-    """Student's 95% interval over windows of how many times another perplexity one is; not numbers of one window.
-
-    Paired: both are of the same windows. These are few, and of few a bootstrap's interval is too narrow.
-    """
-    more = (loss - other).mean(1).double().numpy()
-    if len(more) < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / math.sqrt(len(more))
-    return math.exp(more.mean() - half), math.exp(more.mean() + half)
 
 
 @dataclass(frozen=True)
@@ -114,8 +81,8 @@ class Crossed:
         return float((self.with_it[technique][cell].loss.mean() - self._own(cell).loss.mean()).exp())
 
     def interval(self, technique: str, cell: str = AS_IT_IS) -> tuple[float, float]:
-        """An interval of the cost, as `times` makes it."""
-        return times(self.with_it[technique][cell].loss, self._own(cell).loss)
+        """An interval of the cost, as `Outcome.times` makes it."""
+        return self.with_it[technique][cell].times(self._own(cell))
 
     def _own(self, cell: str) -> Outcome:
         return self.plain[AS_IT_IS if cell == SPARED else cell]

@@ -14,7 +14,7 @@ import pandas as pd
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
-from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed, times
+from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed
 from spikesink.serving.context import Lengths, interval_of
 from spikesink.serving.long import LONG, Long
 from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
@@ -28,7 +28,7 @@ ROUTING = "attention routing"
 MISMATCH = "neither: not what it was trained for"
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
-UNKNOWN = "–"  # no remedy was tried
+UNKNOWN = "no remedy tried"
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable
     Controls: as many other channels apart; and the model whose spike is removed and whose sinks are held.
     """
     done, plain = crossed.with_it, crossed.plain
-    per_tensor, split, others = (done[name][AS_IT_IS].loss for name in (PER_TENSOR, APART, OTHERS_APART))
-    if len(per_tensor) < 2:
+    per_tensor, split, others = (done[name][AS_IT_IS] for name in (PER_TENSOR, APART, OTHERS_APART))
+    if len(per_tensor.loss) < 2:
         return NotApplicable("one window alone has no interval")
     n, length = plain[AS_IT_IS].loss.shape
     return evidence(
@@ -128,13 +128,13 @@ def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable
             "perplexity_int8_per_tensor": done[PER_TENSOR][AS_IT_IS].perplexity,
             "perplexity_int8_spike_split": done[APART][AS_IT_IS].perplexity,
             "perplexity_int8_per_token": done[PER_TOKEN][AS_IT_IS].perplexity,
-            "interval_per_tensor_over_split": list(times(per_tensor, split)),
+            "interval_per_tensor_over_split": list(per_tensor.times(split)),
             "n_windows": n,
             "length": length + 1,
         },
         control={
             "perplexity_int8_others_split": done[OTHERS_APART][AS_IT_IS].perplexity,
-            "interval_per_tensor_over_others": list(times(per_tensor, others)),
+            "interval_per_tensor_over_others": list(per_tensor.times(others)),
             "perplexity_fp_no_spike": plain[NO_SPIKE].perplexity,
             "perplexity_int8_per_tensor_no_spike": done[PER_TENSOR][NO_SPIKE].perplexity,
         },

@@ -140,7 +140,8 @@ def shown(model: TransformerBridge, sites: Iterable[str] = SITES) -> list[str]:
 
 def not_rounded(model: TransformerBridge) -> list[str]:
     """What matrices are multiplied by and the model does not show, so that it stays as it is."""
-    return [site for site in LINEAR_INPUTS if site not in shown(model, LINEAR_INPUTS)]
+    seen = shown(model, LINEAR_INPUTS)
+    return [site for site in LINEAR_INPUTS if site not in seen]
 
 
 @dataclass(frozen=True)
