@@ -5,10 +5,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+from scipy.optimize import linear_sum_assignment
 
 from spikesink import paper
 from spikesink.claims import brief
@@ -111,11 +113,15 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
     for i in reversed(range(len(heights) - 1)):
         heights[i] = min(heights[i], heights[i + 1] - step)
     right = side == "right"
-    for (name, x, y, colour), height in zip(middles, heights, strict=True):
+    column = 1.02 if right else -0.1
+    ends = (ax.transData - ax.transAxes).transform([(x, y) for _, x, y, _ in middles])
+    # Lines of the least length together do not cross.
+    of, order = linear_sum_assignment(np.hypot(ends[:, :1] - column, ends[:, 1:] - heights))
+    for (name, x, y, colour), place in zip((middles[i] for i in of), order, strict=True):
         ax.annotate(
             name,
             (x, y),
-            (1.02 if right else -0.1, height),
+            (column, heights[place]),
             textcoords="axes fraction",
             ha="left" if right else "right",
             va="center",
@@ -155,8 +161,8 @@ def changes(found: Sequence[Compared]) -> Figure:
     count = Counter(outcome for outcome in outcomes if outcome)
     above(
         fig,
-        f"Of {count.total()} changes that the paper reports, {count[AGREES]} go its way here, {count[DIFFERS]} another, "
-        f"{count[UNDECIDED]} stay open",
+        f"Of {count.total()} changes that the paper reports, {count[AGREES]} go its way here, "
+        f"{count[DIFFERS]} another, {count[UNDECIDED]} stay open",
     )
     return fig
 
