@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test lab ablations bench scan plan site store help clean
+.PHONY: figures test venv lab ablations bench scan plan site store help clean
 
 # A scan reads the files as they are and computes in float32 on the CPU.
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
@@ -31,6 +31,8 @@ test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of noteb
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile
+
+venv: $(READY)  ## only install what all of this needs, in .venv
 
 lab: $(READY)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb

@@ -28,4 +28,5 @@ def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 1
     assert "2 failed, 2 passed" in ran.stdout
-    assert "Cell 1" in ran.stdout and "Cell 2" in ran.stdout
+    assert "Cell 1" in ran.stdout
+    assert "Cell 2" in ran.stdout

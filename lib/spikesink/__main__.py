@@ -17,7 +17,7 @@ from spikesink.claims import NotApplicable, brief
 from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, at_least, check_writable
 from spikesink.specs import ENTRIES, slug
 
-MODEL = "built-in name, .gguf file, directory or hub id"
+MODEL = "a built-in name (smollm2-135m), .gguf file, directory or hub id"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,25 +43,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser(
         "diagnose",
-        help="a report: spike, sinks, and which serving techniques fail because of which",
+        help="a report: spike, sinks, and which ways of serving fail because of either",
         description="Measure a model on a text and write report.html (one page that opens offline) and report.json. "
         "Takes minutes on a small model; what is finished is written as it goes.",
     )
     one.add_argument("model", help=MODEL)
     one.add_argument("--text", default="house", help="house (default), pydoc, a file or datasets:NAME")
     one.add_argument("--out", type=Path, help="folder for the report (default: reports/<model>)")
-    one.add_argument("--long", action="store_true", help="also run a text as long as the context: minutes more")
+    one.add_argument("--long", action="store_true", help="also run one text as far as the context and some minutes go")
     one.add_argument("--n-prompts", type=at_least(2), default=16, help="windows to measure (default: %(default)s)")
     one.add_argument("--seq-len", type=at_least(16), default=256, help="tokens in a window (default: %(default)s)")
     one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk (default: %(default)s)")
     one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
-    one.add_argument("--seed", type=at_least(0), default=0)
+    one.add_argument("--seed", type=at_least(0), default=0, help="of what is drawn (default: %(default)s)")
     one.set_defaults(run=diagnose)
     two = commands.add_parser(
         "census",
         help="which channels each FFN can amplify, from the weights alone",
         description="The gain of every channel of every FFN: how much a gated block, seen as a quadratic form, can "
-        "make of a token in that channel. No text is run.",
+        "make of a token in that channel (||U_k||_F, notebook 04). No text is run.",
     )
     two.add_argument("model", help=MODEL)
     two.add_argument("--top", type=at_least(1), default=10, help="how many to show (default: %(default)s)")
@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     three = commands.add_parser(
         "probe",
         help="whether tokens spike when they stand first, from the weights alone",
-        description="Send vocabulary entries through the model as first tokens, a layer at a time.",
+        description="Send entries of the vocabulary, evenly spread, through the model as first tokens, a layer at a "
+        "time.",
     )
     three.add_argument("model", help=MODEL)
     three.add_argument("--entries", type=at_least(1), default=ENTRIES, help="of the vocabulary (default: %(default)s)")

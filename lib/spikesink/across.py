@@ -117,7 +117,7 @@ SHORT = {
     "X-TR9": "idle heads wait at position 0",
     "SV1": "the spike sets int8's scale",
     "SV2": "a KV cache needs the sink",
-    "SV3": "sinks stay over the whole context",
+    "SV3": "sinks stay as far as was measured",
 }
 
 

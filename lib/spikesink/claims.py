@@ -650,7 +650,7 @@ RULES |= {
         controls=({"perplexity_window_with_sink": "perplexity_window_with_others"},),
     ),
     "SV3": Rule(
-        "Sinks stay as they are over the whole context.",
+        "Sinks stay, within a factor of two, as far into the context as was measured.",
         f"{PAPER}, sinks; arXiv:2410.10781",
         "of each stretch's queries, in layers that see all of the text, the sink ratio is within a factor 2 from 256 "
         "tokens to the longest that was measured within the context",

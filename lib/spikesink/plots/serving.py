@@ -37,6 +37,7 @@ LOOKS = {
     NO_SINK: (OTHERS[2], "v"),
     NEITHER: (ORDINARY, "^"),
 }
+LANES = {SPARED: -0.25, HELD: -0.25, NO_SPIKE: 0.25}  # of a row
 ANEW = "the last ones, run anew"
 STREAMED = {
     cache.WINDOW: (SPIKE, "-"),
@@ -66,8 +67,9 @@ def quantizer_steps(found: Mapping[str, Range]) -> Figure:
         whole(ax)
     for ax in axes.flat[len(found) :]:
         ax.axis("off")
-    for ax in axes[-1]:
+    for ax in axes.flat[: len(found)][-columns:]:  # those with none below
         ax.set_xlabel("layer")
+        ax.tick_params(labelbottom=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("size of an entry")
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -78,8 +80,8 @@ def quantizer_steps(found: Mapping[str, Range]) -> Figure:
     lost = found[most].zeroed
     above(
         fig,
-        f"Of what matrices read, the {most} suffers most: spike tokens set its range in {len(found[most].touched)} of "
-        f"{layers} layers; in layer {int(lost.argmax())} {float(lost.max()):.0%} of others' entries become zero",
+        f"Of what matrices read, the {most} loses most: {float(lost.max()):.0%} of others' entries, in layer "
+        f"{int(lost.argmax())}; spike tokens set its range in {len(found[most].touched)} of {layers} layers",
     )
     return fig
 
@@ -88,16 +90,18 @@ def quantizer_steps(found: Mapping[str, Range]) -> Figure:
 def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
     """10: what each technique costs, in every cell it was tried in, and the diagnosis beside it."""
     names = list(crossed.with_it)
-    fig, ax = figure(size=(11.5, 0.34 * len(names) + 1.6))
+    fig, ax = figure(size=(11.5, 0.42 * len(names) + 1.6))
     for i, name in enumerate(names):
         ax.plot(found[name].interval, [i, i], color="black", lw=1.2)
-        ax.text(1.02, i, found[name].verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+        verdict = "" if found[name].verdict == UNKNOWN else found[name].verdict
+        ax.text(1.02, i, verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     tried = [cell for cell in LOOKS if any(cell in row for row in crossed.with_it.values())]
     for cell in tried:
         colour, marker = LOOKS[cell]
         at = {i: crossed.cost(name, cell) for i, name in enumerate(names) if cell in crossed.with_it[name]}
         face = "white" if cell in (NO_SINK, NEITHER) else colour
-        ax.plot(list(at.values()), list(at), marker=marker, color=colour, mfc=face, ms=6, lw=0, label=cell)
+        lane = [i + LANES.get(cell, 0) for i in at]  # cells often coincide
+        ax.plot(list(at.values()), lane, marker=marker, color=colour, mfc=face, ms=6, lw=0, label=cell)
     ax.axvline(1, color="black", lw=0.8, ls=":")
     ax.set(xscale="log", xlabel="perplexity, times the same cell's without it (line: 95% over windows)")
     ax.set_yticks(range(len(names)), names, fontsize=9)
@@ -106,7 +110,8 @@ def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
     ax.legend(fontsize=8.5, ncols=len(tried), loc="lower left", bbox_to_anchor=(0, 1))
     if told := [name for name in names if found[name].verdict not in (FINE, UNSURE, UNKNOWN)]:
         one = found[worst := max(told, key=crossed.cost)]
-        remedies = {"without the spike": one.left_without_spike, "with the sink kept": one.left_with_sink}
+        kept = SPARED if one.spared is not None else HELD
+        remedies = {NO_SPIKE: one.left_without_spike, kept: one.left_with_sink}
         left = [f"{max(0, share):.0%} {remedy}" for remedy, share in remedies.items() if share is not None]
         above(fig, f"“{worst}” costs {one.cost:.2f} times; left of that: {', '.join(left)}")
     return fig
@@ -168,9 +173,9 @@ def lengths(found: Lengths) -> Figure:
         of = "this stretch's queries" + (f", {n} layers that see so far" if n < len(found.sight) else "")
         left.plot(x, late, color=SINK, marker="o", ms=5, label=of)
         other = found.late_ratios(found.other)
-        left.plot(x, other, color=ORDINARY, marker="s", ms=5, ls="--", label=f"they, of position {OTHER}")
+        left.plot(x, other, color=ORDINARY, marker="s", ms=5, ls="--", label=f"the same, to position {OTHER}")
     left.set(ylim=(-0.03, 1.4), yticks=np.linspace(0, 1, 6), ylabel="sink ratio")  # with room for the names
-    left.legend(fontsize=8.5, loc="upper right")
+    left.legend(fontsize=8.5, loc="upper left")
     middle.plot(x, [found.first] * len(x), color=SPIKE, marker="o", ms=5, label="position 0")
     middle.plot(x, found.elsewhere, color=ORDINARY, marker="s", ms=5, ls="--", label="elsewhere in this stretch")
     middle.set(yscale="log", ylabel="largest entry of the stream")
@@ -191,7 +196,7 @@ def lengths(found: Lengths) -> Figure:
     above(
         fig,
         f"From {x[0]:,} to {x[last]:,} tokens the sink ratio goes from {ratios[0]:.2f} to {ratios[last]:.2f}"
-        + (" (dotted: the model's limit)" if x[-1] > found.limit else ""),
+        + (" (upright line: the model's limit)" if x[-1] > found.limit else ""),
     )
     return fig
 

@@ -25,7 +25,7 @@ FINE = "no failure"
 UNSURE = "not to be told from none"  # the interval reaches 1
 OUTLIERS = "activation outliers"
 ROUTING = "attention routing"
-MISMATCH = "neither: not what it was trained for"
+MISMATCH = "neither remedy helps"
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 UNKNOWN = "no remedy tried"
@@ -100,7 +100,7 @@ def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | 
                 "perplexity, times": f"{one.cost:.2f}",
                 "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
                 "left without the spike": _share(one, one.left_without_spike),
-                "left with the sink kept": _share(one, one.left_with_sink),
+                "left with the sink kept or held": _share(one, one.left_with_sink),
                 "diagnosis": one.verdict,
             }
         )
