@@ -116,8 +116,8 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
     column = 1.02 if right else -0.1
     ends = (ax.transData - ax.transAxes).transform([(x, y) for _, x, y, _ in middles])
     # Lines of the least length together do not cross.
-    of, order = linear_sum_assignment(np.hypot(ends[:, :1] - column, ends[:, 1:] - heights))
-    for (name, x, y, colour), place in zip((middles[i] for i in of), order, strict=True):
+    _, order = linear_sum_assignment(np.hypot(ends[:, :1] - column, ends[:, 1:] - heights))
+    for (name, x, y, colour), place in zip(middles, order, strict=True):
         ax.annotate(
             name,
             (x, y),
