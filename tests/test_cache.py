@@ -84,14 +84,15 @@ def model_patterns(model) -> tuple[str, ...]:
 
 
 def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
-    """H2O for one head [query, key], in plain words."""
-    out, received, others = torch.zeros_like(pattern), [0.0] * len(pattern), []
-    for q in range(len(pattern)):
+    """H2O for the query heads of one K/V head, [head, query, key], in plain words."""
+    out, received, others = torch.zeros_like(pattern), [0.0] * pattern.shape[1], []
+    for q in range(pattern.shape[1]):
         recent = list(range(max(0, q - window + 1), q + 1))
-        total = sum(float(pattern[q, k]) for k in others + recent)
-        for k in others + recent:
-            out[q, k] = float(pattern[q, k]) / total
-            received[k] += float(out[q, k])
+        for head in range(len(pattern)):
+            total = sum(float(pattern[head, q, k]) for k in others + recent)
+            for k in others + recent:
+                out[head, q, k] = float(pattern[head, q, k]) / total
+                received[k] += float(out[head, q, k])
         if q - window + 1 >= 0:
             others.append(q - window + 1)
         if len(others) > heavy:
@@ -99,16 +100,15 @@ def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
     return out
 
 
-def test_heavy_hitters_against_a_loop():
-    logits = torch.randn(2, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_heavy_hitters_against_a_loop(n_kv_heads):
+    logits = torch.randn(2, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     pattern = logits.masked_fill(torch.ones(20, 20).triu(1) == 1, -torch.inf).softmax(-1)
-    found = hit(pattern, 4, 3, 3)
+    found = hit(pattern, 4, 3, n_kv_heads)
     for window in range(2):
-        for head in range(3):
-            torch.testing.assert_close(found[window, head], heaviest(pattern[window, head], 4, 3))
-    grouped = hit(pattern[:, [0, 0, 1, 1]], 4, 3, 2)  # two query heads to a K/V head: what both get counts
-    torch.testing.assert_close(grouped[:, 0], found[:, 0])
-    torch.testing.assert_close(grouped[:, 3], found[:, 1])
+        for of, heads in enumerate(pattern[window].chunk(n_kv_heads)):
+            mine = found[window].chunk(n_kv_heads)[of]
+            torch.testing.assert_close(mine, heaviest(heads, 4, 3))
     with pytest.raises(ValueError, match="whole windows"):
         hit(pattern[:, :, -1:], 4, 3, 3)
 
@@ -143,15 +143,18 @@ def one_layer(tmp_path_factory):
     return spikesink.load(planted.save(model, tmp_path_factory.mktemp("models") / "one-layer"))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3])
-def test_shifted_is_as_if_nothing_had_been_between(one_layer, kept):
+@pytest.mark.parametrize(("kept", "changed"), [(0, False), (1, False), (3, False), (1, True), (3, True)])
+def test_shifted_is_as_if_nothing_had_been_between(one_layer, kept, changed):
+    """Whatever an intervention has made of the first token's key moves up as it is."""
     model = one_layer
+    cuts = (patching.scale(patching.hook("blocks.0.attn.k.hook_out"), -2, 0),) if changed else ()
     tokens = spikesink.windows(model, "house", 2, 40)
     at = 36  # where a chunk begins: there kept tokens have just moved up
     chunk = max(1, kept)
-    bounded, stays = (stream(model, tokens, first(kept, 8 + kept, shifted), chunk=chunk) for shifted in (True, False))
+    bounded, stays = (stream(model, tokens, first(kept, 8 + kept, shifted), cuts, chunk) for shifted in (True, False))
     left = torch.cat([tokens[:, :kept], tokens[:, at - 7 : at + 1]], dim=1)
-    wanted = -model(left)[:, -1].log_softmax(-1).gather(1, tokens[:, at + 1, None])[:, 0]
+    with patching.patched(model, *cuts):
+        wanted = -model(left)[:, -1].log_softmax(-1).gather(1, tokens[:, at + 1, None])[:, 0]
     torch.testing.assert_close(bounded.loss[:, at], wanted, **FEW)
     assert ((stays.loss[:, at] - wanted).abs().max() > 1e-3) == (kept > 0)
 
@@ -197,6 +200,15 @@ def test_a_constant_key_and_value_does_for_the_first_token(served):
     torch.testing.assert_close(streamed.loss, masked.loss, **FEW)
 
 
+def seen_by_each_query(model, tokens, cuts) -> torch.Tensor:
+    """How many keys get attention: [window, head, query], of the last layer."""
+    seen = []
+    name = spikesink.models.anatomy(model).pattern_hooks[-1]
+    with patching.patched(model, *cuts), model.hooks(fwd_hooks=[(name, lambda p, hook: seen.append((p > 0).sum(-1)))]):
+        model(tokens)
+    return seen[0]
+
+
 @pytest.mark.parametrize("served", ["llama", "qwen3"], indirect=True)
 def test_a_cache_without_the_sink_fails_by_routing(served):
     """Whatever becomes of the spike; and the first token, or a constant in its place, is all that it takes."""
@@ -207,6 +219,9 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     where = find_spikes(model, life, tokens)
     ways = evictions(model, known, 8, where)
     assert set(ways) == {cache.WINDOW, *map(cache.named, (1, 2, 4)), cache.OTHERS, cache.HEAVY, cache.CONSTANT}
+    for name, way in ways.items():
+        keys = seen_by_each_query(model, tokens, way.cuts)
+        assert set(keys[:, :, 16:].unique().tolist()) == {8}, f"{name}: no more keys than others have, and no fewer"
     crossed = cross(model, tokens, cells(known, where), ways)
     found = diagnose(crossed)
     assert found[cache.WINDOW].verdict == ROUTING
@@ -214,9 +229,17 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     assert found[cache.OTHERS].cost > 2
     for name in (cache.named(1), cache.named(4), cache.CONSTANT, cache.HEAVY):
         assert found[name].cost < 1.05, name
+    no_first = tokens.clone()
+    no_first[:, 0] = tokens[:, 1]  # no spike, no sink: a constant has to stand for one
+    late = {n: patching.evaluate(model, no_first, *ways[n].cuts).loss[:, 24:] for n in (cache.named(1), cache.CONSTANT)}
+    assert late[cache.CONSTANT].mean() < late[cache.named(1)].mean() - 0.1
     written = pages(model, tokens[0, :24], known, 8, 4)
     wanted = [cache.EVERY, cache.WINDOW, "with the first 4", "with the first 4, shifted", cache.CONSTANT]
     assert list(written.index) == wanted
+    for name, policy in ((cache.EVERY, Policy()), (cache.WINDOW, Policy(8))):
+        whole = torch.cat([tokens[0, :24], write(model, tokens[0, :24], policy, 4)])[None]
+        judged = patching.evaluate(model, whole).loss[:, 23:]
+        assert written.loc[name, "judged perplexity"] == pytest.approx(float(judged.mean().exp()), rel=1e-3)
     assert list(pages(model, tokens[0, :24], NotApplicable("no spike"), 8, 4).index) == wanted[:-1]
 
 

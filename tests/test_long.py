@@ -16,6 +16,7 @@ from spikesink.serving.cache import Policy, Streamed
 from spikesink.serving.context import Lengths, interval_of, reach
 from tests import planted
 from tests.test_cache import FEW
+from tests.test_families import tiny
 
 TEXT = planted.text(4, 48)
 
@@ -80,7 +81,7 @@ def test_run_anew_begins_with_bos_where_windows_do(planted_model, monkeypatch):
     torch.testing.assert_close(found[0, 60:64], wanted, **FEW)
 
 
-def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted_model, family_directory):
+def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted_model, tmp_path):
     text = spikesink.texts.Text("long", planted.text(12, 64))
     tokens, lengths = reach(planted_model, text)
     assert lengths == (256, 512, 640)
@@ -90,6 +91,8 @@ def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted
     assert tokens.shape == (1, 256), "what is run is what is measured"
     tokens, _ = reach(planted_model, text)
     assert torch.equal(tokens[0], spikesink.texts.all_ids(planted_model, text)[:640])
+    learned = spikesink.load(tiny("gpt2", tmp_path))
+    assert reach(learned, "house")[1] == (256, spikesink.anatomy(learned).context), "it has no positions past its limit"
 
 
 def a_long(n: int, window: float, first: float, score: float = 0.5) -> long.Long:

@@ -124,10 +124,13 @@ def test_ranges_show_where_the_spike_is(planted):
     assert float(hidden.spike[1]) == pytest.approx(float(seen[where].max()))
     assert float(hidden.other[1]) == pytest.approx(float(seen[~where].max()))
     assert float(hidden.step()[1]) == pytest.approx(float(seen.max()) / 127)
+    left = Quantizer()(cache["blocks.1.mlp.out.hook_in"])[~where]
+    assert float(hidden.zeroed[1]) == pytest.approx(float((left == 0).float().mean()))
     assert float(hidden.zeroed[1]) > 0.99, "hardly anything is left of the others"
     others = hidden.others()
     assert [len(one) for one in others.outliers] == [len(one) for one in hidden.outliers]
-    assert 0 not in others.outliers[1]
+    drawn = {channel for seed in range(2000) for channel in hidden.others(seed).outliers[1]}
+    assert drawn == set(range(1, hidden.n_channels)), "any other channel, and never the spike's own"
 
 
 def test_what_a_model_does_not_show_is_named_and_left_as_it_is(planted, tmp_path):
@@ -146,6 +149,13 @@ def test_what_is_rounded_is_what_was_asked_for(planted):
     assert str(cuts[0]) == "apply int8 per tensor to hook blocks.0.mlp.out.hook_in at all positions"
     apart = rounded(model, Quantizer(8), ["FFN's hidden"], apart=ranges(model, tokens, where))
     assert [cut.change.function.split for cut in apart][1] == (0,)
+    by_head = {
+        site: {c.change.function.by_head for c in rounded(model, Quantizer(4, "token"), [site])}
+        for site in quantize.SITES
+    }
+    assert by_head == {site: {site in quantize.CACHED} for site in quantize.SITES}, (
+        "a product of matrices has one vector a token"
+    )
     with pytest.raises(ValueError, match="give per='token' to round some only"):
         rounded(model, Quantizer(8), ["keys"], positions=where)
     with pytest.raises(ValueError, match="there is no site 'queries'"):
@@ -218,12 +228,13 @@ def test_a_cell_has_what_it_says(planted):
     assert weighed.with_it["int8"] is found.with_it["int8"]
 
 
+@pytest.mark.parametrize("cell", [NO_SPIKE, NEITHER])
 @torch.inference_mode()
-def test_without_the_spike_nothing_makes_it(planted):
+def test_without_the_spike_nothing_makes_it(planted, cell):
     """The step-up block's hidden activation is as large as ever if only what it writes is taken away."""
     model, tokens, life, where = planted
     known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
-    with patching.patched(model, *cells(known, where)[NO_SPIKE]):
+    with patching.patched(model, *cells(known, where)[cell]):
         found = ranges(model, tokens, where)["FFN's hidden"]
     assert float(found.spike[1]) == 0
     with patching.patched(model, *chain.decoupled(known, where)):
@@ -259,10 +270,11 @@ NEARLY = (2.5, 2.6, 2.5, 2.6)  # losses, of 2 without it
     ],
 )
 def test_whose_failure_it_is(with_it, held, without_spike, spared, verdict):
-    row = {AS_IT_IS: outcome(*with_it), HELD: held, NO_SPIKE: without_spike, SPARED: spared}
-    n = len(with_it)
-    row = {cell: outcome(*[of] * n) if isinstance(of, float) else of for cell, of in row.items() if of is not None}
-    crossed = Crossed(dict.fromkeys((AS_IT_IS, HELD, NO_SPIKE), outcome(*[2.0] * n)), {"it": row})
+    n, worse = len(with_it), 1.0  # a model that is worse by itself makes nothing dearer: each cell is beside its own
+    plain = {AS_IT_IS: outcome(*[2.0] * n)} | dict.fromkeys((HELD, NO_SPIKE), outcome(*[2.0 + worse] * n))
+    row = {HELD: held and held + worse, NO_SPIKE: without_spike and without_spike + worse, SPARED: spared}
+    row = {cell: outcome(*[of] * n) for cell, of in row.items() if of} | {AS_IT_IS: outcome(*with_it)}
+    crossed = Crossed(plain, {"it": row})
     found = diagnose(crossed)["it"]
     assert found.verdict == verdict
     assert found.cost == pytest.approx(math.exp(sum(with_it) / n - 2))
@@ -274,8 +286,12 @@ def test_the_spikes_channels_apart_are_set_beside_others(planted):
     model, tokens, life, where = planted
     known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
     techniques = quantize.activations(model, ranges(model, tokens, where), where)
-    crossed = cross(model, tokens, cells(known, where), techniques)
+    of = cells(known, where)
+    crossed = cross(model, tokens, of, techniques)
     found = sets_the_scale(crossed)
+    for name, cuts in (("fp", ()), ("int8_per_tensor", techniques[quantize.PER_TENSOR].cuts)):
+        without = patching.evaluate(model, tokens, *of[NO_SPIKE], *cuts)
+        assert found.control[f"perplexity_{name}_no_spike"] == pytest.approx(without.perplexity)
     alone = {
         name: patching.evaluate(model, tokens, *techniques[name].cuts)
         for name in (quantize.PER_TENSOR, quantize.APART, quantize.OTHERS_APART)
