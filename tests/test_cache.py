@@ -102,10 +102,10 @@ def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 def test_heavy_hitters_against_a_loop(n_kv_heads):
-    logits = torch.randn(2, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    logits = torch.randn(8, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     pattern = logits.masked_fill(torch.ones(20, 20).triu(1) == 1, -torch.inf).softmax(-1)
     found = hit(pattern, 4, 3, n_kv_heads)
-    for window in range(2):
+    for window in range(len(pattern)):
         for of, heads in enumerate(pattern[window].chunk(n_kv_heads)):
             mine = found[window].chunk(n_kv_heads)[of]
             torch.testing.assert_close(mine, heaviest(heads, 4, 3))
