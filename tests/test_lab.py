@@ -552,6 +552,19 @@ def written(folder: Path) -> list[str | Path]:
     return [sys.executable, script, folder / "figures", folder / "build"]
 
 
+def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys):
+    places = ["--figures", str(tmp_path), "--build", str(tmp_path)]
+    assert run.main(["--only", "no such", *places]) == 2
+    assert capsys.readouterr().err == "no run of the task tier has 'no such' in its name; give a part of one.\n"
+    for part in ("d_head x 2, half", "d-head-x-2-half"):
+        with pytest.MonkeyPatch.context() as patch:
+            asked = []
+            patch.setattr(run, "_is_there", lambda plan, folder, asked=asked: not asked.append(plan.name))
+            assert run.main(["--only", part, *places]) == 0
+        assert set(asked) == {"d_head x 2, half as many"}
+        assert capsys.readouterr().out.startswith(f"All runs with {part!r} in their name are there")
+
+
 def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp_path):
     command = written(tmp_path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -44,11 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted."""
     args = _parser().parse_args(arguments)
     folder, build = args.figures / LAB, args.build / LAB
-    missing = [plan for plan in planned(args.tier) if not _is_there(plan, folder)]
-    if args.only:
-        missing = [plan for plan in missing if args.only in plan.label]
+    wanted = [plan for plan in planned(args.tier) if args.only in plan.name or args.only in plan.label]
+    if not wanted:
+        print(f"no run of the {args.tier} tier has {args.only!r} in its name; give a part of one.", file=sys.stderr)
+        return 2
+    missing = [plan for plan in wanted if not _is_there(plan, folder)]
     if not missing:
-        print(f"All runs of the {args.tier} tier are there, in {folder / args.tier}.")
+        which = f"with {args.only!r} in their name" if args.only else f"of the {args.tier} tier"
+        print(f"All runs {which} are there, in {folder / args.tier}.")
         return 0
     try:
         machine = _machine(args)
