@@ -30,7 +30,7 @@ figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (th
 test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 venv: $(READY)  ## only install what all of this needs, in .venv
 

@@ -1,4 +1,3 @@
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -7,14 +6,8 @@ import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).parent.parent
-# The notebooks' stored outputs are checked in a folder of their own, so that a test run changes no committed figure.
-os.environ["SPIKESINK_FIGURES"] = str(ROOT / "build" / "tested-figures")
-os.environ["TQDM_DISABLE"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import spikesink  # noqa: E402
-from tests import planted  # noqa: E402
+import spikesink
+from tests import planted
 
 
 @pytest.fixture(scope="session")

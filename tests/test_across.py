@@ -110,6 +110,13 @@ def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_o
     assert [pair for pair in sorted(differing) if not across.speaks_of(written[pair[0]], pair[1])] == []
 
 
+def test_a_placeholder_finds_a_row_by_its_name():
+    rows = [{"name": "base", "loss": 2.0}, {"name": "d_head / 4, 4 times as many", "loss": 2.25}]
+    found = {"lab": {"claims": {"TR4": {"measured": {"variants": rows}, "control": {}}}}}
+    of = ("[d_head / 4, 4 times as many].loss:.2f", "[0].loss", "[no].loss")
+    assert [across.fill(f"{{lab:TR4.variants{one}}}", found) for one in of] == ["2.25", "2", NOT_MEASURED]
+
+
 def test_every_committed_placeholder_is_a_number_of_a_ledger():
     found = claims.ledgers(FIGURES) | {claims.LAB: claims.lab_ledger(FIGURES)}
     for key, text in across.reasons(FIGURES).items():

@@ -203,7 +203,7 @@ def test_a_constant_key_and_value_does_for_the_first_token(served):
 def seen_by_each_query(model, tokens, cuts) -> torch.Tensor:
     """How many keys get attention: [window, head, query], of the last layer."""
     seen = []
-    name = spikesink.models.anatomy(model).pattern_hooks[-1]
+    name = model_patterns(model)[-1]
     with patching.patched(model, *cuts), model.hooks(fwd_hooks=[(name, lambda p, hook: seen.append((p > 0).sum(-1)))]):
         model(tokens)
     return seen[0]

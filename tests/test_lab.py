@@ -552,15 +552,15 @@ def written(folder: Path) -> list[str | Path]:
     return [sys.executable, script, folder / "figures", folder / "build"]
 
 
-def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys):
+def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys, monkeypatch):
     places = ["--figures", str(tmp_path), "--build", str(tmp_path)]
     assert run.main(["--only", "no such", *places]) == 2
     assert capsys.readouterr().err == "no run of the task tier has 'no such' in its name; give a part of one.\n"
+    asked = []
+    monkeypatch.setattr(run, "_is_there", lambda plan, folder: not asked.append(plan.name))
     for part in ("d_head x 2, half", "d-head-x-2-half"):
-        with pytest.MonkeyPatch.context() as patch:
-            asked = []
-            patch.setattr(run, "_is_there", lambda plan, folder, asked=asked: not asked.append(plan.name))
-            assert run.main(["--only", part, *places]) == 0
+        asked.clear()
+        assert run.main(["--only", part, *places]) == 0
         assert set(asked) == {"d_head x 2, half as many"}
         assert capsys.readouterr().out.startswith(f"All runs with {part!r} in their name are there")
 

@@ -546,28 +546,33 @@ def speaks_of(text: str, model: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(model)}(?![\w-]|\.\w)", text) is not None
 
 
-_PLACEHOLDER = re.compile(r"\{([^{}:\s]+):([A-Z][\w-]*)\.(\w+)((?:\[\d+\])*)(?::([^{}]*))?\}")
+_PLACEHOLDER = re.compile(r"\{([^{}:\s]+):([A-Z][\w-]*)\.(\w+)((?:\[[^\[\]{}]+\]|\.\w+)*)(?::([^{}]*))?\}")
 
 
 def fill(text: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     """Put the ledgers' numbers in a text's placeholders.
 
     `{model:claim.name}` is a measured value, or a control of that name, as `claims.brief` has it; `{…name[2]}` the
-    third of a list; `{…name:.0%}` the value in a format of Python's own.
+    third of a list; `{…variants[GeLU].loss}` a value of the row with that name; `{…name:.0%}` the value in a format of
+    Python's own.
     """
 
     def value(match: re.Match) -> str:
-        model, claim_id, name, indices, form = match.groups()
+        model, claim_id, name, path, form = match.groups()
         claim = found.get(model, {}).get("claims", {}).get(claim_id, {})
         try:
             at = (claim.get("control", {}) | claim.get("measured", {}))[name]
-            for index in re.findall(r"\d+", indices):
-                at = at[int(index)]
+            for step in re.findall(r"[^\[\].]+", path):
+                at = at[step] if isinstance(at, dict) else at[int(step)] if step.isdecimal() else _named(at, step)
             return format(at, form) if form else brief(at)
         except (LookupError, TypeError, ValueError):
             return NOT_MEASURED
 
     return _PLACEHOLDER.sub(value, text)
+
+
+def _named(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    return next((row for row in rows if row["name"] == name), {})
 
 
 class _Read(dict):

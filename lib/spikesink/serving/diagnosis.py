@@ -1,8 +1,8 @@
 """Whose failure it is: the spike's, the sink's, or neither's; and what claims SV1 to SV3 are judged by.
 
 A failure that goes when the spike goes, its sinks held in both cases, is one of *activation outliers*. One that goes
-when the sink's key and value are spared, or held, is one of *attention routing*. Where neither helps, that is
-no explanation: often the model is served what it was not trained for.
+when the sink's key and value are spared, or held, is one of *attention routing*. That neither helps is no
+explanation: often the model is served what it was not trained for.
 """
 
 import math
