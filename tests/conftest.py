@@ -38,19 +38,19 @@ def family_directory(tmp_path_factory) -> Callable[[str], Path]:
     return cache(lambda family: planted.save(planted.planted_family(family), folder / family))
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
-def served(request, family_directory, tmp_path_factory):
-    """A bridge, and windows that begin with the trigger.
+@pytest.fixture(scope="session")
+def gemma_directory(tmp_path_factory) -> Path:
+    """A Gemma 3 in which nothing is planted; its layers see 12 tokens back, but for every third."""
+    more = {"sliding_window": 12, "sliding_window_pattern": 3, "head_dim": 16}
+    torch.manual_seed(0)
+    made = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**planted.SIZES | more)).eval()
+    return planted.save(made, tmp_path_factory.mktemp("models") / "gemma3")
 
-    In Gemma 3 nothing is planted; its layers see 12 tokens back, but for every third.
-    """
-    if request.param == "gemma3":
-        more = {"sliding_window": 12, "sliding_window_pattern": 3, "head_dim": 16}
-        torch.manual_seed(0)
-        made = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**planted.SIZES | more)).eval()
-        directory = planted.save(made, tmp_path_factory.mktemp("models") / "gemma3")
-    else:
-        directory = family_directory(request.param)
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+def served(request, family_directory, gemma_directory):
+    """A bridge, and windows that begin with the trigger."""
+    directory = gemma_directory if request.param == "gemma3" else family_directory(request.param)
     model = spikesink.load(directory)
     return model, spikesink.windows(model, spikesink.texts.Text("planted", planted.text(3, 48)), 3, 48)
 

@@ -74,7 +74,9 @@ def test_each_committed_page_of_pictures_has_all_of_them_and_all_verdicts():
         assert page.splitlines() == across.gallery(FIGURES / name, data)
         shown = re.findall(r"^!\[.*\]\((.*)\)$", page, flags=re.MULTILINE)
         assert sorted(shown) == sorted(path.name for path in (FIGURES / name).glob("*.png"))
-        verdicts = dict(re.findall(r"^- (\S+) .*\*\*(.*)\*\*$", page, flags=re.MULTILINE))
+        verdicts = dict(re.findall(r"^- (\S+) .*?\*\*([a-z/]+)\*\*", page, flags=re.MULTILINE))
+        why = [claim["measured"]["reason"] for claim in data["claims"].values() if claim["verdict"] == "n/a"]
+        assert all(f"**n/a**: {claims.escape(reason)}\n" in page for reason in why)
         assert verdicts == {key: claim["verdict"] for key, claim in data["claims"].items()}
 
 
@@ -102,9 +104,11 @@ def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_o
     }
     text = (FIGURES / "README.md").read_text()
     _, kept = text.split("## What to keep in mind where claims hold")
-    trained = {key for key, row in claims.lab_ledger(FIGURES)["claims"].items() if row["verdict"] == "differs"}
-    assert {key for key, _ in differing} | trained <= set(written)
-    for key in set(written) - {key for key, _ in differing} - trained - set(found):
+    trained = claims.lab_ledger(FIGURES)["claims"]
+    differ = {key for key, row in trained.items() if row["verdict"] == "differs"}
+    assert {key for key, _ in differing} | differ <= set(written)
+    assert all(text.count(across.fill(written[key], {claims.LAB: {"claims": trained}})) == 1 for key in differ)
+    for key in set(written) - {key for key, _ in differing} - set(trained) - set(found):
         assert kept.count(f"### {key}: ") == 1, key
     assert all(text.count(written[name]) == 1 for name in found)
     assert [pair for pair in sorted(differing) if not across.speaks_of(written[pair[0]], pair[1])] == []

@@ -555,7 +555,9 @@ def written(folder: Path) -> list[str | Path]:
 def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys, monkeypatch):
     places = ["--figures", str(tmp_path), "--build", str(tmp_path)]
     assert run.main(["--only", "no such", *places]) == 2
-    assert capsys.readouterr().err == "no run of the task tier has 'no such' in its name; give a part of one.\n"
+    said = capsys.readouterr().err
+    assert said.startswith("no run of the task tier has 'no such' in its name; there are: base, no weight decay, ")
+    assert said.count("gate per head") == 1
     asked = []
     monkeypatch.setattr(run, "_is_there", lambda plan, folder: not asked.append(plan.name))
     for part in ("d_head x 2, half", "d-head-x-2-half"):
@@ -611,10 +613,49 @@ def test_of_two_commands_one_leaves_a_run_to_the_other(tmp_path):
     assert "base-0: another process is at it" in ended.stdout
 
 
-def test_a_text_that_is_not_there_is_one_sentence(tmp_path, capsys):
-    arguments = ["--tier", "text", "--text", "nosuch.txt", "--figures", str(tmp_path), "--build", str(tmp_path)]
-    assert run.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("there is no text 'nosuch.txt'")
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--text", "nosuch.txt"], "there is no text 'nosuch.txt'"),
+        (["--device", "tpu"], "the lab cannot train on 'tpu'; give --device cpu or cuda."),
+        (["--device", "cuda"], "the lab cannot train on 'cuda', for there is no GPU that torch can use"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_what_cannot_be_trained_on_is_one_sentence_even_if_nothing_is_missing(
+    wrong, says, there, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(run, "_is_there", lambda plan, folder: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--tier", "text", *wrong, "--figures", str(tmp_path), "--build", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(says)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--jobs", "0"],
+        ["--tier", "foo"],
+        ["--checkpoint-every", "-4"],
+        ["--checkpoint-every", "x"],
+        ["--characters", "0"],
+    ],
+)
+def test_arguments_that_cannot_be_are_one_sentence(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(wrong)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith("(see --help)\n")
+    assert said.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "spikesink.lab", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "--checkpoint-every" in ended.stdout
+    assert " torch\n" not in ended.stderr
+    assert "spikesink.lab.arguments" in ended.stderr
 
 
 @pytest.mark.parametrize("there", [{"avx512_f": True}, {"avx512_bf16": True}, {"bf16": True}, {"amx_bf16": True}])

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+import spikesink
 from spikesink import __main__ as command
-from spikesink import report
+from spikesink import lifecycle, report
 from spikesink.serving import cells
 from spikesink.serving.cells import Crossed
 from spikesink.serving.diagnosis import Diagnosis, diagnoses
@@ -63,8 +64,8 @@ def test_what_costs_is_said_whatever_its_diagnosis():
         {name: {cells.AS_IT_IS: outcome(*losses)} for name, losses in techniques.items()},
     )
     found = report._told("cache", crossed, None)
-    assert "nothing helps (3.49 times: no remedy tried)" in found.prose
-    assert "on one window (1.92 times: not to be told from none)" in found.prose
+    assert "nothing helps (3.49 times: not taken apart)" in found.prose.split("What may cost")[0]
+    assert "What may cost as much or nothing, on so few windows: on one window (1.92 times)." in found.prose
     assert "harmless" not in found.prose
     assert found.facts["nothing helps"]["left_with_sink"] is None
     alone = Crossed({cells.AS_IT_IS: outcome(1.0)}, {"it": {cells.AS_IT_IS: outcome(2.0)}})
@@ -75,6 +76,8 @@ def test_what_costs_is_said_whatever_its_diagnosis():
 def test_the_page_needs_nothing_else(made):
     _, page, _ = made
     assert not re.search(r"https?://|<script|<link|src=\"(?!data:)|url\(", page)
+    assert "<h2>In short</h2>" in page
+    assert "<dt>Spike</dt>" in page
     assert page.count("<img") == page.count("data:image/png;base64,") == 4
     assert 'name="viewport"' in page
     assert "attention routing" in page
@@ -100,7 +103,12 @@ def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [("out", "cannot be written"), ("empty", "is empty"), ("binary", "is not UTF-8 text"), ("model", "no-such-model")],
+    [
+        ("out", "is a file, and no folder"),
+        ("empty", "is empty"),
+        ("binary", "is not UTF-8 text"),
+        ("model", "no-such-model"),
+    ],
 )
 def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path, capsys):
     (tmp_path / "file").write_text("")
@@ -114,10 +122,12 @@ def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path
     }[wrong]
     options = ["--text", str(given["text"]), "--out", str(given["out"]), "--n-prompts", "2", "--seq-len", "32"]
     assert command.main(["diagnose", str(given["model"]), *options]) == 1
-    said = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr()
+    said = " ".join(printed.err.split())
     assert says in said
     assert said.count(". ") == 0
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert says not in printed.out, "what is wrong is no part of a report"
+    assert not (tmp_path / "out").exists(), "nothing is left of a report that was not begun"
 
 
 def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys):
@@ -130,12 +140,45 @@ def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys
     assert "Blocks that write it: 4; that take it back: 10." in said
 
 
-@pytest.mark.parametrize("arguments", [[], ["nosuch"], ["diagnose"], ["diagnose", "x", "--n-prompts", "1"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nosuch"], ["diagnose"], ["diagnose", "x", "--n-prompts", "1"], ["diagnose", "x", "--out", ""]]
+)
 def test_bad_arguments_point_to_the_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("(see --help)\n")
+
+
+def test_what_fails_is_said_first_with_what_helps(made):
+    _, page, said = made
+    first = page.index("the last ones (")
+    assert first < page.index("<h2>The spike</h2>")
+    assert report.HELPS["attention routing"].replace("'", "&#x27;") in page
+    assert report.HELPS["attention routing"] in " ".join(said.split())
+    fine = {"it": {"cost": 1.0, "verdict": "no failure"}}
+    assert report.in_short({"cache": report.Section("cache", "", fine)}) == [
+        "Of what was tried nothing surely costs more than 2% of perplexity."
+    ]
+    torn = {"it": {"cost": 2.0, "verdict": "in part activation outliers and attention routing"}}
+    assert len(report.in_short({"cache": report.Section("cache", "", torn)})) == 2, "it stands under both"
+
+
+def test_a_spike_of_many_blocks_is_said_to_be_one(family_directory, text, monkeypatch):
+    model = spikesink.load(family_directory("llama"))
+    of = report.Subject(model, text, spikesink.windows(model, text, 2, 64), 0)
+    assert "come from blocks that write little each" not in report._spike(of).prose
+    up = lifecycle.step_up(of.life)
+    few = replace(up, measured={**up.measured, "share_written": 0.43})
+    monkeypatch.setattr(lifecycle, "step_up", lambda life: few)
+    assert "write 43% of it, the other 57% come from blocks that write little each." in report._spike(of).prose
+
+
+def test_gains_that_a_norm_follows_are_said_to_be_without_it(family_directory, gemma_directory, capsys):
+    assert command.main(["census", str(gemma_directory)]) == 0
+    assert "passes another norm" in " ".join(capsys.readouterr().out.split())
+    assert command.main(["census", str(family_directory("llama"))]) == 0
+    assert "passes another norm" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_section_that_does_not_apply_says_why(made):

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import spikesink
 from spikesink import find_lifecycle, patching, trace_windows
@@ -30,13 +32,16 @@ from spikesink.serving.cells import (
 from spikesink.serving.diagnosis import (
     FINE,
     MISMATCH,
+    OPEN,
     OUTLIERS,
     ROUTING,
     UNKNOWN,
     UNSURE,
+    Diagnosis,
     diagnose,
     diagnoses,
     sets_the_scale,
+    share_interval,
 )
 from spikesink.serving.quantize import (
     Quantizer,
@@ -279,6 +284,44 @@ def test_whose_failure_it_is(with_it, held, without_spike, spared, verdict):
     assert found.verdict == verdict
     assert found.cost == pytest.approx(math.exp(sum(with_it) / n - 2))
     assert diagnoses({"it": found}).loc["it", "diagnosis"] == verdict
+
+
+def test_a_share_has_the_interval_beyond_which_the_parts_cannot_be_it():
+    """At its ends Student's test of part - share * whole, paired by window, is just what the level asks for."""
+    drawn = np.random.default_rng(0)
+    whole = 1 + 0.2 * drawn.normal(size=9)
+    part = 0.5 * whole + 0.1 * drawn.normal(size=9)
+    for share in share_interval(part, whole):
+        assert stats.ttest_1samp(part - share * whole, 0).pvalue == pytest.approx(0.05)
+    low, high = share_interval(part, whole)
+    assert low < part.mean() / whole.mean() < high
+    assert share_interval(part[:1], whole[:1]) is None
+    assert share_interval(part, whole - whole.mean()) is None, "a whole of nothing has no shares"
+    assert share_interval(0.25 * whole, whole) == pytest.approx((0.25, 0.25))
+
+
+def test_shares_are_told_with_their_intervals():
+    plain = dict.fromkeys((AS_IT_IS, HELD, NO_SPIKE), outcome(2.0, 2.0, 2.0))
+    row = {AS_IT_IS: outcome(2.9, 3.0, 3.1), HELD: outcome(2.8, 2.9, 3.2), NO_SPIKE: outcome(2.1, 2.3, 2.5)}
+    found = diagnose(Crossed(plain, {"it": row, "kept": row | {SPARED: outcome(2.2, 2.1, 2.0)}}))
+    cost, held, without = (np.array(of) for of in ((0.9, 1.0, 1.1), (0.8, 0.9, 1.2), (0.1, 0.3, 0.5)))
+    assert found["it"].spike_interval == pytest.approx(share_interval(cost - held + without, cost), rel=1e-4)
+    assert found["it"].sink_interval == pytest.approx(share_interval(held, cost), rel=1e-4)
+    assert found["kept"].sink_interval == pytest.approx(share_interval(np.array([0.2, 0.1, 0.0]), cost), rel=1e-4)
+    low, high = found["it"].sink_interval
+    assert diagnoses(found).loc["it", "left with the sink kept or held"] == f"97% ({low:.0%} to {high:.0%})"
+    assert Diagnosis(2.0, (1.5, 2.5)).spike_interval is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"), [(None, ROUTING), ((0.05, 0.99), ROUTING), ((0.05, 1.2), OPEN), ((1.1, 1.3), OPEN)]
+)
+def test_a_remedy_that_may_not_help_leaves_the_cause_open(interval, verdict):
+    found = Diagnosis(2.0, (1.5, 2.5), held=2**0.1, sink_interval=interval)
+    assert found.verdict == verdict
+    both = Diagnosis(2.0, (1.5, 2.5), held=2.0, without_spike=1.0, spike_interval=(-0.1, 0.1), sink_interval=(0.5, 1.5))
+    assert both.verdict == OUTLIERS, "what one remedy leaves open the other need not"
+    assert Diagnosis(2.0, (1.5, 2.5), held=2.0, sink_interval=(0.9, 1.1)).verdict == MISMATCH
 
 
 @torch.inference_mode()

@@ -5,7 +5,9 @@ Help, and what is wrong with an argument, need not wait for torch: what stands o
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 
 from rich import box
@@ -17,6 +19,7 @@ from spikesink.claims import NotApplicable, brief
 from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, at_least, check_writable
 from spikesink.specs import ENTRIES, slug
 
+TEXT_HELP = "house (default: spikesink's own prose), pydoc (Python's documentation), a file in UTF-8, or datasets:NAME"
 MODEL = "a built-in name (smollm2-135m), .gguf file, directory or hub id"
 
 
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen.run(chosen, console)
     except (LoadError, TextError, ValueError, FloatingPointError, NotebookError, OSError) as error:
-        console.print(str(error), style="bold red")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(str(error), style="bold red", markup=False)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is kept")
@@ -48,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "Takes minutes on a small model; what is finished is written as it goes.",
     )
     one.add_argument("model", help=MODEL)
-    one.add_argument("--text", default="house", help="house (default), pydoc, a file or datasets:NAME")
-    one.add_argument("--out", type=Path, help="folder for the report (default: reports/<model>)")
+    one.add_argument("--text", default="house", help=TEXT_HELP)
+    one.add_argument("--out", type=_folder, help="folder for the report (default: reports/<model>)")
     one.add_argument("--long", action="store_true", help="also run one text as far as the context and some minutes go")
     one.add_argument("--n-prompts", type=at_least(2), default=16, help="windows to measure (default: %(default)s)")
     one.add_argument("--seq-len", type=at_least(16), default=256, help="tokens in a window (default: %(default)s)")
@@ -78,21 +81,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _folder(given: str) -> Path:
+    if not given.strip():
+        raise argparse.ArgumentTypeError("an empty name is no folder")
+    return Path(given)
+
+
 def diagnose(chosen: argparse.Namespace, console: Console) -> None:
     """Measure a model, and say each section as it is finished."""
     from spikesink import report
 
     out = chosen.out or Path("reports") / slug(chosen.model)
-    check_writable(out)
+    check_writable(out, keep=False)
+    stages = len(report.STAGES) - (not chosen.long)
     with console.status(f"loading {chosen.model}") as status:
         model = ss.load(chosen.model, chosen.device, chosen.dtype)
         tokens = ss.windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
-        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, status.update):
+        done, numbers, started = {}, count(1), time.monotonic()
+
+        def begun(title: str) -> None:
+            minutes, seconds = divmod(round(time.monotonic() - started), 60)
+            status.update(f"{next(numbers)} of {stages}: {title} (begun after {minutes}:{seconds:02})")
+
+        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, begun):
+            done[section.key] = section
             console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
             console.print(section.prose, markup=False)
             if section.table is not None:
                 table = (section.table[list(section.narrow)] if section.narrow else section.table).reset_index()
                 console.print(_table(table.columns, table.itertuples(index=False)))
+    console.print("\n[bold]In short[/bold]")
+    for line in report.in_short(done):
+        console.print(line, markup=False)
     console.print(f"\nWritten to {out / 'report.html'} and report.json")
 
 
@@ -100,7 +120,8 @@ def census(chosen: argparse.Namespace, console: Console) -> None:
     """Show the (block, channel) pairs of largest gain."""
     from spikesink import amplifier
 
-    found = amplifier.census(ss.open_weights(chosen.model))
+    weights = ss.open_weights(chosen.model)
+    found = amplifier.census(weights)
     if isinstance(found, NotApplicable):
         raise ValueError(f"{found.reason}.")
     rows = [
@@ -108,6 +129,11 @@ def census(chosen: argparse.Namespace, console: Console) -> None:
         for block, channel, gain in found.top(chosen.top)
     ]
     console.print(_table(["block", "channel", "||U_k||_F", "over its block's median"], rows))
+    if weights.anatomy.norm_placement != "pre":
+        console.print(
+            "In this model what an FFN gives passes another norm before it is added. Its scale is not in these gains, "
+            "so the spike's channel can be another one: probe names it."
+        )
 
 
 def probe(chosen: argparse.Namespace, console: Console) -> None:

@@ -315,7 +315,10 @@ def gallery(folder: Path, data: Mapping[str, Any]) -> list[str]:
     for path in sorted(folder.glob("[0-9][0-9]-*.png")):
         pictures[path.name[:2]].append(f"![{path.stem}]({path.name})")
     for key, claim in _in_order(data["claims"]):
-        verdicts[claim["notebook"]].append(f"- {escape(key)} {escape(claim['statement'])} **{claim['verdict']}**")
+        reason = f": {escape(claim['measured']['reason'])}" if claim["verdict"] == "n/a" else ""
+        verdicts[claim["notebook"]].append(
+            f"- {escape(key)} {escape(claim['statement'])} **{claim['verdict']}**{reason}"
+        )
     stems = {path.stem[:2]: path.stem for path in (folder.parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb")}
     stems |= {stem[:2]: stem for stem in verdicts}
     lines = [

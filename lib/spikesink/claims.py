@@ -554,7 +554,8 @@ RULES: dict[str, Rule] = {
 
 _TRAINED = (
     "of the changes that the paper reports, at least half go its way here beyond doubt (an interval over seeds), and "
-    "none beyond doubt another; a value stays within 0.05 (sink ratio) or a factor 1.5 (largest activation)"
+    "none beyond doubt another; a value stays within 0.05 (sink ratio) or a factor 1.5 (largest activation); where it "
+    "fails for changes that stay open alone, it is not judged"
 )
 
 
@@ -606,8 +607,8 @@ RULES |= {
     "X-TR8": Rule(
         "In training the spike comes before the sink.",
         "of our own; arXiv:2410.10781 on when sinks emerge",
-        "in nine of ten runs that end with sinks, position 0 has half of its last size after fewer tokens than half "
-        "of its last attention",
+        "in nine of ten runs that end with sinks, position 0's largest entry, as a multiple of the largest elsewhere, "
+        "has come half of its way after fewer tokens than the attention to it",
         lambda m: m["share_spike_first"] >= 0.9,
         "share_spike_first",
         controls=({"share_spike_first": "share_elsewhere_first"},),

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink import claims, paper, plots, texts
 from spikesink.claims import Evidence, NotApplicable
 from spikesink.lab.config import LENGTH
+from spikesink.lab.families import BASE
 from spikesink.lab.records import LAST_WINDOWS, Record, digest
 
 ROUNDING = 1e-5  # relative errors of float32 arithmetic stay below it
@@ -97,7 +98,7 @@ def open_lab_ledger(notebook: str, records: Sequence[Record], figures: str | os.
         figures: as `open_ledger` takes it.
     """
     base = Path(figures or os.environ.get("SPIKESINK_FIGURES") or Path.cwd().parent / "figures")
-    first = records[0]
+    first = next((record for record in records if record.name == BASE), records[0])
     header = claims.Header(
         model=claims.LAB,
         spec=f"{len(records)} runs of {first.parameters:,} parameters or about as many",

@@ -29,6 +29,7 @@ from spikesink.patching import chain
 from spikesink.serving import cache, cells, context, diagnosis, long, quantize
 from spikesink.trace import trace_windows
 
+FEW_BLOCKS = 0.8  # of a spike, that some blocks write for it to be said to be theirs (LC1)
 HEADS = 8  # that are listed, the strongest first
 SCHEMA = 1
 TITLES = {
@@ -38,6 +39,29 @@ TITLES = {
     "cache": "A KV cache that forgets",
     "long": "Long contexts",
 }
+# What helps, by the kind of failure; the words are those of a diagnosis.
+HELPS = {
+    diagnosis.OUTLIERS: "Give the quantizer a step for each token or channel, or keep the spike's channels out of it.",
+    diagnosis.ROUTING: "Keep the first token's key and value: in the cache, and in full precision.",
+    diagnosis.MISMATCH: "Finer steps, or a larger budget; what the model was not trained for, it cannot do.",
+}
+WORDS = {
+    "Spike": "an entry of the residual stream hundreds or thousands of times larger than the median one; on a few "
+    "tokens, in a few channels. Blocks are counted from 1, attention odd and FFN even.",
+    "Sink": "a token, nearly always the first, that most of the attention of many heads goes to.",
+    "Times": "perplexity with a technique over that without it, on the same windows, with Student's 95% interval.",
+    "Left without the spike": "the share of that cost, in nats, which stays when the spike is removed while the sinks "
+    "are held in their place.",
+    "Left with the sink kept or held": "the share that stays when the first token's key and value are spared by the "
+    "technique, or put in their place. Above 100% the remedy does harm of its own.",
+    "Diagnosis": f"{diagnosis.OUTLIERS}, where at most {diagnosis.GONE:.0%} is left without the spike; "
+    f"{diagnosis.ROUTING}, where as little is left with the sink; in part, up to {diagnosis.PART:.0%}; "
+    f"{diagnosis.OPEN}, where that interval reaches 100%. Below 2% of cost nothing is diagnosed.",
+    "A step a tensor, a token, a channel": "over what a quantizer shares one step: the larger the largest entry, the "
+    "coarser the step.",
+}
+EXPLAINED = "notebooks/10_serving.ipynb of spikesink explains what is measured, and how."
+TEXTS = {"house": "spikesink's own prose, in English", "pydoc": "Python's documentation of its language"}
 NOT_TESTED = (
     "the speed of anything: what is rounded or forgotten here is simulated",
     "ranges that are fixed beforehand (static quantization), and training with a remedy",
@@ -137,20 +161,30 @@ def _facts(evidence: Evidence | NotApplicable) -> dict[str, Any]:
 
 def _said(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any], **more: Any) -> str:
     if isinstance(evidence, NotApplicable):
-        return f"Not told: {evidence.reason}."
+        return f"{evidence.reason[0].upper()}{evidence.reason[1:]}."
     return say(template, evidence, **more).data.replace("\n", " ")
 
 
 def _spike(of: Subject) -> Section:
     life = of.life
     up, down = lifecycle.step_up(life), lifecycle.step_down(life)
+    share = up.measured["share_written"] if isinstance(up, Evidence) else 1.0
     channels, tokens = lifecycle.few_channels(life), lifecycle.few_tokens(life, of.model.tokenizer.decode)
     if life.main is None:
         return Section("spike", f"No spike: {life.reason}.", {"reason": life.reason})
     prose = [
-        _said("Channel {channels} reaches {plateau_value}, written by block(s) {step_up_blocks}.", up),
+        _said(
+            "Channel {channels} reaches {plateau_value}. Block(s) {step_up_blocks} write {share_written:.0%} of it"
+            + ("." if share >= FEW_BLOCKS else ", the other {rest:.0%} come from blocks that write little each."),
+            up,
+            rest=1 - share,
+        ),
         _said("It is taken back by block(s) {step_down_blocks} ({share_cancelled:.0%} of it).", down),
-        _said("{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} medians.", channels),
+        _said(
+            "{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} times the median entry "
+            "of all tokens there.",
+            channels,
+        ),
         _said(
             "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
             "the windows. The commonest: {commonest}.",
@@ -218,17 +252,23 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not told apart: {crossed.reason}.", {"reason": crossed.reason})
     found = diagnosis.diagnose(crossed)
-    costly = {name: one for name, one in found.items() if one.verdict != diagnosis.FINE}
+    costly = {name: one for name, one in found.items() if one.verdict not in (diagnosis.FINE, diagnosis.UNSURE)}
     risks = [f"{name} ({one.cost:.2f} times: {one.verdict})" for name, one in costly.items()]
+    unsure = [f"{name} ({one.cost:.2f} times)" for name, one in found.items() if one.verdict == diagnosis.UNSURE]
     prose = f"Perplexity as it is: {brief(crossed.plain[cells.AS_IT_IS].perplexity)}. " + (
-        f"What costs more than 2%: {'; '.join(risks)}." if risks else "Nothing that was tried costs more than 2%."
+        f"What costs more than 2%: {'; '.join(risks)}."
+        if risks
+        else "Nothing that was tried surely costs more than 2%."
     )
+    prose += f" What may cost as much or nothing, on so few windows: {'; '.join(unsure)}." if unsure else ""
     facts = {
         name: {
             "cost": one.cost,
             "interval": list(one.interval) if one.interval[0] == one.interval[0] else None,
             "left_without_spike": one.left_without_spike,
+            "left_without_spike_interval": one.spike_interval,
             "left_with_sink": one.left_with_sink,
+            "left_with_sink_interval": one.sink_interval,
             "verdict": one.verdict,
         }
         for name, one in found.items()
@@ -256,6 +296,9 @@ STAGES: Mapping[str, Callable[[Subject], Section]] = {
 
 def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left: list[str]) -> str:
     """The report as one page of HTML that opens without anything else."""
+    short = "".join(f"<li>{html.escape(line)}</li>" for line in in_short(done))
+    words = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(what)}</dd>" for word, what in WORDS.items())
+    about = {key: TEXTS.get(value, value) if key == "text" else value for key, value in about.items()}
     parts = [_part(section) for section in done.values()]
     untested = "".join(f"<li>{html.escape(one)}</li>" for one in left)
     facts = "".join(
@@ -266,16 +309,34 @@ def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left:
 <title>{html.escape(name)}: spike and sink</title><style>{STYLE}</style></head><body><main>
 <h1>{html.escape(name)}: spike and sink</h1>
 <div class="wide"><table>{facts}</table></div>
+<section><h2>In short</h2><ul>{short}</ul></section>
 {"".join(parts)}
+<section><h2>What the words mean</h2><dl>{words}</dl><p>{EXPLAINED}</p></section>
 <section><h2>Not tested</h2><ul>{untested}</ul></section>
 </main></body></html>
 """
+
+
+def in_short(done: Mapping[str, Section]) -> list[str]:
+    """What a model's owner should know first: what fails of which cause, and what helps."""
+    lines = [". ".join(done["spike"].prose.split(". ")[:2]).rstrip(".") + "."] if "spike" in done else []
+    judged = {}
+    for section in done.values():
+        judged |= {name: fact for name, fact in section.facts.items() if isinstance(fact, dict) and "verdict" in fact}
+    for kind, help_ in HELPS.items():
+        mine = [f"{name} ({fact['cost']:.2f} times)" for name, fact in judged.items() if kind in fact["verdict"]]
+        if mine:
+            lines.append(f"{kind[0].upper()}{kind[1:]}, all or in part: {'; '.join(mine)}. {help_}")
+    if judged and len(lines) < 2:
+        lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
+    return lines
 
 
 STYLE = """
 body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
 main { max-width: 62rem; margin: 0 auto; padding: 1rem }
 img { width: 100%; min-width: 40rem; height: auto }
+dt { font-weight: 600 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }

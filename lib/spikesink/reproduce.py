@@ -5,6 +5,7 @@ have changed, or when something that it wrote is gone. What it writes is whole o
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -223,9 +224,16 @@ def check(parameters: Mapping[str, Any]) -> None:
         raise NotebookError(str(error)) from None
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder, if need be, and raise NotebookError unless something can be written there."""
+def check_writable(folder: Path, keep: bool = True) -> None:
+    """Make a folder, if need be, and raise NotebookError unless something can be written there.
+
+    If it is not to be kept, what was made is gone again afterwards.
+    """
+    made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     try:
+        if file is not None:
+            raise NotebookError(f"{file} is a file, and no folder can be made of it; give another.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -233,6 +241,10 @@ def check_writable(folder: Path) -> None:
         raise NotebookError(
             f"the folder {folder} cannot be written ({error.strerror or error}); make it writable, or give another."
         ) from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 class Parser(argparse.ArgumentParser):

@@ -217,13 +217,12 @@ class Scan:
         up, down = (", ".join(map(str, found[key])) or "none" for key in ("step_up_blocks", "step_down_blocks"))
         who = "BOS (which always stands there)" if self.only_bos else f"{self.entries:,} vocabulary entries"
         much = (
-            ""
-            if self.only_bos
-            else f" on average; {found['share_of_entries']:.1%} exceed {SPIKE_OVER_MEDIAN:g} medians there"
+            "" if self.only_bos else f" on average; {found['share_of_entries']:.1%} exceed {SPIKE_OVER_MEDIAN:g} times"
         )
         return (
             f"At position 0 the stream of {who} is largest in channel {found['channel']} after block "
-            f"{found['point']}: {brief(found['value'])}, {brief(found['over_median'])} medians{much}. "
+            f"{found['point']}: {brief(found['value'])}, {brief(found['over_median'])} times the median of all their "
+            f"entries there{much}. "
             f"Blocks that write it: {up}; that take it back: {down}."
         )
 

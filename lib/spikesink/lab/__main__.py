@@ -2,7 +2,10 @@
 
 import sys
 
-from spikesink.lab.run import main
+from spikesink.lab.arguments import parser
 
 if __name__ == "__main__":
-    sys.exit(main())
+    chosen = parser().parse_args()
+    from spikesink.lab.run import run  # seconds of imports, which help and errors can spare
+
+    sys.exit(run(chosen))

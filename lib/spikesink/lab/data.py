@@ -25,13 +25,11 @@ from transformers import PreTrainedTokenizerFast
 
 from spikesink import texts
 from spikesink.claims import write_atomically
-from spikesink.lab.config import BOS, LENGTH, Config, ConfigError, doubled
+from spikesink.lab.config import BOS, CHARACTERS, LENGTH, SOURCE, Config, ConfigError, doubled
 from spikesink.models import cache_directory
 from spikesink.progress import progress
 
-SOURCE = "packages"  # the Python source of the packages that spikesink is made with
 BOS_TOKEN = "<bos>"
-CHARACTERS = 120_000_000  # of text that are tokenized
 CHARACTERS_FOR_BPE = 20_000_000  # of these, from the beginning, that the BPE is learned from
 HELD_OUT = 50  # one document in so many is never trained on
 ENCODED_AT_ONCE = 256  # documents

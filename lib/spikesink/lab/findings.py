@@ -13,6 +13,7 @@ from spikesink import paper
 from spikesink.claims import Evidence, NotApplicable, evidence
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
 from spikesink.lab.records import Record
+from spikesink.lab.train import Run
 
 LEVEL = 0.95
 NO_RECORDS = "there are no records of these variants yet; make ablations trains them"
@@ -208,35 +209,43 @@ def centre(records: Sequence[Record]) -> tuple[float, float]:
     return row["max_activation"], row["sink_ratio"]
 
 
-def table(found: Sequence[Compared]) -> pd.DataFrame | NotApplicable:
-    """Variants as a tidy table, each change with its interval, and what the paper says of it."""
-    if not found:
+def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame | NotApplicable:
+    """A family (or all) as a tidy table: the base, then each variant with its changes, and what the paper says."""
+    found, base = compared(records, family), by_name(records).get(BASE)
+    if not found or base is None:
         return NotApplicable(NO_RECORDS)
+    means = means_of(BASE, base)
     rows = [
+        {"variant": BASE, "seeds": means["seeds"], "loss": means["loss"], "sink ratio": means["sink_ratio"]}
+        | {"largest activation": means["max_activation"]}
+    ]
+    rows += [
         {
             "variant": one.name if OF[one.name] == BASE else f"{one.name} (against {OF[one.name]})",
             "seeds": one.seeds,
             "loss": one.loss,
             "sink ratio": one.sink_ratio,
-            "against base": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
-            "paper: sink": one.sink.paper or "",
+            "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
+            "paper": one.sink.paper or "",
             "base's at this loss": "" if math.isnan(one.sink_at_loss) else f"{one.sink_at_loss:.2f}",
             "largest activation": one.max_activation,
-            "times base": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
-            "paper: spike": one.spike.paper or "",
-            "over the median, times base": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.relative.interval)),
+            "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
+            "paper's": one.spike.paper or "",
+            "factor over the median": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.relative.interval)),
         }
         for one in found
     ]
-    return pd.DataFrame(rows).set_index("variant")
+    frame = pd.DataFrame(rows).set_index("variant")
+    return frame[[name for name in rows[-1] if name != "variant"]].fillna("")
 
 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
     """TR1 to TR6: for each variant that the paper reports, does the change go the paper's way here?
 
-    A change counts where its interval over seeds leaves no doubt (see `Change`). Control: each of the base's own seeds
-    in a variant's place, put beside the others with the interval that a variant of one seed has, by what the seeds of
-    other variants differ in; a "change" there is a false alarm.
+    A change counts where its interval over seeds leaves no doubt (see `Change`). Where none goes another way, and the
+    rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Control: each
+    of the base's own seeds in a variant's place, put beside the others with the interval that a variant of one seed
+    has, by what the seeds of other variants differ in; a "change" there is a false alarm.
 
     Args:
         records: of the text tier, by which the verdict is given.
@@ -258,13 +267,18 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
     }
+    if not outcomes[DIFFERS] and 2 * len(outcomes[AGREES]) < len(said):
+        measured["reason"] = (
+            f"{len(outcomes[UNDECIDED])} of {len(said)} changes cannot be told from chance by as many seeds; of the "
+            f"others {len(outcomes[AGREES])} go the paper's way and none another"
+        )
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
     return Evidence(measured, _among_the_base(records))
 
 
 def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[float]]:
-    """The base's own seeds as if each were a variant; none is judged where no other variant has several seeds."""
+    """The base's own seeds as if each were a variant; they are not judged where no other variant has several seeds."""
     rows = by_name(records)[BASE]
     base = {measure: _values(rows, measure) for measure in ("sink", "spike")}
     alarms = [
@@ -273,12 +287,10 @@ def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[f
         for i, value in enumerate(of)
         if len(of) > 1 and pooled(records, measure, without=BASE)[1]
     ]
-    return {
-        "base_sink_ratios": base["sink"].tolist(),
-        "base_max_activations": np.exp(base["spike"]).tolist(),
-        "changes_among_base_seeds": sum(map(bool, alarms)),
-        "of": len(alarms),
-    }
+    found = {"base_sink_ratios": base["sink"].tolist(), "base_max_activations": np.exp(base["spike"]).tolist()}
+    if alarms:
+        found |= {"changes_among_base_seeds": sum(map(bool, alarms)), "of": len(alarms)}
+    return found
 
 
 def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
@@ -378,24 +390,25 @@ def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
 
 
 def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
-    """X-TR8: which comes first, the size of position 0 or the attention that it gets?
+    """X-TR8: which comes first, that position 0 is a multiple of the rest, or the attention that it gets?
 
-    Over all runs that end with sinks: after how many tokens each has come half of its way. Beside it, the same of
-    position 0 over the largest entry elsewhere. Control: the largest entry elsewhere.
+    Over all runs that end with sinks: after how many tokens each has come half of its way; what is called a spike is
+    position 0's largest entry over the largest elsewhere. Beside it, the same of that entry's size alone, which is no
+    mark of a spike while the whole stream grows. Control: the largest entry elsewhere.
     """
     rows = [record for record in records if record.final["sink_ratio"] >= SOME_SINKS]
     if len(rows) < LEAST_VARIANTS:
         return NotApplicable(f"fewer than {LEAST_VARIANTS} runs end with sinks; make ablations TIER=text trains them")
     sink = np.array([half_way(record, "attention") for record in rows])
-    spike, elsewhere = (np.array([half_way(record, m) for record in rows]) for m in ("max_first", "max_elsewhere"))
-    relative = np.array([half_way(record, "max_first", "max_elsewhere") for record in rows])
+    size, elsewhere = (np.array([half_way(record, m) for record in rows]) for m in ("max_first", "max_elsewhere"))
+    spike = np.array([half_way(record, "max_first", "max_elsewhere") for record in rows])
     return Evidence(
         {
             "share_spike_first": float((spike < sink).mean()),
-            "share_relative_first": float((relative < sink).mean()),
+            "share_size_first": float((size < sink).mean()),
             "runs": len(rows),
             "tokens_spike": float(np.median(spike)),
-            "tokens_relative": float(np.median(relative)),
+            "tokens_size": float(np.median(size)),
             "tokens_sink": float(np.median(sink)),
         },
         {
@@ -414,6 +427,12 @@ def half_way(record: Record, measure: str, over: str | None = None) -> int:
     return int(record.curve["step"][int(there.argmax())] * record.config.batch)
 
 
+def settled(curves: pd.DataFrame, measure: str) -> pd.Series:
+    """A measure over the second half of the steps, by name and seed: a mean, for what swings from look to look."""
+    late = curves[2 * curves["step"] >= curves["step"].max()]
+    return late.groupby(["name", "seed"], sort=False)[measure].mean()
+
+
 def first_token(records: Sequence[Record]) -> pd.DataFrame | NotApplicable:
     """Whether a sink is of the first place or of BOS: of the base with BOS, with another token there, and without BOS.
 
@@ -423,18 +442,19 @@ def first_token(records: Sequence[Record]) -> pd.DataFrame | NotApplicable:
     named = by_name(records)
     if BASE not in named:
         return NotApplicable(NO_RECORDS)
+    names = {"sink_ratio": "sink ratio", "attention": "attention", "max_first": "position 0's largest entry"}
     rows = {"base": [record.final for record in named[BASE]]}
     rows["base, another token in BOS's place"] = [record.final["other_first"] for record in named[BASE]]
     if WITHOUT_BOS in named:
         rows["trained without BOS"] = [record.final for record in named[WITHOUT_BOS]]
     table = {}
     for name, ends in rows.items():
-        row = {what: float(np.mean([end[what] for end in ends])) for what in ("sink_ratio", "attention", "max_first")}
+        row = {shown: float(np.mean([end[what] for end in ends])) for what, shown in names.items()}
         if "sinks" in ends[0]:
             by_layer = np.mean([end["sinks"] for end in ends], axis=(0, 2))
-            row["in_first_layer"] = float(by_layer[0] / by_layer.sum()) if by_layer.sum() else math.nan
+            row["of the sinks, in the first layer"] = f"{by_layer[0] / by_layer.sum():.0%}" if by_layer.sum() else ""
         table[name] = row
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("model")
+    return pd.DataFrame.from_dict(table, orient="index").fillna("").rename_axis("model")
 
 
 def dormant(records: Sequence[Record]) -> Evidence | NotApplicable:
@@ -453,9 +473,35 @@ def dormant(records: Sequence[Record]) -> Evidence | NotApplicable:
     )
 
 
-def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> pd.DataFrame:
+def apart(follows: Evidence | NotApplicable) -> str:
+    """Whether X-TR7's two correlations can be told from one another by as many variants, in words."""
+    if isinstance(follows, NotApplicable):
+        return ""
+    (low, high), (least, most) = (follows.measured[f"spearman_{what}_interval"] for what in ("sink", "spike"))
+    overlap = max(low, least) <= min(high, most)
+    return "their intervals overlap, so that so few variants leave it open" if overlap else "their intervals are apart"
+
+
+def waiting(records: Sequence[Record], family: str) -> pd.DataFrame | NotApplicable:
+    """Of Bigram-Backcopy, what the head that waits most gives position 0: the base and a family, a number a seed."""
+    rows = [
+        {
+            "variant": name,
+            "nothing to copy": ", ".join(f"{record.final['attention_other']:.0%}" for record in of),
+            "triggers": ", ".join(f"{record.final['attention_trigger']:.0%}" for record in of),
+            "loss on copied tokens": ", ".join(f"{record.final['copy_loss']:.3f}" for record in of),
+        }
+        for name, of in by_name(of_family(records, family)).items()
+    ]
+    return pd.DataFrame(rows).set_index("variant") if rows else NotApplicable(NO_RECORDS)
+
+
+def curves(runs: Mapping[str, Iterable[Run]]) -> pd.DataFrame:
     """The curves of runs that were just made, by name, as one tidy table."""
-    return pd.concat([pd.DataFrame(curve).assign(name=name) for name, curve in runs.items()], ignore_index=True)
+    frames = [
+        pd.DataFrame(run.curve).assign(name=name, seed=run.config.seed) for name, of in runs.items() for run in of
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def emergence(records: Sequence[Record]) -> pd.DataFrame:

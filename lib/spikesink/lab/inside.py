@@ -7,12 +7,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from spikesink import amplifier, claims, collapse, lifecycle, sinks
+from spikesink.across import SHORT
 from spikesink.claims import RULES, Evidence, NotApplicable, brief
 from spikesink.lab.model import Decoder
 from spikesink.trace import trace_windows
 from spikesink.weights import weights_of
 
 THRESHOLD = 20.0  # medians that a spike exceeds here; of a model this small and young none reaches the usual 100
+MOST_TOKENS = 0.05  # that can be spike tokens: LC7's own limit
 
 
 def chain(
@@ -27,14 +29,15 @@ def chain(
         seed: of what serves as controls.
 
     Returns:
-        Evidence by claim id, in the order of the chain.
+        Evidence by claim id, in the order of the chain. Where so many tokens pass the threshold that passing it marks
+        no spike, LC7 alone says so, and the others do not apply.
     """
     weights = weights_of(model)
     life = lifecycle.find_lifecycle(trace_windows(model, tokens, seed, threshold))
     reading, census = amplifier.read(model, weights, tokens, life), amplifier.census(weights)
     found = collapse.collapse(model, tokens, life, seed)
     seen = sinks.look(model, tokens, life, found, seed=seed)
-    return {
+    chain = {
         "LC1": lifecycle.step_up(life),
         "LC3": lifecycle.step_down(life),
         "LC4": lifecycle.few_channels(life),
@@ -51,6 +54,28 @@ def chain(
         "SK5": sinks.over_depth(seen, life),
         "SK7": sinks.small_values(seen, life),
     }
+    if (reason := _no_mark(chain["LC7"], threshold)) is not None:
+        return {claim_id: said if claim_id == "LC7" else NotApplicable(reason) for claim_id, said in chain.items()}
+    return chain
+
+
+def _no_mark(few: Evidence | NotApplicable, threshold: float) -> str | None:
+    """Why a threshold marks no spike, of LC7; None where it does."""
+    if isinstance(few, NotApplicable):
+        return few.reason
+    share = few.measured["spike_token_share"]
+    return (
+        f"{share:.0%} of all tokens pass {threshold:g} medians, so it marks no spike" if share > MOST_TOKENS else None
+    )
+
+
+def with_verdict(chain: Mapping[str, Evidence | NotApplicable], wanted: str) -> list[str]:
+    """The claims of a chain that a verdict is given to, in a few words each."""
+    given = {
+        claim_id: "n/a" if isinstance(evidence, NotApplicable) else claims.verdict(claim_id, evidence.measured)
+        for claim_id, evidence in chain.items()
+    }
+    return [f"{SHORT[claim_id]} ({claim_id})" for claim_id, verdict in given.items() if verdict == wanted]
 
 
 def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.DataFrame:

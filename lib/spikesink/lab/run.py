@@ -19,14 +19,15 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from spikesink import texts
 from spikesink.claims import LAB
-from spikesink.lab.config import Config, ConfigError
-from spikesink.lab.data import CHARACTERS, SOURCE, Task, open_task
-from spikesink.lab.families import BASES, Planned, planned
+from spikesink.lab.arguments import parser
+from spikesink.lab.config import SOURCE, Config, ConfigError
+from spikesink.lab.data import Task, open_task
+from spikesink.lab.families import Planned, planned
 from spikesink.lab.records import Record, file_of, keep, keep_text, read
 from spikesink.lab.train import (
     CHECKPOINT,
-    KEPT_EVERY,
     Machine,
     Run,
     TrainingError,
@@ -36,25 +37,34 @@ from spikesink.lab.train import (
 )
 from spikesink.texts import TextError
 
+DEVICES = ("cpu", "cuda")
 POLLED = 0.5  # seconds between looks at what the processes tell
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted."""
-    args = _parser().parse_args(arguments)
+    return run(parser().parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is missing of what the arguments ask for; returns what `main` does."""
     folder, build = args.figures / LAB, args.build / LAB
-    wanted = [plan for plan in planned(args.tier) if args.only in plan.name or args.only in plan.label]
+    plans = list(planned(args.tier))
+    wanted = [plan for plan in plans if args.only in plan.name or args.only in plan.label]
     if not wanted:
-        print(f"no run of the {args.tier} tier has {args.only!r} in its name; give a part of one.", file=sys.stderr)
+        names = ", ".join(dict.fromkeys(plan.name for plan in plans))
+        print(f"no run of the {args.tier} tier has {args.only!r} in its name; there are: {names}.", file=sys.stderr)
         return 2
     missing = [plan for plan in wanted if not _is_there(plan, folder)]
-    if not missing:
-        which = f"with {args.only!r} in their name" if args.only else f"of the {args.tier} tier"
-        print(f"All runs {which} are there, in {folder / args.tier}.")
-        return 0
     try:
         machine = _machine(args)
+        if args.text not in (SOURCE, "house", "pydoc") and not args.text.startswith("datasets:"):
+            texts.read(args.text)  # whether there is such a file
+        if not missing:
+            which = f"with {args.only!r} in their name" if args.only else f"of the {args.tier} tier"
+            print(f"All runs {which} are there, in {folder / args.tier}.")
+            return 0
         # A text is tokenized once, before several processes ask for it.
         keep_text(_task(missing[0], args), folder / args.tier)
     except (ConfigError, TextError) as error:
@@ -77,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _machine(args: argparse.Namespace) -> Machine:
     """What the runs are computed with, of what is asked for."""
+    if args.device not in DEVICES or (args.device == "cuda" and not torch.cuda.is_available()):
+        there = "" if args.device not in DEVICES else ", for there is no GPU that torch can use"
+        raise ConfigError(f"the lab cannot train on {args.device!r}{there}; give --device {' or '.join(DEVICES)}.")
     compiled = not args.eager and (args.device != "cpu" or can_compile())
     narrow = multiplies_bfloat16(args.device)
     if compiled and args.device == "cpu" and args.precision == "bfloat16" and not narrow:
@@ -201,23 +214,3 @@ def _in_process(plan: Planned, args: argparse.Namespace, machine: Machine) -> st
         f"{plan.label}: loss {final['held_out_loss']:.3f}, sink ratio {final['sink_ratio']:.2f}, largest activation "
         f"{final['max_activation']:.0f} ({final['max_first']:.0f} at position 0); {speed:,.0f} tokens a second"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m spikesink.lab", description=__doc__)
-    parser.add_argument("--tier", choices=tuple(BASES), default="task", help="which runs (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name")
-    parser.add_argument("--text", default=SOURCE, help="what the text tiers train on (default: %(default)s)")
-    parser.add_argument(
-        "--characters", type=int, default=CHARACTERS, help="of that text, the most (default: %(default)s)"
-    )
-    parser.add_argument("--figures", type=Path, default=Path("figures"), help="records go to FIGURES/lab")
-    parser.add_argument("--build", type=Path, default=Path("build"), help="checkpoints go to BUILD/lab")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--precision", choices=("bfloat16", "float32"), help="of products (default: float32; on a GPU bfloat16)"
-    )
-    parser.add_argument("--checkpoint-every", type=float, default=KEPT_EVERY, metavar="SECONDS")
-    parser.add_argument("--eager", action="store_true", help="do not compile (a compiler is needed for that)")
-    return parser

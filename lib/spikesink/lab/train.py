@@ -12,7 +12,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from spikesink.claims import write_atomically
-from spikesink.lab.config import Config
+from spikesink.lab.config import KEPT_EVERY, Config
 from spikesink.lab.data import Backcopy, Task, batch, held_out
 from spikesink.lab.measures import WINDOWS, known, typical
 from spikesink.lab.model import Decoder
 from spikesink.patching.outcome import evaluate
+from spikesink.progress import progress
 
 LOOKS = 30  # times in a run
-KEPT_EVERY = 60.0  # seconds between checkpoints
 LEAST = 0.1  # what a cosine schedule ends at, of the learning rate
 LONGEST_STEP = 1.0  # norm that gradients are clipped to
 CHECKPOINT = "checkpoint.pt"
@@ -134,6 +134,12 @@ def train(
         if done:
             return run
         step(run, task, mean_loss, machine)
+
+
+def each_seed(config: Config, task: Task, seeds: int, machine: Machine = Machine(compiled=False)) -> list[Run]:
+    """Train a configuration several times, from its own seed on, under a bar: for models of seconds."""
+    numbers = range(config.seed, config.seed + seeds)
+    return [train(replace(config, seed=seed), task, machine=machine) for seed in progress(numbers, "training", "run")]
 
 
 def multiplies_bfloat16(device: str) -> bool:

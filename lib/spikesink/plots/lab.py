@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from scipy.optimize import linear_sum_assignment
 
@@ -21,6 +20,7 @@ from spikesink.lab.findings import (
     FAMILY,
     LEAST_VARIANTS,
     NO_RECORDS,
+    OF,
     UNDECIDED,
     Compared,
     at_the_end,
@@ -28,6 +28,7 @@ from spikesink.lab.findings import (
     follow_loss,
     means_of,
     of_family,
+    settled,
 )
 from spikesink.lab.records import Record
 from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
@@ -43,6 +44,8 @@ FAMILY_COLOURS = dict(
 FAMILY_MARKERS = dict(zip(FAMILY_COLOURS, "osD^vP", strict=True))
 
 
+OUTCOME_COLOURS = {AGREES: OTHERS[0], DIFFERS: SPIKE, UNDECIDED: ORDINARY, None: ORDINARY}
+
 Point = tuple[str, float, float, str]  # name, x, y, colour
 
 
@@ -55,11 +58,12 @@ def family(records: Sequence[Record], name: str) -> Figure:
         ends = [at_the_end(record) for record in rows]
         here += [(variant, end["max_activation"], 100 * end["sink_ratio"], _colour(variant)) for end in ends]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
+        theirs_is = paper.TRAINED_AS.get(variant, variant)
         if isinstance(sink, float) and spike is not None:
-            there.append((variant, spike, 100 * sink, SPIKE))
+            there.append((theirs_is, spike, 100 * sink, SPIKE))
         elif sink is not None:
             said = f"{sink:.0%}" if isinstance(sink, float) else sink
-            only_sink.append(f"{variant}: {said}")
+            only_sink.append(f"{theirs_is}: {said}")
     for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
         for variant, x, y, colour in points:
             ax.plot(x, y, marker="s" if variant == BASE else "o", color=colour, lw=0, ms=7, mec="white")
@@ -104,8 +108,9 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
     # The point whose activation is the middle one's: a mean could lie where there is none.
     middles = [sorted(of, key=lambda point: point[1])[len(of) // 2] for of in named.values()]
     middles.sort(key=lambda middle: middle[2])
-    low, high = ax.get_ylim()
-    heights = [(y - low) / (high - low) for *_, y, _ in middles]
+    ax.autoscale_view()  # what is drawn so far sets the limits that places are read off
+    ends = (ax.transData - ax.transAxes).transform([(x, y) for _, x, y, _ in middles])
+    heights = ends[:, 1].tolist()
     step = min(0.065 * fontsize / 8.5 * 4.4 / ax.figure.get_figheight(), 1 / max(1, len(middles)))
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + step)
@@ -114,7 +119,6 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
         heights[i] = min(heights[i], heights[i + 1] - step)
     right = side == "right"
     column = 1.02 if right else -0.1
-    ends = (ax.transData - ax.transAxes).transform([(x, y) for _, x, y, _ in middles])
     # Lines of the least length together do not cross.
     _, order = linear_sum_assignment(np.hypot(ends[:, :1] - column, ends[:, 1:] - heights))
     for (name, x, y, colour), place in zip(middles, order, strict=True):
@@ -142,15 +146,18 @@ def changes(found: Sequence[Compared]) -> Figure:
         ax.axvline(0, color="black", lw=0.8)
         for row, one in zip(rows, found, strict=True):
             change = getattr(one, measure)
-            colour = {AGREES: OTHERS[0], DIFFERS: SPIKE, UNDECIDED: ORDINARY, None: ORDINARY}[change.outcome]
-            ax.plot([change.low, change.high], [row, row], color=colour, lw=2, solid_capstyle="butt")
+            colour = OUTCOME_COLOURS[change.outcome]
+            width = 2 if change.outcome else 0.8  # where the paper says nothing, there is nothing to judge
+            ax.plot([change.low, change.high], [row, row], color=colour, lw=width, solid_capstyle="butt")
             ax.plot(change.value, row, marker="o", color=colour, mfc=colour if one.seeds > 1 else "white", ms=6)
-            mark = {"up": "▸", "down": "◂", "stays": "=", None: ""}[change.paper]
-            ax.annotate(mark, (1.0, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=11)
+            mark = {"up": "+", "down": "\N{MINUS SIGN}", "stays": "=", None: ""}[change.paper]
+            ax.annotate(mark, (1.02, row), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=11)
+        ax.annotate("paper", (1.02, 1.005), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
         ax.grid(axis="x", lw=0.4)
-    axes[0].set_yticks(rows, [one.name for one in found], fontsize=9)
+    names = [one.name if OF[one.name] == BASE else f"{one.name} (of {OF[one.name]})" for one in found]
+    axes[0].set_yticks(rows, names, fontsize=9)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("change of the sink ratio")
+    axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
     axes[1].set_xlabel("largest activation, times the base's")
     ticks = [
         t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes[1].get_xlim()[0] < math.log(t) < axes[1].get_xlim()[1]
@@ -174,15 +181,17 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
         return absent(NO_RECORDS)
     fig, ax = figure(size=(12, 6.4))
     spike, sink = base
+    ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     ax.axvline(spike, color="black", lw=0.6, ls=":")
     ax.axhline(100 * sink, color="black", lw=0.6, ls=":")
     points = [(one.name, one.max_activation, 100 * one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
     for name, colour in FAMILY_COLOURS.items():
         mine = [point for point in points if FAMILY[point[0]] == name]
         x, y = ([point[i] for point in mine] for i in (1, 2))
-        ax.plot(x, y, color=colour, marker=FAMILY_MARKERS[name], lw=0, ms=7, label=name, mec="white")
+        ax.plot(x, y, color=colour, marker=FAMILY_MARKERS[name], lw=0, ms=8, mfc="none", mew=1.6, label=name)
     ax.plot(spike, 100 * sink, marker="*", color="black", ms=15, lw=0, mec="white")
     _plane(ax)
+    ax.set_ylim(bottom=-0.4)
     corners = {
         (0.01, 0.99): "more sink, less spike",
         (0.99, 0.99): "more of both",
@@ -196,9 +205,9 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     points.sort(key=lambda point: point[1])
     ax.set_ylabel("")
     ax.text(0, 1.01, "sink ratio (%)", transform=ax.transAxes, ha="right")  # clear of the lines on the left
-    _leaders(ax, points[: len(points) // 2], "left", 8)
-    _leaders(ax, points[len(points) // 2 :], "right", 8)
-    ax.legend(fontsize=8.5, loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.08))
+    _leaders(ax, points[: len(points) // 2], "left", 9)
+    _leaders(ax, points[len(points) // 2 :], "right", 9)
+    ax.legend(fontsize=9, loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.08))
     return fig
 
 
@@ -238,58 +247,58 @@ def following_loss(records: Sequence[Record], name: str = "optimization") -> Fig
     means = [means_of(name, of) for name, of in by_name(rows).items()]
     fig, axes = figure(1, 2, size=(11, 4.2))
     found = follow_loss(rows) if len(means) >= LEAST_VARIANTS else None
-    loss = [mean["loss"] for mean in means]
-    for ax, values, colour, label, measure in (
-        (axes[0], [100 * mean["sink_ratio"] for mean in means], SINK, "sink ratio (%)", "sink"),
-        (axes[1], [mean["max_activation"] for mean in means], SPIKE, "largest activation", "spike"),
+    axes[1].set_yscale("log")
+    for ax, name, times, colour, label, measure in (
+        (axes[0], "sink_ratio", 100, SINK, "sink ratio (%)", "sink"),
+        (axes[1], "max_activation", 1, SPIKE, "largest activation", "spike"),
     ):
-        ax.plot(loss, values, marker="o", lw=0, color=colour, ms=6, mec="white")
-        for x, y, mean in zip(loss, values, means, strict=True):
-            ax.annotate(mean["name"], (x, y), (5, 4), textcoords="offset points", fontsize=7.5, color=ORDINARY)
-        ax.set(xlabel="loss on held-out text (nats)", ylabel=label)
+        points = [(mean["name"], mean["loss"], times * mean[name], ORDINARY) for mean in means]
+        ax.plot(*zip(*[point[1:3] for point in points], strict=True), marker="o", lw=0, color=colour, ms=6, mec="white")
+        ax.set(xlabel="loss on held-out text (nats)\n(in brackets: 95% of resamples of the variants)", ylabel=label)
+        _leaders(ax, points)
         if found is not None:
             low, high = getattr(found, f"{measure}_interval")
             rho = getattr(found, measure)
             ax.set_title(f"Rank correlation with the loss: {rho:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
-    axes[1].set_yscale("log")
     _written_out(axes[1], "y")
     return fig
 
 
 @styled
 def dormant(curves: pd.DataFrame) -> Figure:
-    """09: Bigram-Backcopy, live: copying is learned, and the queries that have nothing to copy learn where to look."""
-    fig, axes = figure(1, 2, size=(11, 4))
-    for name, run in curves.groupby("name", sort=False):
-        style = "-" if name == curves["name"].iloc[0] else "--"
-        axes[0].plot(run["step"], run["copy_loss"], color="black", ls=style, lw=1.5)
-        axes[1].plot(run["step"], 100 * run["attention_other"], color=SINK, ls=style, lw=1.8)
-        axes[1].plot(run["step"], 100 * run["attention_trigger"], color=ORDINARY, ls=style, lw=1.5)
-        last = run.iloc[-1]
-        at = last["step"], 100 * last["attention_other"]
-        axes[1].annotate(f" {name}", at, color=SINK, fontsize=9, va="center")
-    lines = {"-": curves["name"].iloc[0], "--": curves["name"].iloc[-1]}
-    handles = [Line2D([], [], color="black", ls=style, label=name) for style, name in lines.items()]
-    axes[0].legend(handles=handles, fontsize=9)
-    for colour, text, height in ((SINK, "queries with nothing to copy", 0.97), (ORDINARY, "triggers", 0.9)):
-        axes[1].text(0.02, height, text, color=colour, transform=axes[1].transAxes, va="top")
-    for ax, label in zip(axes, ("loss on copied tokens (nats)", "attention to position 0 (%)"), strict=True):
-        ax.set(xlabel="step", ylabel=label)
-        ax.set_ylim(bottom=0, top=1.15 * ax.get_ylim()[1])
-    axes[1].margins(x=0.12)
-    held = curves.groupby("name", sort=False).last()["attention_other"]
-    above(
-        fig,
-        "; ".join(
-            f"{name}: {brief(float(100 * share))}% of the attention waits at position 0" for name, share in held.items()
-        ),
-    )
+    """09: Bigram-Backcopy, live: copying is learned, and queries that have nothing to copy learn where to look.
+
+    A panel for the loss and one for each name; a line a seed, and above it how much of the attention of queries with
+    nothing to copy stays at position 0 over the second half of the steps.
+    """
+    names = list(curves["name"].unique())
+    fig, (learned, *panels) = figure(1, 1 + len(names), size=(3.9 * (1 + len(names)), 3.6))
+    held = settled(curves, "attention_other")
+    for ax, name in zip(panels, names, strict=True):
+        ax.sharey(panels[0])
+        style = "-" if name == names[0] else "--"
+        for seed, run in curves[curves["name"] == name].groupby("seed"):
+            label = name if seed == curves["seed"].min() else None
+            learned.plot(run["step"], run["copy_loss"], color="black", ls=style, lw=1.2, label=label)
+            ax.plot(run["step"], 100 * run["attention_other"], color=SINK, lw=1.8)
+            ax.plot(run["step"], 100 * run["attention_trigger"], color=ORDINARY, lw=1.2)
+        each = f" ({', '.join(f'{share:.0%}' for share in held[name])})" if len(held[name]) > 1 else ""
+        ax.set_title(f"{name}: {held[name].mean():.0%} waits{each}", fontsize=11)
+        ax.set(xlabel="step", ylabel="attention to position 0 (%)", ylim=(0, 118))
+        for colour, text, height in ((SINK, "queries with nothing to copy", 0.98), (ORDINARY, "triggers", 0.91)):
+            ax.text(0.02, height, text, color=colour, transform=ax.transAxes, va="top", fontsize=9)
+    learned.set(xlabel="step", ylabel="loss on copied tokens (nats)")
+    learned.set_ylim(bottom=0)
+    learned.legend(fontsize=9)
     return fig
 
 
 @styled
 def growing(profiles: Mapping[str, Profile]) -> Figure:
-    """09: how large each token of one window is, block by block, in models of our own; position 0 on top."""
+    """09: how large each token of one window is, block by block, in models of our own; position 0 on top.
+
+    Above each, where position 0 is largest beside the middle one of the other tokens at the same block.
+    """
     fig, axes = figure(1, len(profiles), size=(5.2 * len(profiles), 3.8), squeeze=False)
     for ax, (name, profile) in zip(axes[0], profiles.items(), strict=True):
         points = range(len(profile.median))
@@ -304,6 +313,7 @@ def growing(profiles: Mapping[str, Profile]) -> Figure:
                 text, (points[-1], values[-1]), (-2, below), textcoords="offset points", ha="right", color=colour
             )
         ax.set(yscale="log", xlabel="block", ylabel="largest entry of the stream")
-        ax.set_title(f"{name}: {brief(float((profile.magnitude[:, 0] / profile.median).max()))} medians", fontsize=11)
+        apart = float((profile.magnitude[:, 0] / profile.magnitude[:, 1:].median(1).values).max())
+        ax.set_title(f"{name}: position 0 up to {brief(apart)} times another token", fontsize=11)
         thousands(ax)
     return fig

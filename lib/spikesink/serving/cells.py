@@ -7,8 +7,9 @@ costs there, beside the same cell without it, says whose failure it is (`diagnos
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -83,6 +84,10 @@ class Crossed:
     def interval(self, technique: str, cell: str = AS_IT_IS) -> tuple[float, float]:
         """An interval of the cost, as `Outcome.times` makes it."""
         return self.with_it[technique][cell].times(self._own(cell))
+
+    def nats(self, technique: str, cell: str = AS_IT_IS) -> Float[np.ndarray, " window"]:
+        """The same in nats, of each window."""
+        return (self.with_it[technique][cell].loss - self._own(cell).loss).mean(1).double().numpy()
 
     def _own(self, cell: str) -> Outcome:
         return self.plain[AS_IT_IS if cell == SPARED else cell]

@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from scipy.stats import t as student
 
 from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
@@ -26,9 +29,10 @@ UNSURE = "not to be told from none"  # the interval reaches 1
 OUTLIERS = "activation outliers"
 ROUTING = "attention routing"
 MISMATCH = "neither remedy helps"
+OPEN = "cause left open"  # a remedy helps on these windows, and may not on others
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
-UNKNOWN = "no remedy tried"
+UNKNOWN = "not taken apart"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Diagnosis:
     held: float | None = None  # times, where the sink is held; None: not tried
     without_spike: float | None = None  # times, where it is held as well and the spike is gone
     spared: float | None = None  # times, where the technique leaves the sink's key and value out
+    spike_interval: tuple[float, float] | None = None  # 95%, of the share that is left without the spike
+    sink_interval: tuple[float, float] | None = None  # and of that with the sink spared or held
 
     @property
     def left_without_spike(self) -> float | None:
@@ -68,14 +74,19 @@ class Diagnosis:
             return FINE
         if not self.interval[0] > 1:  # nor where there is none, of one window
             return UNSURE
-        tried = {OUTLIERS: self.left_without_spike, ROUTING: self.left_with_sink}
-        tried = {kind: share for kind, share in tried.items() if share is not None}
+        tried = {
+            OUTLIERS: (self.left_without_spike, self.spike_interval),
+            ROUTING: (self.left_with_sink, self.sink_interval),
+        }
+        tried = {kind: of for kind, of in tried.items() if of[0] is not None}
         if not tried:
             return UNKNOWN
+        # Some of the cost goes beyond doubt: less than all of it is left at the upper end, too.
+        sure = {kind: share for kind, (share, interval) in tried.items() if interval is None or interval[1] < 1}
         for most, word in ((GONE, ""), (PART, "in part ")):
-            if kinds := [kind for kind, share in tried.items() if share <= most]:
+            if kinds := [kind for kind, share in sure.items() if share <= most]:
                 return word + (" and " if word else " or ").join(kinds)
-        return MISMATCH
+        return OPEN if any(share <= PART for share, _ in tried.values()) else MISMATCH
 
 
 @where_applicable
@@ -83,14 +94,41 @@ def diagnose(crossed: Crossed | NotApplicable) -> dict[str, Diagnosis] | NotAppl
     """A diagnosis of each technique."""
     found = {}
     for name, row in crossed.with_it.items():
-        under = (crossed.cost(name, cell) if cell in row else None for cell in (HELD, NO_SPIKE, SPARED))
-        found[name] = Diagnosis(crossed.cost(name), crossed.interval(name), *under)
+        under = [crossed.cost(name, cell) if cell in row else None for cell in (HELD, NO_SPIKE, SPARED)]
+        nats = {cell: crossed.nats(name, cell) for cell in row}
+        without = nats[AS_IT_IS] - nats[HELD] + nats[NO_SPIKE] if {HELD, NO_SPIKE} <= set(row) else None
+        kept = nats.get(SPARED, nats.get(HELD))
+        shares = [None if left is None else share_interval(left, nats[AS_IT_IS]) for left in (without, kept)]
+        found[name] = Diagnosis(crossed.cost(name), crossed.interval(name), *under, *shares)
     return found
+
+
+def share_interval(
+    part: Float[np.ndarray, " window"], whole: Float[np.ndarray, " window"], level: float = 0.95
+) -> tuple[float, float] | None:
+    """Fieller's interval for the mean of a part over the mean of the whole, paired by window.
+
+    None where the whole cannot be told from nothing, or there is one window alone: any share would do then.
+    """
+    n = len(whole)
+    if n < 2:
+        return None
+    spread = np.cov(part, whole) * student.ppf((1 + level) / 2, n - 1) ** 2 / n
+    least = whole.mean() ** 2 - spread[1, 1]
+    if least <= 0:
+        return None
+    middle = part.mean() * whole.mean() - spread[0, 1]
+    root = math.sqrt(max(0.0, middle**2 - least * (part.mean() ** 2 - spread[0, 0])))
+    return (middle - root) / least, (middle + root) / least
 
 
 @where_applicable
 def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | NotApplicable:
-    """Diagnoses as a table: perplexity, times that without the technique, and the share left under each remedy."""
+    """Diagnoses as a table: perplexity, times that without the technique, and the share left under each remedy.
+
+    A share is of the cost in nats, with its interval; below 0% the remedy does more good than the technique harm, above
+    100% it does harm of its own.
+    """
     rows = []
     for name, one in found.items():
         low, high = one.interval
@@ -99,16 +137,18 @@ def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | 
                 "technique": name,
                 "perplexity, times": f"{one.cost:.2f}",
                 "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left without the spike": _share(one, one.left_without_spike),
-                "left with the sink kept or held": _share(one, one.left_with_sink),
+                "left without the spike": _share(one, one.left_without_spike, one.spike_interval),
+                "left with the sink kept or held": _share(one, one.left_with_sink, one.sink_interval),
                 "diagnosis": one.verdict,
             }
         )
     return pd.DataFrame(rows).set_index("technique")
 
 
-def _share(one: Diagnosis, left: float | None) -> str:
-    return "–" if one.verdict in (FINE, UNSURE) or left is None else f"{max(0, left):.0%}"
+def _share(one: Diagnosis, left: float | None, interval: tuple[float, float] | None) -> str:
+    if one.verdict in (FINE, UNSURE) or left is None:
+        return "–"
+    return f"{left:.0%}" + (f" ({interval[0]:.0%} to {interval[1]:.0%})" if interval else "")
 
 
 @where_applicable
