@@ -104,7 +104,8 @@ def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ("out", "is a file, and no folder"),
+        ("out", "is a file; give a folder"),
+        ("below", "cannot be written"),
         ("empty", "is empty"),
         ("binary", "is not UTF-8 text"),
         ("model", "no-such-model"),
@@ -115,7 +116,8 @@ def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     given = {"out": tmp_path / "out", "text": text, "model": random_directory}
     given |= {
-        "out": {"out": tmp_path / "file" / "out"},
+        "out": {"out": tmp_path / "file"},
+        "below": {"out": tmp_path / "file" / "out"},
         "empty": {"text": tmp_path / "file"},
         "binary": {"text": tmp_path / "binary"},
         "model": {"model": tmp_path / "no-such-model"},

@@ -230,10 +230,9 @@ def check_writable(folder: Path, keep: bool = True) -> None:
     If it is not to be kept, what was made is gone again afterwards.
     """
     made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
-    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if folder.is_file():
+        raise NotebookError(f"{folder} is a file; give a folder for what is written.")
     try:
-        if file is not None:
-            raise NotebookError(f"{file} is a file, and no folder can be made of it; give another.")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
