@@ -163,7 +163,27 @@ def test_what_fails_is_said_first_with_what_helps(made):
         "Of what was tried nothing surely costs more than 2% of perplexity."
     ]
     torn = {"it": {"cost": 2.0, "verdict": "in part activation outliers and attention routing"}}
-    assert len(report.in_short({"cache": report.Section("cache", "", torn)})) == 2, "it stands under both"
+    lines = report.in_short({"cache": report.Section("cache", "", torn)})
+    assert [line.split(",")[0] for line in lines] == ["Activation outliers", "Attention routing"], (
+        "it stands under both"
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("cause left open", "Cause left open: it (3.50 times)."),
+        ("not taken apart", "Costs something, not taken apart: it (3.50 times)."),
+        ("attention routing", "Attention routing, all or in part: it (3.50 times). "),
+    ],
+)
+def test_what_costs_is_never_left_out_of_the_short(verdict, said):
+    fact = {"it": {"cost": 3.5, "verdict": verdict}}
+    (line,) = report.in_short({"cache": report.Section("cache", "", fact)})
+    assert line.startswith(said)
+    unsure = {"it": {"cost": 1.5, "verdict": "not to be told from none"}}
+    (line,) = report.in_short({"cache": report.Section("cache", "", unsure)})
+    assert line.startswith("Of what was tried nothing surely costs")
 
 
 def test_a_spike_of_many_blocks_is_said_to_be_one(family_directory, text, monkeypatch):

@@ -327,7 +327,10 @@ def in_short(done: Mapping[str, Section]) -> list[str]:
         mine = [f"{name} ({fact['cost']:.2f} times)" for name, fact in judged.items() if kind in fact["verdict"]]
         if mine:
             lines.append(f"{kind[0].upper()}{kind[1:]}, all or in part: {'; '.join(mine)}. {help_}")
-    if judged and len(lines) < 2:
+    for kind, what in ((diagnosis.OPEN, "Cause left open"), (diagnosis.UNKNOWN, "Costs something, not taken apart")):
+        if mine := [f"{name} ({fact['cost']:.2f} times)" for name, fact in judged.items() if fact["verdict"] == kind]:
+            lines.append(f"{what}: {'; '.join(mine)}.")
+    if judged and all(fact["verdict"] in (diagnosis.FINE, diagnosis.UNSURE) for fact in judged.values()):
         lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
     return lines
 
