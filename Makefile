@@ -30,7 +30,7 @@ figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (th
 test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -c "import spikesink; spikesink.open_weights('smollm2-135m')"  # dequantized once, before a notebook shows it
+	@$(BIN)/python -c "from spikesink.models import prepare; prepare()"  # a notebook that converted the model would show bars
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 venv: $(READY)  ## only install what all of this needs, in .venv

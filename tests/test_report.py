@@ -156,8 +156,8 @@ def test_what_fails_is_said_first_with_what_helps(made):
     _, page, said = made
     first = page.index("the last ones (")
     assert first < page.index("<h2>The spike</h2>")
-    assert report.HELPS["attention routing"].replace("'", "&#x27;") in page
-    assert report.HELPS["attention routing"] in " ".join(said.split())
+    assert report.HELPS["attention routing"][1].replace("'", "&#x27;") in page
+    assert report.HELPS["attention routing"][1] in " ".join(said.split())
     fine = {"it": {"cost": 1.0, "verdict": "no failure"}}
     assert report.in_short({"cache": report.Section("cache", "", fine)}) == [
         "Of what was tried nothing surely costs more than 2% of perplexity."

@@ -5,9 +5,7 @@ Help, and what is wrong with an argument, need not wait for torch: what stands o
 
 import argparse
 import sys
-import time
 from collections.abc import Iterable, Sequence
-from itertools import count
 from pathlib import Path
 
 from rich import box
@@ -16,7 +14,7 @@ from rich.table import Table
 
 import spikesink as ss
 from spikesink.claims import NotApplicable, brief
-from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, at_least, check_writable
+from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, a_folder, at_least, check_writable
 from spikesink.specs import ENTRIES, slug
 
 TEXT_HELP = "house (default: spikesink's own prose), pydoc (Python's documentation), a file in UTF-8, or datasets:NAME"
@@ -52,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("model", help=MODEL)
     one.add_argument("--text", default="house", help=TEXT_HELP)
-    one.add_argument("--out", type=_folder, help="folder for the report (default: reports/<model>)")
+    one.add_argument("--out", type=a_folder, help="folder for the report (default: reports/<model>)")
     one.add_argument("--long", action="store_true", help="also run one text as far as the context and some minutes go")
     one.add_argument("--n-prompts", type=at_least(2), default=16, help="windows to measure (default: %(default)s)")
     one.add_argument("--seq-len", type=at_least(16), default=256, help="tokens in a window (default: %(default)s)")
@@ -81,29 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _folder(given: str) -> Path:
-    if not given.strip():
-        raise argparse.ArgumentTypeError("an empty name is no folder")
-    return Path(given)
-
-
 def diagnose(chosen: argparse.Namespace, console: Console) -> None:
     """Measure a model, and say each section as it is finished."""
     from spikesink import report
 
     out = chosen.out or Path("reports") / slug(chosen.model)
     check_writable(out, keep=False)
-    stages = len(report.STAGES) - (not chosen.long)
+    done = {}
     with console.status(f"loading {chosen.model}") as status:
         model = ss.load(chosen.model, chosen.device, chosen.dtype)
         tokens = ss.windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
-        done, numbers, started = {}, count(1), time.monotonic()
-
-        def begun(title: str) -> None:
-            minutes, seconds = divmod(round(time.monotonic() - started), 60)
-            status.update(f"{next(numbers)} of {stages}: {title} (begun after {minutes}:{seconds:02})")
-
-        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, begun):
+        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, status.update):
             done[section.key] = section
             console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
             console.print(section.prose, markup=False)

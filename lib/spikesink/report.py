@@ -39,11 +39,22 @@ TITLES = {
     "cache": "A KV cache that forgets",
     "long": "Long contexts",
 }
-# What helps, by the kind of failure; the words are those of a diagnosis.
+# How a kind of failure is said in short, and what helps; the keys are the words of a diagnosis.
 HELPS = {
-    diagnosis.OUTLIERS: "Give the quantizer a step for each token or channel, or keep the spike's channels out of it.",
-    diagnosis.ROUTING: "Keep the first token's key and value: in the cache, and in full precision.",
-    diagnosis.MISMATCH: "Finer steps, or a larger budget; what the model was not trained for, it cannot do.",
+    diagnosis.OUTLIERS: (
+        "Activation outliers, all or in part",
+        "Give the quantizer a step for each token or channel, or keep the spike's channels out of it.",
+    ),
+    diagnosis.ROUTING: (
+        "Attention routing, all or in part",
+        "Keep the first token's key and value: in the cache, and in full precision.",
+    ),
+    diagnosis.MISMATCH: (
+        "Neither remedy helps, all or in part",
+        "Finer steps, or a larger budget; what the model was not trained for, it cannot do.",
+    ),
+    diagnosis.OPEN: ("Cause left open", ""),
+    diagnosis.UNKNOWN: ("Costs something, not taken apart", ""),
 }
 WORDS = {
     "Spike": "an entry of the residual stream hundreds or thousands of times larger than the median one; on a few "
@@ -79,6 +90,7 @@ class Section:
     table: pd.DataFrame | None = None
     picture: Figure | None = field(default=None, repr=False)
     narrow: tuple[str, ...] = ()  # those of the table's columns that a terminal has room for; by default all
+    short: str = ""  # what of the prose comes first in the report
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ def diagnose(
         out: a folder.
         with_long: whether to run a text as long as the context, which takes minutes.
         seed: of what is drawn.
-        begun: is told the title of each section before it is measured.
+        begun: is told before each section is measured which it is, and after what time.
 
     Raises:
         OSError: the folder cannot be written.
@@ -139,8 +151,9 @@ def diagnose(
         "windows": f"{len(tokens)} of {tokens.shape[1]} tokens",
     }
     untold = [f"{site} in fewer bits: this model does not show it" for site in quantize.not_rounded(model)]
-    for key, stage in stages.items():
-        begun(TITLES[key])
+    for number, (key, stage) in enumerate(stages.items(), 1):
+        minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+        begun(f"{number} of {len(stages)}: {TITLES[key]} (begun after {minutes}:{seconds:02})")
         done[key] = stage(of)
         left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done] + untold + [*NOT_TESTED]
         seconds = {"seconds": round(time.perf_counter() - started)}
@@ -171,7 +184,8 @@ def _spike(of: Subject) -> Section:
     share = up.measured["share_written"] if isinstance(up, Evidence) else 1.0
     channels, tokens = lifecycle.few_channels(life), lifecycle.few_tokens(life, of.model.tokenizer.decode)
     if life.main is None:
-        return Section("spike", f"No spike: {life.reason}.", {"reason": life.reason})
+        none = f"No spike: {life.reason}."
+        return Section("spike", none, {"reason": life.reason}, short=none)
     prose = [
         _said(
             "Channel {channels} reaches {plateau_value}. Block(s) {step_up_blocks} write {share_written:.0%} of it"
@@ -193,7 +207,7 @@ def _spike(of: Subject) -> Section:
         ),
     ]
     facts = {"LC1": _facts(up), "LC3": _facts(down), "LC4": _facts(channels), "LC7": _facts(tokens)}
-    return Section("spike", " ".join(prose), facts, picture=plots.magnitudes(life))
+    return Section("spike", " ".join(prose), facts, picture=plots.magnitudes(life), short=prose[0])
 
 
 def _sink(of: Subject) -> Section:
@@ -319,17 +333,14 @@ def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left:
 
 def in_short(done: Mapping[str, Section]) -> list[str]:
     """What a model's owner should know first: what fails of which cause, and what helps."""
-    lines = [". ".join(done["spike"].prose.split(". ")[:2]).rstrip(".") + "."] if "spike" in done else []
+    lines = [section.short for section in done.values() if section.short]
     judged = {}
     for section in done.values():
         judged |= {name: fact for name, fact in section.facts.items() if isinstance(fact, dict) and "verdict" in fact}
-    for kind, help_ in HELPS.items():
+    for kind, (what, help_) in HELPS.items():
         mine = [f"{name} ({fact['cost']:.2f} times)" for name, fact in judged.items() if kind in fact["verdict"]]
         if mine:
-            lines.append(f"{kind[0].upper()}{kind[1:]}, all or in part: {'; '.join(mine)}. {help_}")
-    for kind, what in ((diagnosis.OPEN, "Cause left open"), (diagnosis.UNKNOWN, "Costs something, not taken apart")):
-        if mine := [f"{name} ({fact['cost']:.2f} times)" for name, fact in judged.items() if fact["verdict"] == kind]:
-            lines.append(f"{what}: {'; '.join(mine)}.")
+            lines.append(f"{what}: {'; '.join(mine)}. {help_}".rstrip())
     if judged and all(fact["verdict"] in (diagnosis.FINE, diagnosis.UNSURE) for fact in judged.values()):
         lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
     return lines

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=at_least(2), default=256, help="tokens in a window")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
-    parser.add_argument("--figures", type=Path, default=Path("figures"))
-    parser.add_argument("--build", type=Path, default=Path("build"))
+    parser.add_argument("--figures", type=a_folder, default=Path("figures"))
+    parser.add_argument("--build", type=a_folder, default=Path("build"))
     parser.add_argument("--store", action="store_true", help="run with the notebooks' own parameters, keep the outputs")
     chosen = parser.parse_args(arguments)
     notebooks = sorted(chosen.notebooks.glob("[0-9][0-9]_*.ipynb"))
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["TQDM_DISABLE"] = "1"  # progress bars have no place in a notebook that is stored
     console = Console(highlight=False, soft_wrap=True)
     if chosen.store:
+        from spikesink.models import prepare
+
+        prepare()  # here, for the notebook that converted the model would keep the bars of it
         for notebook in notebooks:
             with console.status(notebook.stem):
                 store(notebook)
@@ -268,6 +271,13 @@ def model_names(given: str) -> list[str]:
     if not models:
         raise argparse.ArgumentTypeError(f"{given!r} names no model")
     return models
+
+
+def a_folder(given: str) -> Path:
+    """The folder that an argument names, or an error of it: an empty name would be the folder one stands in."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("an empty name is no folder")
+    return Path(given)
 
 
 def at_least(least: int):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spikesink.lab.config import CHARACTERS, KEPT_EVERY, SOURCE
 from spikesink.lab.families import BASES
-from spikesink.reproduce import Parser, at_least
+from spikesink.reproduce import Parser, a_folder, at_least
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--characters", type=at_least(1), default=CHARACTERS, help="of that text, the most (default: %(default)s)"
     )
-    made.add_argument("--figures", type=Path, default=Path("figures"), help="records go to FIGURES/lab")
-    made.add_argument("--build", type=Path, default=Path("build"), help="checkpoints go to BUILD/lab")
+    made.add_argument("--figures", type=a_folder, default=Path("figures"), help="records go to FIGURES/lab")
+    made.add_argument("--build", type=a_folder, default=Path("build"), help="checkpoints go to BUILD/lab")
     made.add_argument(
         "--jobs", type=at_least(1), default=os.cpu_count() or 1, help="runs at once (default: %(default)s)"
     )

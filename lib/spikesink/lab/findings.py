@@ -216,8 +216,13 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
         return NotApplicable(NO_RECORDS)
     means = means_of(BASE, base)
     rows = [
-        {"variant": BASE, "seeds": means["seeds"], "loss": means["loss"], "sink ratio": means["sink_ratio"]}
-        | {"largest activation": means["max_activation"]}
+        {
+            "variant": BASE,
+            "seeds": means["seeds"],
+            "loss": means["loss"],
+            "sink ratio": means["sink_ratio"],
+            "largest activation": means["max_activation"],
+        }
     ]
     rows += [
         {
@@ -235,8 +240,7 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
         }
         for one in found
     ]
-    frame = pd.DataFrame(rows).set_index("variant")
-    return frame[[name for name in rows[-1] if name != "variant"]].fillna("")
+    return pd.DataFrame(rows, columns=list(rows[-1])).set_index("variant").fillna("")
 
 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:

@@ -71,11 +71,11 @@ def _no_mark(few: Evidence | NotApplicable, threshold: float) -> str | None:
 
 def with_verdict(chain: Mapping[str, Evidence | NotApplicable], wanted: str) -> list[str]:
     """The claims of a chain that a verdict is given to, in a few words each."""
-    given = {
-        claim_id: "n/a" if isinstance(evidence, NotApplicable) else claims.verdict(claim_id, evidence.measured)
-        for claim_id, evidence in chain.items()
-    }
-    return [f"{SHORT[claim_id]} ({claim_id})" for claim_id, verdict in given.items() if verdict == wanted]
+    return [
+        f"{SHORT[claim_id]} ({claim_id})"
+        for claim_id, said in chain.items()
+        if claims.judge(claim_id, said, "").verdict == wanted
+    ]
 
 
 def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.DataFrame:

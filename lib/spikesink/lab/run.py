@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     missing = [plan for plan in wanted if not _is_there(plan, folder)]
     try:
         machine = _machine(args)
-        if args.text not in (SOURCE, "house", "pydoc") and not args.text.startswith("datasets:"):
-            texts.read(args.text)  # whether there is such a file
         if not missing:
+            if wanted[0].config.task == "text" and args.text != SOURCE and not args.text.startswith("datasets:"):
+                texts.read(args.text)  # what is wrong with it is said though it is not needed
             which = f"with {args.only!r} in their name" if args.only else f"of the {args.tier} tier"
             print(f"All runs {which} are there, in {folder / args.tier}.")
             return 0

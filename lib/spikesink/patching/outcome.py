@@ -96,11 +96,8 @@ class Outcome:
             raise ValueError(f"there is no measure {what!r}; give one of {', '.join(measures)}.")
         return bootstrapped(*measures[what], level, seed)
 
-    def times(self, other: "Outcome") -> tuple[float, float]:
-        """Student's 95% interval over windows of how many times another outcome's perplexity this one's is.
-
-        Paired: both are of the same windows, so that what these differ in among themselves does not widen it. Windows
-        are few, and of few a bootstrap's interval is too narrow. Not numbers where there is only one window.
+    def more(self, other: "Outcome") -> Float[np.ndarray, " window"]:
+        """By how much more loss than another outcome each window has, in nats.
 
         Raises:
             ValueError: the other is of other windows.
@@ -110,7 +107,18 @@ class Outcome:
                 f"outcomes of {list(self.loss.shape)} and {list(other.loss.shape)} predictions cannot be paired; "
                 "evaluate both on the same windows."
             )
-        more = (self.loss - other.loss).mean(1).double().numpy()
+        return (self.loss - other.loss).mean(1).double().numpy()
+
+    def times(self, other: "Outcome") -> tuple[float, float]:
+        """Student's 95% interval over windows of how many times another outcome's perplexity this one's is.
+
+        Paired: both are of the same windows, so that what these differ in among themselves does not widen it. Windows
+        are few, and of few a bootstrap's interval is too narrow. Not numbers where there is only one window.
+
+        Raises:
+            ValueError: the other is of other windows.
+        """
+        more = self.more(other)
         if len(more) < 2:
             return math.nan, math.nan
         half = student.ppf(0.975, len(more) - 1) * more.std(ddof=1) / math.sqrt(len(more))

@@ -275,7 +275,6 @@ def dormant(curves: pd.DataFrame) -> Figure:
     fig, (learned, *panels) = figure(1, 1 + len(names), size=(3.9 * (1 + len(names)), 3.6))
     held = settled(curves, "attention_other")
     for ax, name in zip(panels, names, strict=True):
-        ax.sharey(panels[0])
         style = "-" if name == names[0] else "--"
         for seed, run in curves[curves["name"] == name].groupby("seed"):
             label = name if seed == curves["seed"].min() else None

@@ -87,7 +87,7 @@ class Crossed:
 
     def nats(self, technique: str, cell: str = AS_IT_IS) -> Float[np.ndarray, " window"]:
         """The same in nats, of each window."""
-        return (self.with_it[technique][cell].loss - self._own(cell).loss).mean(1).double().numpy()
+        return self.with_it[technique][cell].more(self._own(cell))
 
     def _own(self, cell: str) -> Outcome:
         return self.plain[AS_IT_IS if cell == SPARED else cell]
