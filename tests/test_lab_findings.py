@@ -255,6 +255,8 @@ def test_half_way_is_where_half_of_the_way_to_the_last_value_is_first_reached():
     assert findings.half_way(rows[0], "held_out_loss") == 10 * batch, "what falls, too"
     curve = rows[0].curve | {"max_first": [1.0, 1.0, 8.0, 9.0], "max_elsewhere": [1.0, 1.0, 8.0, 3.0]}
     assert findings.half_way(replace(rows[0], curve=curve), "max_first", "max_elsewhere") == 40 * batch
+    dip = rows[0].curve | {"max_first": [1.2, 0.5, 1.5, 1.9], "max_elsewhere": [1.0] * 4}
+    assert findings.half_way(replace(rows[0], curve=dip), "max_first", "max_elsewhere") == 40 * batch, "down is not up"
     late = [replace(r, curve=r.curve | {"attention": [0.1, 0.2, 0.2, 0.2]}) for r in rows]
     assert findings.spike_first(late).measured["share_size_first"] == 0
     assert isinstance(findings.spike_first([record(BASE, i, 0.05, 1.0) for i in range(9)]), NotApplicable)

@@ -423,11 +423,15 @@ def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
 
 
 def half_way(record: Record, measure: str, over: str | None = None) -> int:
-    """The tokens at which a measure of a run (over another one) has first come half of the way to what it ends with."""
+    """The tokens at which a measure of a run (over another one) has first come half of the way to what it ends with.
+
+    The way leads from the first value to the last; what goes the other way at first has not come nearer.
+    """
     values = np.array(record.curve[measure])
     if over is not None:
         values = values / np.array(record.curve[over])
-    there = np.abs(values - values[0]) >= abs(values[-1] - values[0]) / 2
+    way = values[-1] - values[0]
+    there = np.sign(way) * (values - values[0]) >= abs(way) / 2
     return int(record.curve["step"][int(there.argmax())] * record.config.batch)
 
 
