@@ -189,11 +189,11 @@ def test_what_costs_is_never_left_out_of_the_short(verdict, said):
 def test_a_spike_of_many_blocks_is_said_to_be_one(family_directory, text, monkeypatch):
     model = spikesink.load(family_directory("llama"))
     of = report.Subject(model, text, spikesink.windows(model, text, 2, 64), 0)
-    assert "come from blocks that write little each" not in report._spike(of).prose
+    assert "come from other blocks" not in report._spike(of).prose
     up = lifecycle.step_up(of.life)
     few = replace(up, measured={**up.measured, "share_written": 0.43})
     monkeypatch.setattr(lifecycle, "step_up", lambda life: few)
-    assert "write 43% of it, the other 57% come from blocks that write little each." in report._spike(of).prose
+    assert "write 43% of it, the other 57% come from other blocks." in report._spike(of).prose
 
 
 def test_gains_that_a_norm_follows_are_said_to_be_without_it(family_directory, gemma_directory, capsys):

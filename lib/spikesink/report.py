@@ -189,7 +189,7 @@ def _spike(of: Subject) -> Section:
     prose = [
         _said(
             "Channel {channels} reaches {plateau_value}. Block(s) {step_up_blocks} write {share_written:.0%} of it"
-            + ("." if share >= FEW_BLOCKS else ", the other {rest:.0%} come from blocks that write little each."),
+            + ("." if share >= FEW_BLOCKS else ", the other {rest:.0%} come from other blocks."),
             up,
             rest=1 - share,
         ),

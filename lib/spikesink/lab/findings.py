@@ -84,6 +84,11 @@ class Compared:
     spike: Change
     relative: Change  # of the largest activation over the median
 
+    @property
+    def title(self) -> str:
+        """The name, with what it is compared with where that is not the base."""
+        return self.name if OF[self.name] == BASE else f"{self.name} (against {OF[self.name]})"
+
 
 def _band(measure: str) -> float:
     return STAYS_SINK if measure == "sink" else STAYS_SPIKE
@@ -226,7 +231,7 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
     ]
     rows += [
         {
-            "variant": one.name if OF[one.name] == BASE else f"{one.name} (against {OF[one.name]})",
+            "variant": one.title,
             "seeds": one.seeds,
             "loss": one.loss,
             "sink ratio": one.sink_ratio,
@@ -487,7 +492,9 @@ def apart(follows: Evidence | NotApplicable) -> str:
         return ""
     (low, high), (least, most) = (follows.measured[f"spearman_{what}_interval"] for what in ("sink", "spike"))
     overlap = max(low, least) <= min(high, most)
-    return "their intervals overlap, so that so few variants leave it open" if overlap else "their intervals are apart"
+    if overlap:
+        return "their intervals overlap, so that so few variants do not tell them apart; the rule asks for the values"
+    return "their intervals are apart"
 
 
 def waiting(records: Sequence[Record], family: str) -> pd.DataFrame | NotApplicable:

@@ -20,7 +20,6 @@ from spikesink.lab.findings import (
     FAMILY,
     LEAST_VARIANTS,
     NO_RECORDS,
-    OF,
     UNDECIDED,
     Compared,
     at_the_end,
@@ -154,8 +153,7 @@ def changes(found: Sequence[Compared]) -> Figure:
             ax.annotate(mark, (1.02, row), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=11)
         ax.annotate("paper", (1.02, 1.005), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
         ax.grid(axis="x", lw=0.4)
-    names = [one.name if OF[one.name] == BASE else f"{one.name} (of {OF[one.name]})" for one in found]
-    axes[0].set_yticks(rows, names, fontsize=9)
+    axes[0].set_yticks(rows, [one.title for one in found], fontsize=9)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
     axes[1].set_xlabel("largest activation, times the base's")
@@ -313,6 +311,6 @@ def growing(profiles: Mapping[str, Profile]) -> Figure:
             )
         ax.set(yscale="log", xlabel="block", ylabel="largest entry of the stream")
         apart = float((profile.magnitude[:, 0] / profile.magnitude[:, 1:].median(1).values).max())
-        ax.set_title(f"{name}: position 0 up to {brief(apart)} times another token", fontsize=11)
+        ax.set_title(f"{name}: position 0 up to {brief(apart)} times the middle one", fontsize=11)
         thousands(ax)
     return fig
