@@ -631,6 +631,17 @@ def test_what_cannot_be_trained_on_is_one_sentence_even_if_nothing_is_missing(
     assert capsys.readouterr().err.startswith(says)
 
 
+@pytest.mark.parametrize("where", ["--figures", "--build"])
+def test_where_nothing_can_be_written_nothing_is_trained(where, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "_side_by_side", lambda *_: pytest.fail("it trains"))
+    (tmp_path / "file").write_text("")
+    places = {"--figures": tmp_path / "figures", "--build": tmp_path / "build"} | {where: tmp_path / "file"}
+    assert run.main([part for option, place in places.items() for part in (option, str(place))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"the folder {tmp_path / 'file' / 'lab'} cannot be written")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -326,3 +326,15 @@ def test_figures_are_the_same_files_when_drawn_again(tmp_path):
     for kind in ("png", "svg"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
     shutil.rmtree(tmp_path)
+
+
+def test_to_look_whether_a_folder_can_be_written_leaves_what_was_there(tmp_path):
+    reproduce.check_writable(tmp_path / "new" / "deep", keep=False)
+    assert not any(tmp_path.iterdir()), "what was made is gone"
+    there = tmp_path / "there"
+    there.mkdir()
+    reproduce.check_writable(there, keep=False)
+    assert there.is_dir()
+    assert not any(there.iterdir())
+    reproduce.check_writable(tmp_path / "kept" / "deep")
+    assert (tmp_path / "kept" / "deep").is_dir()

@@ -31,6 +31,7 @@ from spikesink.serving.cells import (
 )
 from spikesink.serving.diagnosis import (
     FINE,
+    IN_PART,
     MISMATCH,
     OPEN,
     OUTLIERS,
@@ -38,6 +39,7 @@ from spikesink.serving.diagnosis import (
     UNKNOWN,
     UNSURE,
     Diagnosis,
+    Share,
     diagnose,
     diagnoses,
     sets_the_scale,
@@ -263,14 +265,16 @@ NEARLY = (2.5, 2.6, 2.5, 2.6)  # losses, of 2 without it
         ((2.0, 2.0), 2.0, 2.1, None, FINE),  # of no cost at all there is no share
         ((2.0, 2.6), 2.6, 2.3, None, UNSURE),  # on one window it costs nothing: the interval reaches 1
         ((2.5,), 2.5, 2.1, None, UNSURE),  # one window has none
-        (NEARLY, 2.55, 2.1, None, OUTLIERS),
-        (NEARLY, 2.1, 2.1, None, ROUTING),  # it goes with the sink held; that the spike goes too adds nothing
-        (NEARLY, 2.5, 2.5, 2.1, ROUTING),
-        (NEARLY, 2.55, 2.1, 2.1, f"{OUTLIERS} or {ROUTING}"),
-        (NEARLY, 2.55, 2.3, None, f"in part {OUTLIERS}"),
-        (NEARLY, 2.4, 2.2, None, f"in part {OUTLIERS} and {ROUTING}"),
+        (NEARLY, 2.55, 2.0, None, OUTLIERS),
+        (NEARLY, 2.05, 2.05, None, ROUTING),  # it goes with the sink held; that the spike goes too adds nothing
+        (NEARLY, 2.5, 2.5, 2.05, ROUTING),
+        (NEARLY, 2.55, 2.0, 2.05, f"{OUTLIERS} or {ROUTING}"),
+        (NEARLY, 2.55, 2.1, None, f"at least in part {OUTLIERS}"),  # 18% is left, and perhaps 30%
+        (NEARLY, 2.3, 2.1, None, f"at least in part {OUTLIERS} and {ROUTING}"),
         (NEARLY, 2.55, 2.54, 2.6, MISMATCH),
-        (NEARLY, None, None, 2.1, ROUTING),
+        (NEARLY, 2.9, 2.52, None, OPEN),  # to hold the sink does harm, which the spike's removal undoes: whose is it?
+        (NEARLY, 2.9, 2.05, None, OUTLIERS),  # without the spike there is hardly a cost, whosever that harm
+        (NEARLY, None, None, 2.05, ROUTING),
         (NEARLY, None, None, None, UNKNOWN),
     ],
 )
@@ -305,23 +309,51 @@ def test_shares_are_told_with_their_intervals():
     row = {AS_IT_IS: outcome(2.9, 3.0, 3.1), HELD: outcome(2.8, 2.9, 3.2), NO_SPIKE: outcome(2.1, 2.3, 2.5)}
     found = diagnose(Crossed(plain, {"it": row, "kept": row | {SPARED: outcome(2.2, 2.1, 2.0)}}))
     cost, held, without = (np.array(of) for of in ((0.9, 1.0, 1.1), (0.8, 0.9, 1.2), (0.1, 0.3, 0.5)))
-    assert found["it"].spike_interval == pytest.approx(share_interval(cost - held + without, cost), rel=1e-4)
-    assert found["it"].sink_interval == pytest.approx(share_interval(held, cost), rel=1e-4)
-    assert found["kept"].sink_interval == pytest.approx(share_interval(np.array([0.2, 0.1, 0.0]), cost), rel=1e-4)
-    low, high = found["it"].sink_interval
+    assert found["it"].without_spike.value == pytest.approx(1 - (2.9 - 0.9) / 3.0, rel=1e-4)
+    assert found["it"].without_spike.interval == pytest.approx(share_interval(cost - held + without, cost), rel=1e-4)
+    assert found["it"].with_sink.interval == pytest.approx(share_interval(held, cost), rel=1e-4)
+    spared = share_interval(np.array([0.2, 0.1, 0.0]), cost)
+    assert found["kept"].with_sink.interval == pytest.approx(spared, rel=1e-4)
+    low, high = found["it"].with_sink.interval
     assert diagnoses(found).loc["it", "left with the sink kept or held"] == f"97% ({low:.0%} to {high:.0%})"
-    assert Diagnosis(2.0, (1.5, 2.5)).spike_interval is None
 
 
 @pytest.mark.parametrize(
-    ("interval", "verdict"), [(None, ROUTING), ((0.05, 0.99), ROUTING), ((0.05, 1.2), OPEN), ((1.1, 1.3), OPEN)]
+    ("interval", "verdict"),
+    [
+        (None, OPEN),
+        ((0.05, 0.2), ROUTING),
+        ((0.05, 0.8), f"{IN_PART}{ROUTING}"),
+        ((0.05, 0.99), OPEN),
+        ((0.75, 1.3), OPEN),
+        ((0.85, 1.3), OPEN),  # of the spike nothing is known
+    ],
 )
-def test_a_remedy_that_may_not_help_leaves_the_cause_open(interval, verdict):
-    found = Diagnosis(2.0, (1.5, 2.5), held=2**0.1, sink_interval=interval)
-    assert found.verdict == verdict
-    both = Diagnosis(2.0, (1.5, 2.5), held=2.0, without_spike=1.0, spike_interval=(-0.1, 0.1), sink_interval=(0.5, 1.5))
-    assert both.verdict == OUTLIERS, "what one remedy leaves open the other need not"
-    assert Diagnosis(2.0, (1.5, 2.5), held=2.0, sink_interval=(0.9, 1.1)).verdict == MISMATCH
+def test_nothing_is_said_that_does_not_hold_at_both_ends_of_an_interval(interval, verdict):
+    told, cost = Share(0.1, interval), (2.0, (1.5, 2.5))
+    assert Diagnosis(*cost, with_sink=told).verdict == verdict
+    enough = f"{OUTLIERS} or {ROUTING}" if verdict == ROUTING else OUTLIERS
+    assert Diagnosis(*cost, without_spike=Share(0.0, (-0.1, 0.1)), with_sink=told).verdict == enough
+    useless = Diagnosis(*cost, without_spike=Share(1.0, (0.9, 1.1)), with_sink=told).verdict
+    assert useless == (MISMATCH if interval == (0.85, 1.3) else verdict)
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((0.99, 1.02), FINE), ((0.99, 1.03), UNSURE), ((1.01, 1.5), UNSURE), ((1.03, 1.5), UNKNOWN)],
+)
+def test_a_cost_is_told_from_none_by_its_whole_interval(interval, verdict):
+    assert Diagnosis(sum(interval) / 2, interval).verdict == verdict
+
+
+def test_whose_harm_it_is_that_holding_the_sink_does_stays_open():
+    plain = dict.fromkeys((AS_IT_IS, HELD, NO_SPIKE), outcome(2.0, 2.0, 2.0))
+    row = {AS_IT_IS: outcome(2.9, 3.0, 3.1), HELD: outcome(3.8, 3.9, 4.2), NO_SPIKE: outcome(2.8, 2.7, 3.0)}
+    cost, held, without = (np.array(of) for of in ((0.9, 1.0, 1.1), (1.8, 1.9, 2.2), (0.8, 0.7, 1.0)))
+    found = diagnose(Crossed(plain, {"it": row}))["it"].without_spike
+    assert found.value == pytest.approx(2.5 / 3.0, rel=1e-4)
+    assert found.interval[0] == pytest.approx(share_interval(cost - held + without, cost)[0], rel=1e-4)
+    assert found.interval[1] == pytest.approx(share_interval(without, cost)[1], rel=1e-4)
 
 
 @torch.inference_mode()

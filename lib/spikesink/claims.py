@@ -596,7 +596,7 @@ RULES |= {
         "The sink ratio follows how well training went more than the size of the spike does.",
         f"of our own; {PAPER}, trained families: optimization",
         "over the optimization variants the rank correlation of sink ratio and loss <= -0.5, and stronger than the "
-        "spike's",
+        "spike's; where the variants, resampled, leave either open, it is not judged",
         lambda m: m["spearman_sink"] <= -0.5 and abs(m["spearman_sink"]) > abs(m["spearman_spike"]),
         "spearman_sink",
         beside="spearman_spike",
@@ -608,7 +608,8 @@ RULES |= {
         "In training the spike comes before the sink.",
         "of our own; arXiv:2410.10781 on when sinks emerge",
         "in nine of ten runs that end with sinks, position 0's largest entry, as a multiple of the largest elsewhere, "
-        "has come half of its way after fewer tokens than the attention to it",
+        "has come half of its way after fewer tokens than the attention to it (control: the largest elsewhere, as a "
+        "multiple of the median)",
         lambda m: m["share_spike_first"] >= 0.9,
         "share_spike_first",
         controls=({"share_spike_first": "share_elsewhere_first"},),

@@ -183,6 +183,9 @@ class _Brief:
             return ", ".join(format(_Brief(value), spec) for value in self.value) or "none"
         return format(self.value, spec) if spec and not isinstance(self.value, str) else _short(self.value)
 
+    def __getitem__(self, key: int | str) -> "_Brief":
+        return self if isinstance(self.value, str) else _Brief(self.value[key])
+
 
 class _Values(dict):
     """Values for a template; one that could not be measured reads "(not measurable here)"."""

@@ -50,7 +50,7 @@ HELPS = {
         "Keep the first token's key and value: in the cache, and in full precision.",
     ),
     diagnosis.MISMATCH: (
-        "Neither remedy helps, all or in part",
+        "Neither remedy helps",
         "Finer steps, or a larger budget; what the model was not trained for, it cannot do.",
     ),
     diagnosis.OPEN: ("Cause left open", ""),
@@ -66,8 +66,11 @@ WORDS = {
     "Left with the sink kept or held": "the share that stays when the first token's key and value are spared by the "
     "technique, or put in their place. Above 100% the remedy does harm of its own.",
     "Diagnosis": f"{diagnosis.OUTLIERS}, where at most {diagnosis.GONE:.0%} is left without the spike; "
-    f"{diagnosis.ROUTING}, where as little is left with the sink; in part, up to {diagnosis.PART:.0%}; "
-    f"{diagnosis.OPEN}, where that interval reaches 100%. Below 2% of cost nothing is diagnosed.",
+    f"{diagnosis.ROUTING}, where as little is left with the sink; at least in part, where at most {diagnosis.PART:.0%} "
+    f"is left; {diagnosis.MISMATCH}, where more is left with both; each at both ends of the share's interval, else "
+    f"{diagnosis.OPEN}. A cost of which the interval reaches 2% is {diagnosis.UNSURE}.",
+    "The last ones, with the first, with heavy hitters": "the tokens that a cache keeps for a query: its budget's last "
+    "ones alone; the first (or first 2, 4, 8) among them; half of them those that have got the most attention so far.",
     "A step a tensor, a token, a channel": "over what a quantizer shares one step: the larger the largest entry, the "
     "coarser the step.",
 }
@@ -279,15 +282,18 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
         name: {
             "cost": one.cost,
             "interval": list(one.interval) if one.interval[0] == one.interval[0] else None,
-            "left_without_spike": one.left_without_spike,
-            "left_without_spike_interval": one.spike_interval,
-            "left_with_sink": one.left_with_sink,
-            "left_with_sink_interval": one.sink_interval,
+            **_left("without_spike", one.without_spike),
+            **_left("with_sink", one.with_sink),
             "verdict": one.verdict,
         }
         for name, one in found.items()
     }
     return Section(key, prose, facts, diagnosis.diagnoses(found), picture, ("perplexity, times", "diagnosis"))
+
+
+def _left(name: str, share: diagnosis.Share | None) -> dict[str, Any]:
+    value, interval = (None, None) if share is None else (share.value, share.interval)
+    return {f"left_{name}": value, f"left_{name}_interval": interval}
 
 
 def _long(of: Subject) -> Section:
@@ -322,7 +328,7 @@ def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(name)}: spike and sink</title><style>{STYLE}</style></head><body><main>
 <h1>{html.escape(name)}: spike and sink</h1>
-<div class="wide"><table>{facts}</table></div>
+<table class="about">{facts}</table>
 <section><h2>In short</h2><ul>{short}</ul></section>
 {"".join(parts)}
 <section><h2>What the words mean</h2><dl>{words}</dl><p>{EXPLAINED}</p></section>
@@ -352,6 +358,10 @@ main { max-width: 62rem; margin: 0 auto; padding: 1rem }
 img { width: 100%; min-width: 40rem; height: auto }
 dt { font-weight: 600 }
 .wide { overflow-x: auto }
+.about td { overflow-wrap: anywhere }
+@media (max-width: 45rem) {
+  .wide::before { content: "wider than this screen: scroll sideways"; position: sticky; left: 0; font-size: .8rem }
+}
 table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
 """

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from spikesink import paper
-from spikesink.claims import Evidence, NotApplicable, evidence
+from spikesink.claims import Evidence, NotApplicable
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
 from spikesink.lab.records import Record
 from spikesink.lab.train import Run
@@ -20,9 +20,21 @@ NO_RECORDS = "there are no records of these variants yet; make ablations trains 
 STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
+STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
 LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
 AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
+SHOWN = {  # in a family's table, by what it is called there
+    "seeds": "seeds",
+    "loss": "loss",
+    "sink ratio": "sink_ratio",
+    "attention": "attention",
+    "largest activation": "max_activation",
+    "medians": "over_median",
+    "times elsewhere": "over_elsewhere",
+}
+COLUMNS = ["variant", "seeds", "loss", "sink ratio", "change", "paper", "base's at this loss", "attention"]
+COLUMNS += ["largest activation", "factor", "paper's", "medians", "times elsewhere"]
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 FAMILY = {variant.name: variant.family for variant in VARIANTS}
 OF = {variant.name: variant.of for variant in VARIANTS}
@@ -54,13 +66,14 @@ class Change:
 
         Where the paper's value moves, the interval must exclude none; where it stays, the interval must lie within the
         band. It differs where it leaves no doubt of something else: the other way, no change, or one where none is due.
-        Where there are hardly any sinks to begin with, it is undecided whether they would go.
+        Where there are hardly any sinks to begin with, it is undecided whether they would go or stay: what the paper
+        says is said of a model that has some.
         """
         if self.paper is None:
             return None
         band = _band(self.measure)
         stays = -band <= self.low and self.high <= band
-        if self.paper == "down" and not self.room:
+        if not self.room and self.paper != "up":
             return UNDECIDED
         if self.paper == "stays":
             return AGREES if stays else DIFFERS if self.low > band or self.high < -band else UNDECIDED
@@ -78,7 +91,9 @@ class Compared:
     attention: float  # mean sink score of position 0, which no epsilon cuts
     max_activation: float
     over_median: float  # the largest activation over the stream's median, which does not change with the stream's size
+    over_elsewhere: float  # position 0's largest entry over the largest elsewhere; below 1: not its own
     seeds: int
+    late: bool  # whether loss and sinks are of late queries alone, and so to be set beside its own base only
     sink_at_loss: float  # sink ratio that the base had when its loss was this one's; not a number if it never was
     sink: Change
     spike: Change
@@ -139,14 +154,20 @@ def margin(records: Sequence[Record], measure: str, ours: int, others: int, with
     return float(stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / ours + 1 / others))
 
 
-def change(records: Sequence[Record], name: str, measure: str) -> Change:
+def change(records: Sequence[Record], name: str, measure: str, of: str | None = None) -> Change:
     """A variant's change against what it is a variant of, with an interval from the spread that all variants share.
 
     One standard deviation is estimated from all variants with several seeds; a variant with one seed has the wider
     interval that its one value deserves.
+
+    Args:
+        records: of a tier.
+        name: the variant's.
+        measure: "sink", "spike" or "relative".
+        of: what it is set beside, if not what it is a variant of.
     """
     named = by_name(records)
-    rows, beside = named[name], named[OF[name]]
+    rows, beside = named[name], named[of or OF[name]]
     if rows[0].config.skipped:
         beside = [_late(record) for record in beside]
     ours, theirs = _values(rows, measure), _values(beside, measure)
@@ -188,7 +209,7 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
     return [
         Compared(
             **means_of(name, rows),
-            sink_at_loss=sink_at_loss(named[BASE], _loss(rows)) if BASE in named else math.nan,
+            sink_at_loss=_sink_at_loss(named, rows),
             sink=change(records, name, "sink"),
             spike=change(records, name, "spike"),
             relative=change(records, name, "relative"),
@@ -196,6 +217,16 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
         for name, rows in named.items()
         if name != BASE and family in (None, FAMILY[name]) and OF[name] in named
     ]
+
+
+def _sink_at_loss(named: Mapping[str, Sequence[Record]], rows: Sequence[Record]) -> float:
+    """`sink_at_loss` of the base, by the loss on the windows of the curves, whose last the variant's is.
+
+    Curves know no late queries, so that there is none for a variant judged by those.
+    """
+    if BASE not in named or rows[0].config.skipped:
+        return math.nan
+    return sink_at_loss(named[BASE], float(np.mean([record.curve["held_out_loss"][-1] for record in rows])))
 
 
 def sink_at_loss(records: Sequence[Record], loss: float) -> float:
@@ -216,43 +247,34 @@ def centre(records: Sequence[Record]) -> tuple[float, float]:
 
 def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame | NotApplicable:
     """A family (or all) as a tidy table: the base, then each variant with its changes, and what the paper says."""
-    found, base = compared(records, family), by_name(records).get(BASE)
-    if not found or base is None:
+    found = compared(records, family)
+    if not found or BASE not in by_name(records):
         return NotApplicable(NO_RECORDS)
-    means = means_of(BASE, base)
     rows = [
-        {
-            "variant": BASE,
-            "seeds": means["seeds"],
-            "loss": means["loss"],
-            "sink ratio": means["sink_ratio"],
-            "largest activation": means["max_activation"],
-        }
+        {"variant": means["name"]} | {shown: means[key] for shown, key in SHOWN.items()}
+        for means in _beside(records, found)
     ]
     rows += [
         {
             "variant": one.title,
-            "seeds": one.seeds,
-            "loss": one.loss,
-            "sink ratio": one.sink_ratio,
             "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
             "paper": one.sink.paper or "",
             "base's at this loss": "" if math.isnan(one.sink_at_loss) else f"{one.sink_at_loss:.2f}",
-            "largest activation": one.max_activation,
             "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
             "paper's": one.spike.paper or "",
-            "factor over the median": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.relative.interval)),
+            **{shown: getattr(one, name) for shown, name in SHOWN.items()},
         }
         for one in found
     ]
-    return pd.DataFrame(rows, columns=list(rows[-1])).set_index("variant").fillna("")
+    return pd.DataFrame(rows, columns=COLUMNS).set_index("variant").fillna("")
 
 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
     """TR1 to TR6: for each variant that the paper reports, does the change go the paper's way here?
 
     A change counts where its interval over seeds leaves no doubt (see `Change`). Where none goes another way, and the
-    rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Control: each
+    rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Nor is it
+    while a variant that the paper reports is not trained. Control: each
     of the base's own seeds in a variant's place, put beside the others with the interval that a variant of one seed
     has, by what the seeds of other variants differ in; a "change" there is a false alarm.
 
@@ -263,12 +285,12 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     """
     named = by_name(records)
     found = compared(records, family) if BASE in named else []
-    missing = sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found})
-    if missing:
-        return NotApplicable(f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it")
+    if not found:
+        return NotApplicable(NO_RECORDS)
     if pooled(records, "sink")[1] == 0:
         return NotApplicable("no variant has a second seed, so that no change can be told from chance")
-    said = [(f"{one.name}: {of.measure}", of.outcome) for one in found for of in (one.sink, one.spike) if of.outcome]
+    asked = [(f"{one.name}: {of.measure}", of) for one in found for of in (one.sink, one.spike) if of.outcome]
+    said = [(name, of.outcome) for name, of in asked]
     outcomes = {what: [name for name, outcome in said if outcome == what] for what in (AGREES, DIFFERS, UNDECIDED)}
     measured = {
         "variants": _rows(records, found),
@@ -276,14 +298,57 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
     }
-    if not outcomes[DIFFERS] and 2 * len(outcomes[AGREES]) < len(said):
+    if missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
+        measured["reason"] = f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it"
+    elif not outcomes[DIFFERS] and 2 * len(outcomes[AGREES]) < len(said):
+        few = sum(not of.room and of.outcome == UNDECIDED for _, of in asked)
         measured["reason"] = (
-            f"{len(outcomes[UNDECIDED])} of {len(said)} changes cannot be told from chance by as many seeds; of the "
-            f"others {len(outcomes[AGREES])} go the paper's way and none another"
+            f"{len(outcomes[UNDECIDED])} of {len(said)} changes cannot be told from chance by as many seeds"
+            + (f" ({few} of them for want of sinks in what they are set beside)" if few else "")
+            + f"; of the others {len(outcomes[AGREES])} go the paper's way and none another"
         )
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
     return Evidence(measured, _among_the_base(records))
+
+
+def in_words(records: Sequence[Record], family: str) -> str:
+    """A family's outcome in a sentence: what goes the paper's way, what another, what stays open, what is not there."""
+    found = family_evidence(records, family)
+    if isinstance(found, NotApplicable):
+        return found.reason
+    words = {AGREES: "the paper's way beyond doubt", DIFFERS: "beyond doubt another way", UNDECIDED: "left open"}
+    named = {what: [_bracketed(change) for change in found.measured[what]] for what in words}
+    parts = [f"*{said}*: {', '.join(named[what]) or 'none'}" for what, said in words.items()]
+    absent = [name for name, of in FAMILY.items() if of == family and name not in by_name(records)]
+    return "; ".join(parts) + (f"; not trained yet: {', '.join(absent)}." if absent else ".")
+
+
+def _bracketed(change: str) -> str:
+    return "{} ({})".format(*change.rsplit(": ", 1))
+
+
+def corners(records: Sequence[Record]) -> dict[str, list[str] | float]:
+    """The variants in which one goes without the other.
+
+    `spike_alone` have fewer sinks than the base beyond doubt, hardly any, and a largest activation within the band that
+    is no change, or above; that is by its value, which is most of one run's. `sink_alone` have a smaller largest
+    activation beyond doubt, and sinks that may be as many as the base's. Behind a name: the factor of the largest
+    activation with its interval, and how many medians that is; `medians` is the base's. Not of variants that are judged
+    by late queries.
+    """
+    alone = {"spike_alone": [], "sink_alone": []}
+    for one in compared(records):
+        if one.late:
+            continue
+        sink, spike = (change(records, one.name, measure, BASE) for measure in ("sink", "spike"))
+        factor = "{:.2f}, {:.2f} to {:.2f}".format(*map(math.exp, spike.interval))
+        said = f"{one.name} ({factor}; {one.over_median:.0f} medians)"
+        if sink.high < 0 and one.sink_ratio < SOME_SINKS and spike.value >= -STAYS_SPIKE:
+            alone["spike_alone"].append(said)
+        if spike.high < 0 <= sink.high and one.sink_ratio >= SOME_SINKS:
+            alone["sink_alone"].append(said)
+    return alone | {"medians": means_of(BASE, by_name(records)[BASE])["over_median"]}
 
 
 def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[float]]:
@@ -304,7 +369,7 @@ def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[f
 
 def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
     """The base and the variants as the ledger has them."""
-    rows = [means_of(BASE, by_name(records)[BASE])]
+    rows = _beside(records, found)
     for one in found:
         row = {name: value for name, value in vars(one).items() if not isinstance(value, Change)} | {"of": OF[one.name]}
         if math.isnan(one.sink_at_loss):
@@ -318,6 +383,16 @@ def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str
     return rows
 
 
+def _beside(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
+    """What stands for the base, and for what variants that are judged by late queries are set beside."""
+    named = by_name(records)
+    late = dict.fromkeys(OF[one.name] for one in found if one.late)
+    return [
+        means_of(BASE, named[BASE]),
+        *(means_of(f"{of}, late queries", list(map(_late, named[of]))) for of in late),
+    ]
+
+
 def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
     """What stands for a variant: means over its seeds."""
     return {
@@ -327,18 +402,27 @@ def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
         "attention": float(np.mean([at_the_end(record)["attention"] for record in rows])),
         "max_activation": float(np.exp(_values(rows, "spike").mean())),
         "over_median": float(np.exp(_values(rows, "relative").mean())),
+        "over_elsewhere": float(
+            stats.gmean([record.final["max_first"] / record.final["max_elsewhere"] for record in rows])
+        ),
         "seeds": len(rows),
+        "late": rows[0].config.skipped > 0,
     }
 
 
 @dataclass(frozen=True)
 class Followed:
-    """Rank correlations over variants with the loss on held-out text, each with an interval (ends) over variants."""
+    """Rank correlations over variants with the loss on held-out text, each with an interval (ends) over variants.
+
+    `by` is how much stronger the sink's is, whatever their signs; both are resampled together for its interval.
+    """
 
     sink: float
     spike: float
+    by: float
     sink_interval: tuple[float, float]
     spike_interval: tuple[float, float]
+    by_interval: tuple[float, float]
     variants: int
 
 
@@ -350,46 +434,54 @@ def of_family(records: Sequence[Record], family: str) -> list[Record]:
 def follow_loss(records: Sequence[Record]) -> Followed:
     """Whether sink ratio and largest activation follow the loss: over variants, means over their seeds."""
     means = pd.DataFrame([means_of(name, rows) for name, rows in by_name(records).items()])
-    found = []
-    for measure in ("sink_ratio", "max_activation"):
-        pairs = means["loss"].to_numpy(), means[measure].to_numpy()
-        rho = float(stats.spearmanr(*pairs).statistic)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a resample of equal values has no rank correlation
-            ends = stats.bootstrap(
-                pairs,
-                lambda x, y: np.nan_to_num(stats.spearmanr(x, y).statistic),
-                paired=True,
-                vectorized=False,
-                n_resamples=RESAMPLES,
-                method="percentile",
-                rng=0,
-            ).confidence_interval
-        found.append((rho, (float(ends.low), float(ends.high))))
-    (sink, of_sink), (spike, of_spike) = found
-    return Followed(sink, spike, of_sink, of_spike, len(means))
+    values = means[["loss", "sink_ratio", "max_activation"]].to_numpy().T
+    ends = stats.bootstrap(
+        values, _correlations, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    intervals = [(float(low), float(high)) for low, high in zip(ends.low, ends.high, strict=True)]
+    return Followed(*map(float, _correlations(*values)), *intervals, len(means))
+
+
+def _correlations(loss: np.ndarray, sink: np.ndarray, spike: np.ndarray) -> np.ndarray:
+    """Both rank correlations, and how much stronger the sink's is; what is constant is correlated with nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        sink, spike = (np.nan_to_num(stats.spearmanr(loss, of).statistic) for of in (sink, spike))
+    return np.array([sink, spike, abs(sink) - abs(spike)])
 
 
 def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
     """X-TR7: rank correlations with the loss over the optimization family's variants and the base.
 
-    Control: the same over the variants of all other families, where what differs is no matter of training.
+    Not judged where variants, resampled, leave open how strong the first is, or which of the two is stronger. Control:
+    the same over the variants of all other families, where what differs is no matter of training.
     """
     ours = of_family(records, "optimization")
     others = [record for record in records if record.name == BASE or FAMILY[record.name] != "optimization"]
+    others = [record for record in others if record.config.skipped == 0]  # whose loss is not of late queries alone
     if min(len({record.name for record in rows}) for rows in (ours, others)) < LEAST_VARIANTS:
         return NotApplicable(
             f"fewer than {LEAST_VARIANTS} variants to correlate over; train them with make ablations TIER=text"
         )
     found, control = follow_loss(ours), follow_loss(others)
-    return evidence(
-        {
-            "spearman_sink": found.sink,
-            "spearman_spike": found.spike,
-            "spearman_sink_interval": list(found.sink_interval),
-            "spearman_spike_interval": list(found.spike_interval),
-            "n_variants": found.variants,
-        },
+    measured = {
+        "spearman_sink": found.sink,
+        "spearman_spike": found.spike,
+        "spearman_sink_interval": list(found.sink_interval),
+        "spearman_spike_interval": list(found.spike_interval),
+        "stronger_by": found.by,
+        "stronger_by_interval": list(found.by_interval),
+        "n_variants": found.variants,
+    }
+    low, high = found.sink_interval
+    doubts = [f"how strong the sink ratio's is ({low:.2f} to {high:.2f})"] if low <= STRONG < high else []
+    least, most = found.by_interval
+    if low <= STRONG and least <= 0 <= most:
+        doubts.append(f"which is stronger (the sink ratio's by {least:.2f} to {most:.2f}, without signs)")
+    if doubts:
+        measured["reason"] = f"{found.variants} variants, resampled, leave open {' and '.join(doubts)}"
+    return Evidence(
+        measured,
         {
             "spearman_sink_other_families": control.sink,
             "spearman_spike_other_families": control.spike,
@@ -403,17 +495,19 @@ def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
 
     Over all runs that end with sinks: after how many tokens each has come half of its way; what is called a spike is
     position 0's largest entry over the largest elsewhere. Beside it, the same of that entry's size alone, which is no
-    mark of a spike while the whole stream grows. Control: the largest entry elsewhere.
+    mark of a spike while all entries grow. Control: the largest entry elsewhere, as a multiple of the median; and its
+    size.
     """
     rows = [record for record in records if record.final["sink_ratio"] >= SOME_SINKS]
     if len(rows) < LEAST_VARIANTS:
         return NotApplicable(f"fewer than {LEAST_VARIANTS} runs end with sinks; make ablations TIER=text trains them")
-    sink = np.array([half_way(record, "attention") for record in rows])
-    size, elsewhere = (np.array([half_way(record, m) for record in rows]) for m in ("max_first", "max_elsewhere"))
-    spike = np.array([half_way(record, "max_first", "max_elsewhere") for record in rows])
+    sink, size = (np.array([half_way(record, measure) for record in rows]) for measure in ("attention", "max_first"))
+    pairs = ("max_first", "max_elsewhere"), ("max_elsewhere", "median"), ("max_elsewhere",)
+    spike, elsewhere, its_size = (np.array([half_way(record, *pair) for record in rows]) for pair in pairs)
     return Evidence(
         {
             "share_spike_first": float((spike < sink).mean()),
+            "share_together": float((spike == sink).mean()),
             "share_size_first": float((size < sink).mean()),
             "runs": len(rows),
             "tokens_spike": float(np.median(spike)),
@@ -423,6 +517,7 @@ def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
         {
             "share_elsewhere_first": float((elsewhere < sink).mean()),
             "tokens_elsewhere": float(np.median(elsewhere)),
+            "share_elsewhere_size_first": float((its_size < sink).mean()),
         },
     )
 
@@ -430,13 +525,14 @@ def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
 def half_way(record: Record, measure: str, over: str | None = None) -> int:
     """The tokens at which a measure of a run (over another one) has first come half of the way to what it ends with.
 
-    The way leads from the first value to the last; what goes the other way at first has not come nearer.
+    The way leads from the first value to the last; what goes the other way at first has not come nearer. Of a measure
+    that ends where it began, the tokens of the whole run.
     """
     values = np.array(record.curve[measure])
     if over is not None:
         values = values / np.array(record.curve[over])
     way = values[-1] - values[0]
-    there = np.sign(way) * (values - values[0]) >= abs(way) / 2
+    there = np.sign(way) * (values - values[0]) >= abs(way) / 2 if way else np.arange(len(values)) == len(values) - 1
     return int(record.curve["step"][int(there.argmax())] * record.config.batch)
 
 
@@ -449,8 +545,8 @@ def settled(curves: pd.DataFrame, measure: str) -> pd.Series:
 def first_token(records: Sequence[Record]) -> pd.DataFrame | NotApplicable:
     """Whether a sink is of the first place or of BOS: of the base with BOS, with another token there, and without BOS.
 
-    Means over seeds of sink ratio, mean sink score and position 0's largest activation; and how much of the sink ratio
-    is the first layer's, whose heads have read the embedding alone.
+    Means over seeds of sink ratio, mean sink score and (geometric) position 0's largest activation; and how much of the
+    sink ratio is the first layer's, whose heads have read the embedding alone.
     """
     named = by_name(records)
     if BASE not in named:
@@ -462,7 +558,8 @@ def first_token(records: Sequence[Record]) -> pd.DataFrame | NotApplicable:
         rows["trained without BOS"] = [record.final for record in named[WITHOUT_BOS]]
     table = {}
     for name, ends in rows.items():
-        row = {shown: float(np.mean([end[what] for end in ends])) for what, shown in names.items()}
+        means = {"max_first": stats.gmean}  # as in the tables of families
+        row = {shown: float(means.get(what, np.mean)([end[what] for end in ends])) for what, shown in names.items()}
         if "sinks" in ends[0]:
             by_layer = np.mean([end["sinks"] for end in ends], axis=(0, 2))
             row["of the sinks, in the first layer"] = f"{by_layer[0] / by_layer.sum():.0%}" if by_layer.sum() else ""
@@ -484,17 +581,6 @@ def dormant(records: Sequence[Record]) -> Evidence | NotApplicable:
         | {"copy_loss": [record.final["copy_loss"] for record in rows]},
         {f"{kind}_untrained": [record.curve[kind][0] for record in rows] for kind in kinds},
     )
-
-
-def apart(follows: Evidence | NotApplicable) -> str:
-    """Whether X-TR7's two correlations can be told from one another by as many variants, in words."""
-    if isinstance(follows, NotApplicable):
-        return ""
-    (low, high), (least, most) = (follows.measured[f"spearman_{what}_interval"] for what in ("sink", "spike"))
-    overlap = max(low, least) <= min(high, most)
-    if overlap:
-        return "their intervals overlap, so that so few variants do not tell them apart; the rule asks for the values"
-    return "their intervals are apart"
 
 
 def waiting(records: Sequence[Record], family: str) -> pd.DataFrame | NotApplicable:

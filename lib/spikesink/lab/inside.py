@@ -14,7 +14,8 @@ from spikesink.trace import trace_windows
 from spikesink.weights import weights_of
 
 THRESHOLD = 20.0  # medians that a spike exceeds here; of a model this small and young none reaches the usual 100
-MOST_TOKENS = 0.05  # that can be spike tokens: LC7's own limit
+MOST_TOKENS = 0.05  # of those after the first can be spike tokens; LC7 says it of all, however short windows are
+WITHOUT_SPIKE = ("LC7", "SK1")  # what is asked whether there is a spike or not
 
 
 def chain(
@@ -30,7 +31,7 @@ def chain(
 
     Returns:
         Evidence by claim id, in the order of the chain. Where so many tokens pass the threshold that passing it marks
-        no spike, LC7 alone says so, and the others do not apply.
+        no spike, LC7 says so, and what asks for spike tokens does not apply.
     """
     weights = weights_of(model)
     life = lifecycle.find_lifecycle(trace_windows(model, tokens, seed, threshold))
@@ -55,7 +56,7 @@ def chain(
         "SK7": sinks.small_values(seen, life),
     }
     if (reason := _no_mark(chain["LC7"], threshold)) is not None:
-        return {claim_id: said if claim_id == "LC7" else NotApplicable(reason) for claim_id, said in chain.items()}
+        return {key: said if key in WITHOUT_SPIKE else NotApplicable(reason) for key, said in chain.items()}
     return chain
 
 
@@ -63,10 +64,9 @@ def _no_mark(few: Evidence | NotApplicable, threshold: float) -> str | None:
     """Why a threshold marks no spike, of LC7; None where it does."""
     if isinstance(few, NotApplicable):
         return few.reason
-    share = few.measured["spike_token_share"]
-    return (
-        f"{share:.0%} of all tokens pass {threshold:g} medians, so it marks no spike" if share > MOST_TOKENS else None
-    )
+    share = few.control["other_positions_share"]
+    passing = f"{share:.0%} of tokens after the first pass {threshold:g} medians, so it marks no spike"
+    return passing if share > MOST_TOKENS else None
 
 
 def with_verdict(chain: Mapping[str, Evidence | NotApplicable], wanted: str) -> list[str]:
@@ -79,13 +79,20 @@ def with_verdict(chain: Mapping[str, Evidence | NotApplicable], wanted: str) -> 
 
 
 def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.DataFrame:
-    """What each rule says of each model, with the value that stands for the claim and what it is compared with."""
+    """What each rule says of each model, with the value that stands for the claim and what it is compared with.
+
+    A reason why claims do not apply is told once.
+    """
     rows = {}
     for name, found in chains.items():
+        told: dict[str, str] = {}
         for claim_id, evidence in found.items():
-            rule = RULES[claim_id]
-            row = rows.setdefault(claim_id, {"claim": rule.statement})
-            row[name] = f"n/a: {evidence.reason}" if isinstance(evidence, NotApplicable) else _words(claim_id, evidence)
+            row = rows.setdefault(claim_id, {"claim": RULES[claim_id].statement})
+            if isinstance(evidence, NotApplicable):
+                row[name] = f"n/a: {told.get(evidence.reason, evidence.reason)}"
+                told.setdefault(evidence.reason, f"as {claim_id}")
+            else:
+                row[name] = _words(claim_id, evidence)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("id")
 
 

@@ -35,6 +35,7 @@ from spikesink.lab.train import (
     multiplies_bfloat16,
     train,
 )
+from spikesink.reproduce import NotebookError, check_writable
 from spikesink.texts import TextError
 
 DEVICES = ("cpu", "cuda")
@@ -65,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
             which = f"with {args.only!r} in their name" if args.only else f"of the {args.tier} tier"
             print(f"All runs {which} are there, in {folder / args.tier}.")
             return 0
+        for place in (folder, build):  # a run of half an hour must not be lost at its end
+            check_writable(place)
         # A text is tokenized once, before several processes ask for it.
         keep_text(_task(missing[0], args), folder / args.tier)
-    except (ConfigError, TextError) as error:
+    except (ConfigError, NotebookError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
     try:

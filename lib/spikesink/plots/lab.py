@@ -174,7 +174,8 @@ def changes(found: Sequence[Compared]) -> Figure:
 
 @styled
 def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
-    """09: all variants in one plane; the base's values divide it into four."""
+    """09: all variants in one plane, but those judged by late queries; the base's values divide it into four."""
+    found = [one for one in found if not one.late]
     if not found:
         return absent(NO_RECORDS)
     fig, ax = figure(size=(12, 6.4))

@@ -110,9 +110,8 @@ def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
     ax.legend(fontsize=8.5, ncols=len(tried), loc="lower left", bbox_to_anchor=(0, 1))
     if told := [name for name in names if found[name].verdict not in (FINE, UNSURE, UNKNOWN)]:
         one = found[worst := max(told, key=crossed.cost)]
-        kept = SPARED if one.spared is not None else HELD
-        remedies = {NO_SPIKE: one.left_without_spike, kept: one.left_with_sink}
-        left = [f"{max(0, share):.0%} {remedy}" for remedy, share in remedies.items() if share is not None]
+        remedies = {NO_SPIKE: one.without_spike, one.remedy: one.with_sink}
+        left = [f"{share} {remedy}" for remedy, share in remedies.items() if share is not None]
         above(fig, f"“{worst}” costs {one.cost:.2f} times; left of that: {', '.join(left)}")
     return fig
 

@@ -2,7 +2,8 @@
 
 A failure that goes when the spike goes, its sinks held in both cases, is one of *activation outliers*. One that goes
 when the sink's key and value are spared, or held, is one of *attention routing*. That neither helps is no
-explanation: often the model is served what it was not trained for.
+explanation: often the model is served what it was not trained for. Of a cost, and of what is left of it, nothing is
+said that does not hold at both ends of its interval.
 """
 
 import math
@@ -24,83 +25,98 @@ from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKE
 
 GONE = 0.2  # of a cost, in nats: what is left, at most, where it has gone
 PART = 0.8  # and where it has gone in part
+IN_PART = "at least in part "
 FINE = "no failure"
-UNSURE = "not to be told from none"  # the interval reaches 1
+UNSURE = f"perhaps within {INDIFFERENT:.0%}"  # the interval reaches what is no failure
 OUTLIERS = "activation outliers"
 ROUTING = "attention routing"
 MISMATCH = "neither remedy helps"
-OPEN = "cause left open"  # a remedy helps on these windows, and may not on others
+OPEN = "cause left open"  # on as many windows a remedy may help, or not
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 UNKNOWN = "not taken apart"
 
 
 @dataclass(frozen=True)
+class Share:
+    """What is left of a cost in nats, with its 95% interval over windows; None where there is none."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the interval; any share will do where there is none."""
+        return self.interval or (-math.inf, math.inf)
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%}" + (" ({:.0%} to {:.0%})".format(*self.interval) if self.interval else "")
+
+
+@dataclass(frozen=True)
 class Diagnosis:
-    """What a technique costs, as times of the perplexity without it, and what of that is left under each remedy."""
+    """What a technique costs, as times of the perplexity without it, and what of that is left under each remedy.
+
+    No share where the remedy was not tried, or the cost is none to speak of.
+    """
 
     cost: float
     interval: tuple[float, float]  # 95%, over windows
-    held: float | None = None  # times, where the sink is held; None: not tried
-    without_spike: float | None = None  # times, where it is held as well and the spike is gone
-    spared: float | None = None  # times, where the technique leaves the sink's key and value out
-    spike_interval: tuple[float, float] | None = None  # 95%, of the share that is left without the spike
-    sink_interval: tuple[float, float] | None = None  # and of that with the sink spared or held
-
-    @property
-    def left_without_spike(self) -> float | None:
-        """The share of the cost, in nats, that does not go with the spike: by which it costs less than with the sink
-        held alone.
-        """
-        if self.held is None or self.without_spike is None:
-            return None
-        return None if self._none else 1 - math.log(self.held / self.without_spike) / math.log(self.cost)
-
-    @property
-    def left_with_sink(self) -> float | None:
-        """The share of the cost, in nats, that is left where the sink is spared, or held where it cannot be."""
-        remedied = self.held if self.spared is None else self.spared
-        return None if remedied is None or self._none else math.log(remedied) / math.log(self.cost)
-
-    @property
-    def _none(self) -> bool:
-        """Whether there is no cost to speak of, and so no share of it."""
-        return self.cost <= 1 + INDIFFERENT
+    without_spike: Share | None = None  # left where the spike is gone
+    with_sink: Share | None = None  # left where the sink is spared, or held where it cannot be
+    remedy: str = SPARED  # which of the two that is
 
     @property
     def verdict(self) -> str:
         """One of the three kinds of failure, or none; of both where either remedy suffices, in part where none does."""
-        if self._none:
+        low, high = self.interval
+        if high <= 1 + INDIFFERENT:
             return FINE
-        if not self.interval[0] > 1:  # nor where there is none, of one window
+        if not low > 1 + INDIFFERENT:  # nor where there is none, of one window
             return UNSURE
-        tried = {
-            OUTLIERS: (self.left_without_spike, self.spike_interval),
-            ROUTING: (self.left_with_sink, self.sink_interval),
-        }
-        tried = {kind: of for kind, of in tried.items() if of[0] is not None}
-        if not tried:
+        tried = {OUTLIERS: self.without_spike, ROUTING: self.with_sink}
+        ends = {kind: share.ends for kind, share in tried.items() if share is not None}
+        if not ends:
             return UNKNOWN
-        # Some of the cost goes beyond doubt: less than all of it is left at the upper end, too.
-        sure = {kind: share for kind, (share, interval) in tried.items() if interval is None or interval[1] < 1}
-        for most, word in ((GONE, ""), (PART, "in part ")):
-            if kinds := [kind for kind, share in sure.items() if share <= most]:
+        for most, word in ((GONE, ""), (PART, IN_PART)):
+            if kinds := [kind for kind, (_, high) in ends.items() if high <= most]:
                 return word + (" and " if word else " or ").join(kinds)
-        return OPEN if any(share <= PART for share, _ in tried.values()) else MISMATCH
+        return MISMATCH if len(ends) == len(tried) and all(low > PART for low, _ in ends.values()) else OPEN
 
 
 @where_applicable
 def diagnose(crossed: Crossed | NotApplicable) -> dict[str, Diagnosis] | NotApplicable:
-    """A diagnosis of each technique."""
+    """A diagnosis of each technique.
+
+    What goes with the spike is what the cost loses from the cell in which the sink is held to the one whose spike is
+    gone as well. Where to hold the sink makes it dearer, whose that harm is stays open: the share is by what the cost
+    loses from what it is, and its interval reaches down to that of the other reading.
+    """
     found = {}
     for name, row in crossed.with_it.items():
-        under = [crossed.cost(name, cell) if cell in row else None for cell in (HELD, NO_SPIKE, SPARED)]
         nats = {cell: crossed.nats(name, cell) for cell in row}
-        without = nats[AS_IT_IS] - nats[HELD] + nats[NO_SPIKE] if {HELD, NO_SPIKE} <= set(row) else None
-        kept = nats.get(SPARED, nats.get(HELD))
-        shares = [None if left is None else share_interval(left, nats[AS_IT_IS]) for left in (without, kept)]
-        found[name] = Diagnosis(crossed.cost(name), crossed.interval(name), *under, *shares)
+        remedy, left = SPARED if SPARED in row else HELD, {}
+        if {HELD, NO_SPIKE} <= set(row):
+            from_held = nats[AS_IT_IS] - nats[HELD] + nats[NO_SPIKE]
+            left["without_spike"] = from_held, max(from_held, nats[NO_SPIKE], key=np.mean)
+        if remedy in row:
+            left["with_sink"] = nats[remedy], nats[remedy]
+        cost = crossed.cost(name)
+        shares = {which: share(*parts, nats[AS_IT_IS]) for which, parts in left.items() if cost > 1 + INDIFFERENT}
+        found[name] = Diagnosis(cost, crossed.interval(name), **shares, remedy=remedy)
     return found
+
+
+def share(
+    least: Float[np.ndarray, " window"], most: Float[np.ndarray, " window"], whole: Float[np.ndarray, " window"]
+) -> Share:
+    """The mean of a part over the mean of the whole; of a part that can be read in two ways, the larger one.
+
+    The interval is from the lower end of the one reading to the upper end of the other.
+    """
+    ends = share_interval(least, whole), share_interval(most, whole)
+    interval = None if None in ends else (ends[0][0], ends[1][1])
+    return Share(float(most.mean() / whole.mean()), interval)
 
 
 def share_interval(
@@ -136,19 +152,17 @@ def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | 
             {
                 "technique": name,
                 "perplexity, times": f"{one.cost:.2f}",
-                "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left without the spike": _share(one, one.left_without_spike, one.spike_interval),
-                "left with the sink kept or held": _share(one, one.left_with_sink, one.sink_interval),
                 "diagnosis": one.verdict,
+                "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
+                "left without the spike": _share(one, one.without_spike),
+                "left with the sink kept or held": _share(one, one.with_sink),
             }
         )
     return pd.DataFrame(rows).set_index("technique")
 
 
-def _share(one: Diagnosis, left: float | None, interval: tuple[float, float] | None) -> str:
-    if one.verdict in (FINE, UNSURE) or left is None:
-        return "–"
-    return f"{left:.0%}" + (f" ({interval[0]:.0%} to {interval[1]:.0%})" if interval else "")
+def _share(one: Diagnosis, left: Share | None) -> str:
+    return "–" if one.verdict in (FINE, UNSURE) or left is None else str(left)
 
 
 @where_applicable
