@@ -259,13 +259,18 @@ def test_a_family_is_summed_up_in_a_sentence():
 def test_the_corners_hold_what_goes_alone():
     rows = base() + three("only the longest", 0.3, 100.0) + three("gate per head", 0.01, 20.0)
     rows += [record("QK norm", 0, 0.01, 100.0), record("contexts from 1/2 on", 0, 0.01, 100.0)]
+    rows += [record("learning rate x 3", 0, 0.0, 300.0, max_elsewhere=290.0)]  # large, and no spike of position 0
+    rows += [record("no weight decay", 0, 0.3, 10.0, median=0.2)]  # a small stream, and as large a spike in it
     rows += [record("weight decay x 5", 0, 0.3, 10.0), record("GeLU", 0, 0.3, 100.0), record("linear", 0, 0.02, 9.0)]
     found = findings.corners(rows)
     assert [said.split(" (")[0] for said in found["spike_alone"]] == ["QK norm"], "the others' spikes went as well"
     assert [said.split(" (")[0] for said in found["sink_alone"]] == ["weight decay x 5"]
-    low, high = (math.exp(end) for end in findings.change(rows, "weight decay x 5", "spike").interval[1:])
-    assert found["sink_alone"] == [f"weight decay x 5 (0.09, {low:.2f} to {high:.2f}; 5 medians)"]
+    low, high = (math.exp(end) for end in findings.change(rows, "weight decay x 5", "relative").interval[1:])
+    assert found["sink_alone"] == [f"weight decay x 5 (5; times 0.09, {low:.2f} to {high:.2f})"]
     assert found["medians"] == pytest.approx(55)
+    both = [record(name, 0, s, 1000 * s) for name, s in (("GeLU", 0.1), ("linear", 0.2), ("QK norm", 0.5))]
+    assert findings.corners(base() + both)["together"] == pytest.approx(0.8), "110 of 0.32 is out of line"
+    assert findings.corners(base() + both)["together_raw"] == pytest.approx(0.8)
 
 
 def test_the_sink_that_follows_the_loss_has_the_stronger_correlation():
@@ -434,7 +439,7 @@ def test_the_table_of_variants_has_one_row_each_with_intervals():
     assert table.loc["gate per head", "seeds"] == 3
     assert table.loc["gate per head", "attention"] == pytest.approx(0.2)
     assert table.loc["gate per head", "times elsewhere"] == pytest.approx(10)
-    assert table.loc["gate per head", "paper"] == "down"
+    assert table.loc["gate per head", "paper: sink"] == "down"
     assert table.loc[BASE, "sink ratio"] == pytest.approx(0.32)
     assert table.loc[BASE, "change"] == "", "the base is not compared with itself"
 

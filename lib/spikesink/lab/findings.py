@@ -21,6 +21,7 @@ STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of l
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
 STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
+STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
 AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
@@ -33,8 +34,8 @@ SHOWN = {  # in a family's table, by what it is called there
     "medians": "over_median",
     "times elsewhere": "over_elsewhere",
 }
-COLUMNS = ["variant", "seeds", "loss", "sink ratio", "change", "paper", "base's at this loss", "attention"]
-COLUMNS += ["largest activation", "factor", "paper's", "medians", "times elsewhere"]
+COLUMNS = ["variant", "seeds", "loss", "sink ratio", "change", "paper: sink", "base's at this loss", "attention"]
+COLUMNS += ["largest activation", "factor", "paper: spike", "medians", "times elsewhere"]
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 FAMILY = {variant.name: variant.family for variant in VARIANTS}
 OF = {variant.name: variant.of for variant in VARIANTS}
@@ -258,10 +259,10 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
         {
             "variant": one.title,
             "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
-            "paper": one.sink.paper or "",
+            "paper: sink": one.sink.paper or "",
             "base's at this loss": "" if math.isnan(one.sink_at_loss) else f"{one.sink_at_loss:.2f}",
             "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
-            "paper's": one.spike.paper or "",
+            "paper: spike": one.spike.paper or "",
             **{shown: getattr(one, name) for shown, name in SHOWN.items()},
         }
         for one in found
@@ -329,26 +330,31 @@ def _bracketed(change: str) -> str:
 
 
 def corners(records: Sequence[Record]) -> dict[str, list[str] | float]:
-    """The variants in which one goes without the other.
+    """The variants in which one goes without the other, and how the two go together over all.
 
-    `spike_alone` have fewer sinks than the base beyond doubt, hardly any, and a largest activation within the band that
-    is no change, or above; that is by its value, which is most of one run's. `sink_alone` have a smaller largest
-    activation beyond doubt, and sinks that may be as many as the base's. Behind a name: the factor of the largest
-    activation with its interval, and how many medians that is; `medians` is the base's. Not of variants that are judged
-    by late queries.
+    A spike is judged over the median here, which does not change with the size of the stream. `spike_alone` have fewer
+    sinks than the base beyond doubt, hardly any (`SOME_SINKS`), position 0 stands out (`STANDS_OUT`), and by its value
+    the largest activation, over the median, is within the band that is no change, or above. `sink_alone` have a smaller
+    one beyond doubt, and sinks that may be as many as the base's. Behind a name: the largest activation in medians, and
+    that over the base's with its interval. `together` and `together_raw` are rank correlations with the sink ratio,
+    over the median and as it is. All without variants that are judged by late queries.
     """
     alone = {"spike_alone": [], "sink_alone": []}
-    for one in compared(records):
-        if one.late:
-            continue
-        sink, spike = (change(records, one.name, measure, BASE) for measure in ("sink", "spike"))
-        factor = "{:.2f}, {:.2f} to {:.2f}".format(*map(math.exp, spike.interval))
-        said = f"{one.name} ({factor}; {one.over_median:.0f} medians)"
-        if sink.high < 0 and one.sink_ratio < SOME_SINKS and spike.value >= -STAYS_SPIKE:
+    found = [one for one in compared(records) if not one.late]
+    for one in found:
+        sink, spike = (change(records, one.name, measure, BASE) for measure in ("sink", "relative"))
+        times = "{:.2f}, {:.2f} to {:.2f}".format(*map(math.exp, spike.interval))
+        said = f"{one.name} ({one.over_median:.0f}; times {times})"
+        stands_out = one.over_elsewhere >= STANDS_OUT and spike.value >= -STAYS_SPIKE
+        if sink.high < 0 and one.sink_ratio < SOME_SINKS and stands_out:
             alone["spike_alone"].append(said)
         if spike.high < 0 <= sink.high and one.sink_ratio >= SOME_SINKS:
             alone["sink_alone"].append(said)
-    return alone | {"medians": means_of(BASE, by_name(records)[BASE])["over_median"]}
+    base = means_of(BASE, by_name(records)[BASE])
+    means = pd.DataFrame([base, *map(vars, found)])[["sink_ratio", "over_median", "max_activation"]]
+    rho = means.corr("spearman")["sink_ratio"]
+    together = {"together": float(rho["over_median"]), "together_raw": float(rho["max_activation"])}
+    return alone | together | {"medians": base["over_median"]}
 
 
 def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[float]]:
