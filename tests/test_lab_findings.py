@@ -135,6 +135,7 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     scattered = [replace(r, final=r.final | {"max_activation": 100.0 * 3.0**r.config.seed}) for r in few]
     said = findings.family_evidence([*scattered, *more], "context").measured["reason"]
     assert "(2 of them for want of sinks in what they are set beside)" in said
+    assert "only the longest, late queries" in texts(plots.family(rows, "context"))
     assert "contexts from 1/2 on" not in texts(plots.decoupling(findings.compared(rows), findings.centre(rows)))
 
 
@@ -412,7 +413,11 @@ def test_pictures_say_what_they_were_given():
     )
     rho = findings.follow_loss(findings.of_family(rows, "optimization")).sink
     assert any(f"Rank correlation with the loss: {rho:+.2f} (" in text for text in texts(plots.following_loss(rows)))
-    assert "position 0" in texts(plots.emergence(findings.emergence(base())))
+    growing = plots.emergence(findings.emergence(base()))
+    assert {"position 0", "mean attention"} <= set(texts(growing))
+    spike, sink = growing.axes[2].lines[0], growing.axes[3].lines[1]
+    assert spike.get_ydata() == pytest.approx([0.0, 2.5, 5.0, 10.0]), "over what is elsewhere"
+    assert sink.get_ydata() == pytest.approx([10, 10, 12, 20])
     runs = {
         name: [
             Run(replace(SMALL, seed=seed), None, None, curve=swinging(share))

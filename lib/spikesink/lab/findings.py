@@ -21,6 +21,7 @@ STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of l
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
 STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
+LATE = ", late queries"  # what is added to the name of a variant that is seen from those alone
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
@@ -392,11 +393,15 @@ def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str
 def _beside(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
     """What stands for the base, and for what variants that are judged by late queries are set beside."""
     named = by_name(records)
-    late = dict.fromkeys(OF[one.name] for one in found if one.late)
-    return [
-        means_of(BASE, named[BASE]),
-        *(means_of(f"{of}, late queries", list(map(_late, named[of]))) for of in late),
-    ]
+    names = {name for one in found for name in (one.name, OF[one.name])}
+    late = beside_late({name: rows for name, rows in named.items() if name in names})
+    return [means_of(name, rows) for name, rows in {BASE: named[BASE], **late}.items()]
+
+
+def beside_late(named: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
+    """Of variants by name, what those that are judged by late queries are set beside, as seen from late queries."""
+    of = dict.fromkeys(OF[name] for name, rows in named.items() if name != BASE and rows[0].config.skipped)
+    return {f"{name}{LATE}": list(map(_late, named[name])) for name in of if name in named}
 
 
 def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:

@@ -18,11 +18,14 @@ from spikesink.lab.findings import (
     AGREES,
     DIFFERS,
     FAMILY,
+    LATE,
     LEAST_VARIANTS,
     NO_RECORDS,
+    OF,
     UNDECIDED,
     Compared,
     at_the_end,
+    beside_late,
     by_name,
     follow_loss,
     means_of,
@@ -50,10 +53,14 @@ Point = tuple[str, float, float, str]  # name, x, y, colour
 
 @styled
 def family(records: Sequence[Record], name: str) -> Figure:
-    """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models."""
+    """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models.
+
+    Squares are what others are set beside: filled the base, open a variant that others are variants of.
+    """
     fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
     here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], 100 * paper.TRAINED_BASE[0], "black")], []
-    for variant, rows in by_name(of_family(records, name)).items():
+    named = by_name(of_family(records, name))
+    for variant, rows in {**named, **beside_late(named)}.items():
         ends = [at_the_end(record) for record in rows]
         here += [(variant, end["max_activation"], 100 * end["sink_ratio"], _colour(variant)) for end in ends]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
@@ -65,7 +72,8 @@ def family(records: Sequence[Record], name: str) -> Figure:
             only_sink.append(f"{theirs_is}: {said}")
     for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
         for variant, x, y, colour in points:
-            ax.plot(x, y, marker="s" if variant == BASE else "o", color=colour, lw=0, ms=7, mec="white")
+            looks = {"mfc": "white", "mew": 1.5} if _is_beside(variant) and variant != BASE else {"mec": "white"}
+            ax.plot(x, y, marker="s" if _is_beside(variant) else "o", color=colour, lw=0, ms=7, **looks)
         _plane(ax)
         ax.set_title(title, fontsize=11)
         _leaders(ax, points)
@@ -74,8 +82,13 @@ def family(records: Sequence[Record], name: str) -> Figure:
     return fig
 
 
+def _is_beside(variant: str) -> bool:
+    """Whether others are set beside it."""
+    return variant.removesuffix(LATE) in OF.values()
+
+
 def _colour(variant: str) -> str:
-    return "black" if variant == BASE else SPIKE
+    return "black" if _is_beside(variant) else SPIKE
 
 
 def _wrapped(text: str) -> str:
@@ -212,26 +225,33 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
 
 @styled
 def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
-    """09: loss, largest activations and sink ratio over training, of one or more runs."""
-    fig, axes = figure(1, 3, size=(12, 3.8))
+    """09: loss, largest activations, position 0's as a multiple of the rest, and sinks over training, of some runs."""
+    fig, axes = figure(1, 4, size=(14.5, 3.8))
     for _, run in curves.groupby(["name", "seed"], sort=False):
         x = run[unit].clip(lower=1) / 1e6
         axes[0].plot(x, run["held_out_loss"], color="black", lw=1.4)
         axes[1].plot(x, run["max_first"], color=SPIKE, lw=1.6)
         axes[1].plot(x, run["max_elsewhere"], color=ORDINARY, lw=1.4, ls="--")
-        axes[2].plot(x, 100 * run["sink_ratio"], color=SINK, lw=1.6)
+        axes[2].plot(x, run["max_first"] / run["max_elsewhere"], color=SPIKE, lw=1.6)
+        axes[3].plot(x, 100 * run["sink_ratio"], color=SINK, lw=1.6)
+        axes[3].plot(x, 100 * run["attention"], color=SINK, lw=1.2, ls="--")
     last = curves.groupby(["name", "seed"], sort=False).last()
     axes[1].set_yscale("log")
     thousands(axes[1])
-    for name, y, below, colour in (
-        ("position 0", last["max_first"].max(), 8, SPIKE),
-        ("elsewhere", last["max_elsewhere"].min(), -14, ORDINARY),
+    for ax, name, y, below, colour in (
+        (axes[1], "position 0", last["max_first"].max(), 8, SPIKE),
+        (axes[1], "elsewhere", last["max_elsewhere"].min(), -14, ORDINARY),
+        (axes[3], "sink ratio", 100 * last["sink_ratio"].max(), 8, SINK),
+        (axes[3], "mean attention", 100 * last["attention"].min(), -14, SINK),
     ):
-        axes[1].annotate(name, (x.iloc[-1], y), (0, below), textcoords="offset points", ha="right", color=colour)
+        ax.annotate(name, (x.iloc[-1], y), (0, below), textcoords="offset points", ha="right", color=colour)
+    axes[2].axhline(1, color="black", lw=0.8, ls=":")
+    axes[2].set_ylim(bottom=0)
+    axes[3].margins(y=0.12)
     for ax, title, label in zip(
         axes,
-        ("Loss", "Spike", "Sink"),
-        ("loss on held-out text (nats)", "largest activation", "sink ratio (%)"),
+        ("Loss", "Sizes", "Spike", "Sink"),
+        ("loss on held-out text (nats)", "largest activation", "position 0 over elsewhere", "of position 0 (%)"),
         strict=True,
     ):
         ax.set(xlabel="tokens trained on (million)", ylabel=label)
