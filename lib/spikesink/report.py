@@ -360,7 +360,7 @@ dt { font-weight: 600 }
 .wide { overflow-x: auto }
 .about td { overflow-wrap: anywhere }
 @media (max-width: 45rem) {
-  .wide::before { content: "wider than this screen: scroll sideways"; position: sticky; left: 0; font-size: .8rem }
+  .wide::before { content: "scrolls sideways where it is too wide"; position: sticky; left: 0; font-size: .8rem }
 }
 table { border-collapse: collapse; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
