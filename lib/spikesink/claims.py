@@ -570,6 +570,9 @@ def _trained(statement: str, source: str) -> Rule:
     )
 
 
+STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
+
+
 RULES |= {
     "TR1": _trained(
         "The better training goes, the more sinks; without weight decay spikes grow and sinks wane.",
@@ -595,9 +598,9 @@ RULES |= {
     "X-TR7": Rule(
         "The sink ratio follows how well training went more than the size of the spike does.",
         f"of our own; {PAPER}, trained families: optimization",
-        "over the optimization variants the rank correlation of sink ratio and loss <= -0.5, and stronger than the "
-        "spike's; where the variants, resampled, leave either open, it is not judged",
-        lambda m: m["spearman_sink"] <= -0.5 and abs(m["spearman_sink"]) > abs(m["spearman_spike"]),
+        f"over the optimization variants the rank correlation of sink ratio and loss <= {STRONG}, and stronger than "
+        "the spike's; where the variants, resampled, leave either open, it is not judged",
+        lambda m: m["spearman_sink"] <= STRONG and abs(m["spearman_sink"]) > abs(m["spearman_spike"]),
         "spearman_sink",
         beside="spearman_spike",
         controls=(

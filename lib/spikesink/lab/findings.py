@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from spikesink import paper
-from spikesink.claims import Evidence, NotApplicable
+from spikesink.claims import STRONG, Evidence, NotApplicable
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
 from spikesink.lab.records import Record
 from spikesink.lab.train import Run
@@ -20,7 +20,6 @@ NO_RECORDS = "there are no records of these variants yet; make ablations trains 
 STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
-STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
 LATE = ", late queries"  # what is added to the name of a variant that is seen from those alone
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
@@ -111,9 +110,14 @@ def _band(measure: str) -> float:
     return STAYS_SINK if measure == "sink" else STAYS_SPIKE
 
 
+def _is_late(record: Record) -> bool:
+    """Whether a run was not trained to predict early tokens, so that late queries alone can be asked of it."""
+    return record.config.skipped > 0
+
+
 def at_the_end(record: Record) -> Mapping[str, float]:
     """The end of a run; of one that was not trained to predict early tokens, loss and attention of late ones alone."""
-    if record.config.skipped == 0:
+    if not _is_late(record):
         return record.final
     late = record.final["late"]
     return record.final | {"held_out_loss": late["loss"], **{key: late[key] for key in ("sink_ratio", "attention")}}
@@ -170,7 +174,7 @@ def change(records: Sequence[Record], name: str, measure: str, of: str | None = 
     """
     named = by_name(records)
     rows, beside = named[name], named[of or OF[name]]
-    if rows[0].config.skipped:
+    if _is_late(rows[0]):
         beside = [_late(record) for record in beside]
     ours, theirs = _values(rows, measure), _values(beside, measure)
     value, half = float(ours.mean() - theirs.mean()), margin(records, measure, len(ours), len(theirs))
@@ -226,7 +230,7 @@ def _sink_at_loss(named: Mapping[str, Sequence[Record]], rows: Sequence[Record])
 
     Curves know no late queries, so that there is none for a variant judged by those.
     """
-    if BASE not in named or rows[0].config.skipped:
+    if BASE not in named or _is_late(rows[0]):
         return math.nan
     return sink_at_loss(named[BASE], float(np.mean([record.curve["held_out_loss"][-1] for record in rows])))
 
@@ -276,9 +280,9 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
 
     A change counts where its interval over seeds leaves no doubt (see `Change`). Where none goes another way, and the
     rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Nor is it
-    while a variant that the paper reports is not trained. Control: each
-    of the base's own seeds in a variant's place, put beside the others with the interval that a variant of one seed
-    has, by what the seeds of other variants differ in; a "change" there is a false alarm.
+    while a variant that the paper reports is not trained. Control: each of the base's own seeds in a variant's place,
+    put beside the others with the interval that a variant of one seed has, by what the seeds of other variants differ
+    in; a "change" there is a false alarm.
 
     Args:
         records: of the text tier, by which the verdict is given.
@@ -400,7 +404,7 @@ def _beside(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[s
 
 def beside_late(named: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
     """Of variants by name, what those that are judged by late queries are set beside, as seen from late queries."""
-    of = dict.fromkeys(OF[name] for name, rows in named.items() if name != BASE and rows[0].config.skipped)
+    of = dict.fromkeys(OF[name] for name, rows in named.items() if name != BASE and _is_late(rows[0]))
     return {f"{name}{LATE}": list(map(_late, named[name])) for name in of if name in named}
 
 
@@ -417,7 +421,7 @@ def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
             stats.gmean([record.final["max_first"] / record.final["max_elsewhere"] for record in rows])
         ),
         "seeds": len(rows),
-        "late": rows[0].config.skipped > 0,
+        "late": _is_late(rows[0]),
     }
 
 
@@ -469,7 +473,7 @@ def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
     """
     ours = of_family(records, "optimization")
     others = [record for record in records if record.name == BASE or FAMILY[record.name] != "optimization"]
-    others = [record for record in others if record.config.skipped == 0]  # whose loss is not of late queries alone
+    others = [record for record in others if not _is_late(record)]  # whose loss is another one
     if min(len({record.name for record in rows}) for rows in (ours, others)) < LEAST_VARIANTS:
         return NotApplicable(
             f"fewer than {LEAST_VARIANTS} variants to correlate over; train them with make ablations TIER=text"
@@ -567,9 +571,8 @@ def first_token(records: Sequence[Record]) -> pd.DataFrame | NotApplicable:
     rows["base, another token in BOS's place"] = [record.final["other_first"] for record in named[BASE]]
     if WITHOUT_BOS in named:
         rows["trained without BOS"] = [record.final for record in named[WITHOUT_BOS]]
-    table = {}
+    table, means = {}, {"max_first": stats.gmean}  # as in the tables of families
     for name, ends in rows.items():
-        means = {"max_first": stats.gmean}  # as in the tables of families
         row = {shown: float(means.get(what, np.mean)([end[what] for end in ends])) for what, shown in names.items()}
         if "sinks" in ends[0]:
             by_layer = np.mean([end["sinks"] for end in ends], axis=(0, 2))
