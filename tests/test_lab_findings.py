@@ -414,7 +414,7 @@ def test_pictures_say_what_they_were_given():
     rho = findings.follow_loss(findings.of_family(rows, "optimization")).sink
     assert any(f"Rank correlation with the loss: {rho:+.2f} (" in text for text in texts(plots.following_loss(rows)))
     growing = plots.emergence(findings.emergence(base()))
-    assert {"position 0", "mean attention"} <= set(texts(growing))
+    assert {"position 0", "attention"} <= set(texts(growing))
     spike, sink = growing.axes[2].lines[0], growing.axes[3].lines[1]
     assert spike.get_ydata() == pytest.approx([0.0, 2.5, 5.0, 10.0]), "over what is elsewhere"
     assert sink.get_ydata() == pytest.approx([10, 10, 12, 20])

@@ -242,7 +242,7 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
         (axes[1], "position 0", last["max_first"].max(), 8, SPIKE),
         (axes[1], "elsewhere", last["max_elsewhere"].min(), -14, ORDINARY),
         (axes[3], "sink ratio", 100 * last["sink_ratio"].max(), 8, SINK),
-        (axes[3], "mean attention", 100 * last["attention"].min(), -14, SINK),
+        (axes[3], "attention", 100 * last["attention"].min(), -14, SINK),
     ):
         ax.annotate(name, (x.iloc[-1], y), (0, below), textcoords="offset points", ha="right", color=colour)
     axes[2].axhline(1, color="black", lw=0.8, ls=":")
