@@ -482,19 +482,29 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
 
 
 def _variants(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = ("variant", "seeds", "loss", "sink ratio", "change", "largest activation", "times the base's", "medians")
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    """A family's table, as notebook 09 has it, but for what the paper says."""
+    columns = {
+        "variant": lambda row: row["name"] if row.get("of", BASE) == BASE else f"{row['name']} (against {row['of']})",
+        "seeds": lambda row: row["seeds"],
+        "loss": lambda row: f"{row['loss']:.2f}",
+        "sink ratio": lambda row: brief(row["sink_ratio"]),
+        "change": lambda row: "{sink_change:+.2f} ({sink_low:+.2f} to {sink_high:+.2f})".format(**row),
+        "base's at this loss": lambda row: f"{row['sink_at_loss']:.2f}",
+        "attention": lambda row: brief(row["attention"]),
+        "largest activation": lambda row: brief(row["max_activation"]),
+        "factor": lambda row: "{spike_factor:.2f} ({spike_low:.2f} to {spike_high:.2f})".format(**row),
+        "medians": lambda row: brief(row["over_median"]),
+        "times elsewhere": lambda row: brief(row["over_elsewhere"]),
+    }
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        change, times = (
-            f"{brief(row[value])} ({brief(row[f'{kind}_low'])} to {brief(row[f'{kind}_high'])})" if value in row else ""
-            for kind, value in (("sink", "sink_change"), ("spike", "spike_factor"))
-        )
-        of = row.get("of", BASE)
-        name = row["name"] if of == BASE else f"{row['name']} (of {of})"
-        cells = [name, row["seeds"], brief(row["loss"]), brief(row["sink_ratio"]), change]
-        lines.append(
-            "| " + " | ".join(map(str, [*cells, brief(row["max_activation"]), times, brief(row["over_median"])])) + " |"
-        )
+        cells = []
+        for cell in columns.values():
+            try:
+                cells.append(str(cell(row)))
+            except KeyError:  # what is compared with nothing
+                cells.append("")
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 

@@ -553,9 +553,9 @@ RULES: dict[str, Rule] = {
 
 
 _TRAINED = (
-    "of the changes that the paper reports, at least half go its way here beyond doubt (an interval over seeds), and "
-    "none beyond doubt another; a value stays within 0.05 (sink ratio) or a factor 1.5 (largest activation); where it "
-    "fails for changes that stay open alone, it is not judged"
+    "of the changes that the paper reports, at least half go its way here significantly (95% intervals over seeds), "
+    "and none significantly another; a value stays within 0.05 (sink ratio) or a factor 1.5 (largest activation); "
+    "where it fails for changes that stay open alone, it is not judged"
 )
 
 

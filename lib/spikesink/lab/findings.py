@@ -145,9 +145,12 @@ def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
 def pooled(records: Sequence[Record], measure: str, without: str | None = None) -> tuple[float, int]:
     """Standard deviation over seeds, one for all variants of which there are several, and its degrees of freedom.
 
-    (Which assumes that seeds are as far apart in all of them; a variant with fewer heads has a coarser sink ratio.)
+    (Which assumes that seeds are as far apart in all of them; a variant with fewer heads has a coarser sink ratio. Of
+    the sink ratio those with hardly any sinks say nothing: all their seeds are near 0, whatever the scatter elsewhere.)
     """
     groups = [_values(rows, measure) for name, rows in by_name(records).items() if len(rows) > 1 and name != without]
+    if measure == "sink":
+        groups = [group for group in groups if group.mean() >= SOME_SINKS]
     freedom = sum(len(group) - 1 for group in groups)
     if not freedom:
         return math.nan, 0
@@ -323,7 +326,7 @@ def in_words(records: Sequence[Record], family: str) -> str:
     found = family_evidence(records, family)
     if isinstance(found, NotApplicable):
         return found.reason
-    words = {AGREES: "the paper's way beyond doubt", DIFFERS: "beyond doubt another way", UNDECIDED: "left open"}
+    words = {AGREES: "significantly the paper's way", DIFFERS: "significantly another way", UNDECIDED: "left open"}
     named = {what: [_bracketed(change) for change in found.measured[what]] for what in words}
     parts = [f"*{said}*: {', '.join(named[what]) or 'none'}" for what, said in words.items()]
     absent = [name for name, of in FAMILY.items() if of == family and name not in by_name(records)]
@@ -337,12 +340,12 @@ def _bracketed(change: str) -> str:
 def corners(records: Sequence[Record]) -> dict[str, list[str] | float]:
     """The variants in which one goes without the other, and how the two go together over all.
 
-    A spike is judged over the median here, which does not change with the size of the stream. `spike_alone` have fewer
-    sinks than the base beyond doubt, hardly any (`SOME_SINKS`), position 0 stands out (`STANDS_OUT`), and by its value
-    the largest activation, over the median, is within the band that is no change, or above. `sink_alone` have a smaller
-    one beyond doubt, and sinks that may be as many as the base's. Behind a name: the largest activation in medians, and
-    that over the base's with its interval. `together` and `together_raw` are rank correlations with the sink ratio,
-    over the median and as it is. All without variants that are judged by late queries.
+    A spike is judged over the median here, which does not change with the size of the stream. `spike_alone` have
+    significantly fewer sinks than the base, hardly any (`SOME_SINKS`), position 0 stands out (`STANDS_OUT`), and by its
+    value the largest activation, over the median, is within the band that is no change, or above. `sink_alone` have a
+    significantly smaller one, and sinks that may be as many as the base's. Behind a name: the largest activation in
+    medians, and that over the base's with its interval. `together` and `together_raw` are rank correlations with the
+    sink ratio, over the median and as it is. All without variants that are judged by late queries.
     """
     alone = {"spike_alone": [], "sink_alone": []}
     found = [one for one in compared(records) if not one.late]

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 import pandas as pd
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spikesink import amplifier, claims, collapse, lifecycle, sinks
@@ -16,6 +17,7 @@ from spikesink.weights import weights_of
 THRESHOLD = 20.0  # medians that a spike exceeds here; of a model this small and young none reaches the usual 100
 MOST_TOKENS = 0.05  # of those after the first can be spike tokens; LC7 says it of all, however short windows are
 WITHOUT_SPIKE = ("LC7", "SK1")  # what is asked whether there is a spike or not
+GATE = "blocks.{}.attn.gate.hook_gate"
 
 
 def chain(
@@ -94,6 +96,32 @@ def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.Da
             else:
                 row[name] = _words(claim_id, evidence)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("id")
+
+
+@torch.inference_mode()
+def gates(models: Mapping[str, Decoder], tokens: Int[Tensor, "n length"]) -> pd.DataFrame:
+    """By layer, what each head gives position 0 of its attention, and what its gate lets through: the median over all
+    tokens but the first, with the 5% and the 95% quantile. A gate of many channels counts as their mean.
+
+    Args:
+        models: by name, of as many layers each.
+        tokens: windows.
+    """
+    columns = {}
+    for name, model in models.items():
+        scores = sinks.score(model, tokens).at.mean(0)  # layer, head
+        columns[f"{name}: attention"] = [", ".join(f"{at:.2f}" for at in layer) for layer in scores.tolist()]
+        hooks = [GATE.format(layer) for layer in range(len(scores))]
+        _, seen = model.run_with_cache(tokens, names_filter=hooks)
+        if seen:
+            gates = [seen[hook].expand(*tokens.shape, *seen[hook].shape[-2:]) for hook in hooks]  # a static one is one
+            columns[f"{name}: gate"] = [", ".join(_opened(gate[:, 1:])) for gate in gates]
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def _opened(gate: Float[Tensor, "window position head channel"]) -> list[str]:
+    ends = gate.mean(-1).flatten(0, 1).quantile(torch.tensor([0.5, 0.05, 0.95]), dim=0)
+    return ["{:.2f} ({:.2f} to {:.2f})".format(*of) for of in ends.T.tolist()]
 
 
 def _words(claim_id: str, evidence: Evidence) -> str:
