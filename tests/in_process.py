@@ -61,7 +61,12 @@ def walk(
         pictures.append(name)
 
     brief = partial(sinks.TSNE, max_iter=250)  # what it would find later is no matter here
-    replacements = ((spikesink, "load", lambda *_, **__: model), (plots, "save", saved), (sinks, "TSNE", brief))
+    replacements = (
+        (spikesink, "load", lambda *_, **__: model),
+        (plots, "save", saved),
+        (Figure, "savefig", lambda figure, *_, **__: see(figure)),
+        (sinks, "TSNE", brief),
+    )
     with contextlib.ExitStack() as stack:
         for module, name, by in replacements:
             stack.enter_context(_replaced(module, name, by))

@@ -218,9 +218,9 @@ DIFFERS = {
     "TK1": "one token spikes, and no other",
     "TK3": "the trigger spikes wherever it stands",
     "NM2": "one of 64 channels is more than 1% of them",
-    "SV1": "what other tokens say is random, and rounding it costs nothing",
 }
 NOT_APPLICABLE = {
+    "SV1": "what other tokens say is random, and rounding it costs nothing",
     "SV2": "the text is short",
     "SV3": "the text is short",
     "TK4": "no delimiter spikes",

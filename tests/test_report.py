@@ -11,7 +11,7 @@ import pytest
 import spikesink
 from spikesink import __main__ as command
 from spikesink import lifecycle, report
-from spikesink.serving import cells
+from spikesink.serving import cache, cells
 from spikesink.serving.cells import Crossed
 from spikesink.serving.diagnosis import IN_PART, ROUTING, UNSURE, Diagnosis, diagnoses
 from tests import planted
@@ -64,8 +64,10 @@ def test_what_costs_is_said_whatever_its_diagnosis():
         {name: {cells.AS_IT_IS: outcome(*losses)} for name, losses in techniques.items()},
     )
     found = report._told("cache", crossed, None)
-    assert "nothing helps (3.49 times: not taken apart)" in found.prose.split("What may cost")[0]
-    assert "What may cost as much or nothing, on so few windows: on one window (1.92 times)." in found.prose
+    assert "nothing helps (3.49 times: not taken apart)" in found.prose.split("Not surely")[0]
+    assert re.search(
+        r"Not surely a failure, on so few windows: on one window \(1.92 times, 0.00 to \d+\.\d\d\).", found.prose
+    )
     assert "harmless" not in found.prose
     assert found.facts["nothing helps"]["left_with_sink"] is None
     alone = Crossed({cells.AS_IT_IS: outcome(1.0)}, {"it": {cells.AS_IT_IS: outcome(2.0)}})
@@ -80,7 +82,9 @@ def test_the_page_needs_nothing_else(made):
     assert "<dt>Spike</dt>" in page
     assert page.count("<img") == page.count("data:image/png;base64,") == 4
     assert 'name="viewport"' in page
-    assert "attention routing" in page
+    assert "Attention routing, all or in part: a KV cache of the last ones (" in page
+    assert "With a remedy: " in page
+    assert "with 4 others (" not in page, "a control is no failure"
     assert "<li>Long contexts (not measured)</li>" in page
     for title in list(report.TITLES.values())[:4]:
         assert page.count(f"<h2>{title}</h2>") == 1
@@ -91,7 +95,7 @@ def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(report, "STAGES", {**report.STAGES, "quantization": stopped})
-    options = ["--text", text, "--n-prompts", "2", "--seq-len", "32", "--out", str(tmp_path / "new" / "folder")]
+    options = ["--text", text, "--n-prompts", "4", "--seq-len", "32", "--out", str(tmp_path / "new" / "folder")]
     assert command.main(["diagnose", str(random_directory), *options]) == 130
     assert "what was finished is kept" in capsys.readouterr().out
     found = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
@@ -122,7 +126,7 @@ def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path
         "binary": {"text": tmp_path / "binary"},
         "model": {"model": tmp_path / "no-such-model"},
     }[wrong]
-    options = ["--text", str(given["text"]), "--out", str(given["out"]), "--n-prompts", "2", "--seq-len", "32"]
+    options = ["--text", str(given["text"]), "--out", str(given["out"]), "--n-prompts", "4", "--seq-len", "32"]
     before = set(tmp_path.rglob("*"))
     assert command.main(["diagnose", str(given["model"]), *options]) == 1
     printed = capsys.readouterr()
@@ -144,7 +148,7 @@ def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nosuch"], ["diagnose"], ["diagnose", "x", "--n-prompts", "1"], ["diagnose", "x", "--out", ""]]
+    "arguments", [[], ["nosuch"], ["diagnose"], ["diagnose", "x", "--n-prompts", "3"], ["diagnose", "x", "--out", ""]]
 )
 def test_bad_arguments_point_to_the_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -182,9 +186,34 @@ def test_what_costs_is_never_left_out_of_the_short(verdict, said):
     fact = {"it": {"cost": 3.5, "verdict": verdict}}
     (line,) = report.in_short({"cache": report.Section("cache", "", fact)})
     assert line.startswith(said)
-    unsure = {"it": {"cost": 1.5, "verdict": UNSURE}}
-    (line,) = report.in_short({"cache": report.Section("cache", "", unsure)})
-    assert line.startswith("Of what was tried nothing surely costs")
+    unsure = {"it": {"cost": 1.5, "interval": [0.9, 2.5], "verdict": UNSURE}}
+    lines = report.in_short({"cache": report.Section("cache", "", unsure)})
+    assert lines[0].startswith("Of what was tried nothing surely costs")
+    assert lines[1] == "Not surely a failure, on so few windows: it (1.50 times, 0.90 to 2.50)."
+
+
+def test_controls_are_no_failures_and_remedies_stand_apart():
+    names = (cache.WINDOW, cache.OTHERS, cache.HEAVY, cache.named(1), cache.named(8))
+    facts = {name: {"cost": 3.0, "interval": [2.0, 4.0], "verdict": "not taken apart"} for name in names}
+    lines = report.in_short({"cache": report.Section("cache", "", facts)})
+    costs = "a KV cache of the last ones (3.00 times); a KV cache with heavy hitters (3.00 times)"
+    assert lines == [
+        f"Costs something, not taken apart: {costs}.",
+        "With a remedy: a KV cache with the first (3.00 times, 2.00 to 4.00).",
+    ]
+
+
+def test_a_model_without_a_spike_is_told_what_serving_costs(random_directory, text, tmp_path, capsys):
+    options = ["--text", text, "--n-prompts", "4", "--seq-len", "48", "--out", str(tmp_path), "--long"]
+    assert command.main(["diagnose", str(random_directory), *options]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert found["quantization"]["weights in int4 per channel"]["cost"] > 0
+    assert found["cache"]["the last ones"]["left_without_spike"] is None
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Tried in the model as it is alone: no token has an entry above") == 2
+    assert page.count("<img") == 4, "all but the spike's picture"
+    assert "Perplexity, stretch by stretch: " in page
+    assert "Over all of it, with 256 keys: a KV cache of the last ones (" in page
 
 
 def test_a_spike_of_many_blocks_is_said_to_be_one(family_directory, text, monkeypatch):

@@ -1,6 +1,7 @@
 """Serving: quantizers against plain formulas, and cells on a model whose spike is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,14 +9,14 @@ import torch
 from scipy import stats
 
 import spikesink
-from spikesink import find_lifecycle, patching, trace_windows
+from spikesink import claims, find_lifecycle, patching, plots, trace_windows
 from spikesink.claims import NotApplicable
 from spikesink.lab import data
 from spikesink.lab.data import Backcopy
 from spikesink.lab.model import Decoder
 from spikesink.lifecycle import find_spikes
 from spikesink.patching import Outcome, chain
-from spikesink.serving import quantize
+from spikesink.serving import cache, quantize
 from spikesink.serving.cells import (
     AS_IT_IS,
     CELLS,
@@ -43,6 +44,7 @@ from spikesink.serving.diagnosis import (
     diagnose,
     diagnoses,
     sets_the_scale,
+    share,
     share_interval,
 )
 from spikesink.serving.quantize import (
@@ -290,13 +292,28 @@ def test_whose_failure_it_is(with_it, held, without_spike, spared, verdict):
     assert diagnoses({"it": found}).loc["it", "diagnosis"] == verdict
 
 
+@pytest.mark.parametrize(
+    ("without_spike", "spared", "said"),
+    [
+        (2.0, 2.55, "left of that: 0% (0% to 0%) without the spike"),
+        (2.55, 2.05, "left of that: 9% (8% to 11%) with the sink kept"),  # .05 of .55, .46 to .64
+        (2.55, 2.6, "no remedy that was tried surely helps"),
+    ],
+)
+def test_a_picture_is_headed_by_the_remedies_that_help(without_spike, spared, said):
+    plain = dict.fromkeys((AS_IT_IS, HELD, NO_SPIKE), outcome(*[2.0] * 4))
+    row = {AS_IT_IS: outcome(*NEARLY), HELD: outcome(*NEARLY), NO_SPIKE: outcome(*[without_spike] * 4)}
+    crossed = Crossed(plain, {"it": row | {SPARED: outcome(*[spared] * 4)}})
+    assert plots.costs(crossed, diagnose(crossed)).get_suptitle() == f"“it” costs 1.73 times; {said}"
+
+
 def test_a_share_has_the_interval_beyond_which_the_parts_cannot_be_it():
     """At its ends Student's test of part - share * whole, paired by window, is just what the level asks for."""
     drawn = np.random.default_rng(0)
     whole = 1 + 0.2 * drawn.normal(size=9)
     part = 0.5 * whole + 0.1 * drawn.normal(size=9)
-    for share in share_interval(part, whole):
-        assert stats.ttest_1samp(part - share * whole, 0).pvalue == pytest.approx(0.05)
+    for end in share_interval(part, whole):
+        assert stats.ttest_1samp(part - end * whole, 0).pvalue == pytest.approx(0.05)
     low, high = share_interval(part, whole)
     assert low < part.mean() / whole.mean() < high
     assert share_interval(part[:1], whole[:1]) is None
@@ -389,9 +406,70 @@ def test_without_a_spike_there_are_no_cells():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
     life = find_lifecycle(trace_windows(model, tokens))
     known = chain.constants(model, life, tokens)
-    for found in (cells(known, tokens > 0), cross(model, tokens, cells(known, tokens > 0), {}), diagnose(known)):
+    for found in (cells(known, tokens > 0), diagnose(known)):
         assert isinstance(found, NotApplicable)
     assert sink_held(known) == ()
+
+
+@torch.inference_mode()
+def test_without_a_spike_techniques_are_tried_in_the_model_as_it_is():
+    model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
+    life = find_lifecycle(trace_windows(model, tokens))
+    known, none = chain.constants(model, life, tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    of, seen = cells(known, none), ranges(model, tokens, none)
+    crossed = cross(model, tokens, of, quantize.activations(model, seen, none), none)
+    crossed = quantize.weights(model, tokens, of, crossed, {"weights": (2, "tensor")})
+    assert crossed.reason == known.reason == sets_the_scale(crossed).reason
+    assert not {quantize.APART, quantize.OTHERS_APART} & set(crossed.with_it), "there are no channels to keep apart"
+    assert {cell for row in (crossed.plain, *crossed.with_it.values()) for cell in row} == {AS_IT_IS}
+    clean = patching.evaluate(model, tokens)
+    with rounded_weights(model, 2, "tensor"):
+        assert crossed.cost("weights") == pytest.approx(patching.evaluate(model, tokens).perplexity / clean.perplexity)
+    forgetful = cross(model, tokens, of, cache.evictions(model, known, 16, none), none)
+    assert set(forgetful.with_it[cache.WINDOW]) == {AS_IT_IS, SPARED}, "a sink can be kept where no spike makes it"
+    assert cache.CONSTANT not in forgetful.with_it
+    assert cross(model, tokens, of, NotApplicable("no way")) == NotApplicable("no way")
+
+
+def test_what_spike_tokens_predict_does_not_count():
+    """Where their prediction is held, no technique could harm it, and the cost would seem to go with the spike."""
+    loss = torch.tensor([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
+    worse = loss + torch.tensor([[9.0, 0.1, 0.3], [0.2, 9.0, 0.2]])
+    of = outcome(0.0, 0.0)
+    crossed = Crossed(
+        {AS_IT_IS: replace(of, loss=loss)},
+        {"it": {AS_IT_IS: replace(of, loss=worse)}, "not": {AS_IT_IS: replace(of, loss=loss)}},
+        counted=torch.tensor([[False, True, True], [True, False, True]]),
+    )
+    assert crossed.nats("it") == pytest.approx([0.2, 0.2])
+    assert crossed.cost("it") == pytest.approx(math.exp(0.2))
+    assert crossed.interval("it") == crossed.times("it", "not") == pytest.approx((math.exp(0.2),) * 2, rel=1e-5)
+    assert crossed.table().loc["it", AS_IT_IS] == pytest.approx(math.exp(2.2))
+
+
+@pytest.mark.parametrize(
+    ("per_tensor", "split", "said"),
+    [
+        (NEARLY, (2.01, 2.02, 2.01, 2.02), "holds"),
+        (NEARLY, (2.5, 2.6, 2.5, 2.6), "differs"),
+        (NEARLY, (2.5, 2.3, 2.5, 2.6), "leaves it open"),
+        ((2.0, 2.1, 2.0, 2.1), (2.0, 2.1, 2.0, 2.1), "costs nothing that is told from none (0.96 to 1.15 times)"),
+    ],
+)
+def test_a_scale_is_judged_where_there_is_a_cost_and_an_interval_tells(per_tensor, split, said):
+    losses = {quantize.PER_TENSOR: per_tensor, quantize.APART: split}
+    losses |= dict.fromkeys((quantize.OTHERS_APART, quantize.PER_TOKEN), per_tensor)
+    with_it = {name: {AS_IT_IS: outcome(*of), NO_SPIKE: outcome(*of)} for name, of in losses.items()}
+    found = sets_the_scale(Crossed(dict.fromkeys((AS_IT_IS, NO_SPIKE), outcome(*[2.0] * 4)), with_it))
+    claim = claims.judge("SV1", found, "10")
+    assert claim.verdict == said or (claim.verdict == "n/a" and said in claim.measured["reason"])
+
+
+def test_an_interval_of_two_readings_holds_both():
+    whole = 1 + 0.05 * np.random.default_rng(0).normal(size=8)
+    least, most = 0.07 * whole + np.tile([0.3, -0.3], 4), 0.14 * whole
+    low, high = share_interval(least, whole)
+    assert share(least, most, whole).interval == (low, high), "that of the other reading is narrow, and within"
 
 
 def test_integers_err_as_much_as_rounded_floats_do(random_model):

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--text", default="house", help=TEXT_HELP)
     one.add_argument("--out", type=a_folder, help="folder for the report (default: reports/<model>)")
     one.add_argument("--long", action="store_true", help="also run one text as far as the context and some minutes go")
-    one.add_argument("--n-prompts", type=at_least(2), default=16, help="windows to measure (default: %(default)s)")
+    one.add_argument("--n-prompts", type=at_least(4), default=16, help="windows to measure (default: %(default)s)")
     one.add_argument("--seq-len", type=at_least(16), default=256, help="tokens in a window (default: %(default)s)")
     one.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk (default: %(default)s)")
     one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")

@@ -43,11 +43,12 @@ TITLES = {
 HELPS = {
     diagnosis.OUTLIERS: (
         "Activation outliers, all or in part",
-        "Give the quantizer a step for each token or channel, or keep the spike's channels out of it.",
+        "Give each token a step of its own, or keep the spike's channels out of the quantizer.",
     ),
     diagnosis.ROUTING: (
         "Attention routing, all or in part",
-        "Keep the first token's key and value: in the cache, and in full precision.",
+        "Keep the first token's key and value: in the cache, and in full precision (where weights are rounded, as they "
+        "were before).",
     ),
     diagnosis.MISMATCH: (
         "Neither remedy helps",
@@ -56,21 +57,28 @@ HELPS = {
     diagnosis.OPEN: ("Cause left open", ""),
     diagnosis.UNKNOWN: ("Costs something, not taken apart", ""),
 }
+REMEDIES = (quantize.APART, *map(cache.named, cache.FIRST), cache.CONSTANT)  # two of them in short
+CONTROLS = (quantize.OTHERS_APART, cache.OTHERS)
 WORDS = {
     "Spike": "an entry of the residual stream hundreds or thousands of times larger than the median one; on a few "
     "tokens, in a few channels. Blocks are counted from 1, attention odd and FFN even.",
-    "Sink": "a token, nearly always the first, that most of the attention of many heads goes to.",
+    "Sink": f"a token, nearly always the first, that gets more than {sinks.EPSILON} of the attention of many heads.",
     "Times": "perplexity with a technique over that without it, on the same windows, with Student's 95% interval.",
     "Left without the spike": "the share of that cost, in nats, which stays when the spike is removed while the sinks "
     "are held in their place.",
     "Left with the sink kept or held": "the share that stays when the first token's key and value are spared by the "
     "technique, or put in their place. Above 100% the remedy does harm of its own.",
-    "Diagnosis": f"{diagnosis.OUTLIERS}, where at most {diagnosis.GONE:.0%} is left without the spike; "
-    f"{diagnosis.ROUTING}, where as little is left with the sink; at least in part, where at most {diagnosis.PART:.0%} "
-    f"is left; {diagnosis.MISMATCH}, where more is left with both; each at both ends of the share's interval, else "
-    f"{diagnosis.OPEN}. A cost of which the interval reaches 2% is {diagnosis.UNSURE}.",
+    "Diagnosis": f"{diagnosis.OUTLIERS}, where the cost goes with the spike: at most {diagnosis.GONE:.0%} is left "
+    f"without it; {diagnosis.ROUTING}, where it goes when the sink is kept: as little is left then; at least in part, "
+    f"where at most {diagnosis.PART:.0%} is left; {diagnosis.MISMATCH}, where more is left with both, and no cause is "
+    f"named; each at both ends of the share's interval, else {diagnosis.OPEN}. A cost of which the interval reaches 2% "
+    f"is {diagnosis.UNSURE}, one below {diagnosis.FINE}. What is a remedy or a control itself is {diagnosis.UNKNOWN}.",
     "The last ones, with the first, with heavy hitters": "the tokens that a cache keeps for a query: its budget's last "
-    "ones alone; the first (or first 2, 4, 8) among them; half of them those that have got the most attention so far.",
+    "ones alone; the first (or first 2, 4, 8) among them; half of them those that have got the most attention so far. "
+    "With a constant sink: a constant key and value for each head in the first one's place. With 4 others: a control, "
+    "four ordinary tokens in the place of the first.",
+    "Spike channels apart": "those channels are not rounded in which spike tokens have more than any other token has "
+    "anywhere. As many others apart: a control.",
     "A step a tensor, a token, a channel": "over what a quantizer shares one step: the larger the largest entry, the "
     "coarser the step.",
 }
@@ -191,7 +199,8 @@ def _spike(of: Subject) -> Section:
         return Section("spike", none, {"reason": life.reason}, short=none)
     prose = [
         _said(
-            "Channel {channels} reaches {plateau_value}. Block(s) {step_up_blocks} write {share_written:.0%} of it"
+            "The spike reaches {plateau_value}, in channel(s) {channels}. Block(s) {step_up_blocks} write "
+            "{share_written:.0%} of it"
             + ("." if share >= FEW_BLOCKS else ", the other {rest:.0%} come from other blocks."),
             up,
             rest=1 - share,
@@ -239,7 +248,7 @@ def _quantization(of: Subject) -> Section:
     held_out, (tokens, where) = chain.halves(of.life, length=of.short)
     ranges = quantize.ranges(of.model, *held_out)
     in_cells = cells.cells(of.known, where)
-    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, where, of.seed))
+    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, where, of.seed), where)
     crossed = quantize.weights(of.model, tokens, in_cells, crossed)
     return _told("quantization", crossed, plots.quantizer_steps(ranges))
 
@@ -248,7 +257,7 @@ def _cache(of: Subject) -> Section:
     _, (tokens, where) = chain.halves(of.life, length=of.tokens.shape[1])
     budget = max(8, tokens.shape[1] // 4)
     techniques = cache.evictions(of.model, of.known, budget, where, of.seed)
-    crossed = cells.cross(of.model, tokens, cells.cells(of.known, where), techniques)
+    crossed = cells.cross(of.model, tokens, cells.cells(of.known, where), techniques, where)
     filler = texts.all_ids(of.model, of.source)
     recalled = context.recall(of.model, filler, tokens.shape[1], budget, seed=of.seed)
     found = _told("cache", crossed, plots.recalled(recalled))
@@ -267,17 +276,20 @@ def _cache(of: Subject) -> Section:
 def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> Section:
     """A section about techniques in cells."""
     if isinstance(crossed, NotApplicable):
-        return Section(key, f"Not told apart: {crossed.reason}.", {"reason": crossed.reason})
+        return Section(key, f"Not tried: {crossed.reason}.", {"reason": crossed.reason})
     found = diagnosis.diagnose(crossed)
-    costly = {name: one for name, one in found.items() if one.verdict not in (diagnosis.FINE, diagnosis.UNSURE)}
-    risks = [f"{name} ({one.cost:.2f} times: {one.verdict})" for name, one in costly.items()]
-    unsure = [f"{name} ({one.cost:.2f} times)" for name, one in found.items() if one.verdict == diagnosis.UNSURE]
-    prose = f"Perplexity as it is: {brief(crossed.plain[cells.AS_IT_IS].perplexity)}. " + (
+    tried = {name: one for name, one in found.items() if name not in REMEDIES + CONTROLS}
+    costly = {name: one for name, one in tried.items() if one.verdict not in (diagnosis.FINE, diagnosis.UNSURE)}
+    risks = [f"{_called(name)} ({one.cost:.2f} times: {one.verdict})" for name, one in costly.items()]
+    unsure = [_with_interval(name, vars(one)) for name, one in tried.items() if one.verdict == diagnosis.UNSURE]
+    remedies = [_with_interval(name, vars(one)) for name, one in found.items() if name in REMEDIES]
+    prose = f"Perplexity as it is: {brief(crossed.perplexity(crossed.plain[cells.AS_IT_IS]))}. " + (
         f"What costs more than 2%: {'; '.join(risks)}."
         if risks
         else "Nothing that was tried surely costs more than 2%."
     )
-    prose += f" What may cost as much or nothing, on so few windows: {'; '.join(unsure)}." if unsure else ""
+    prose += f" {diagnosis.UNSURE.capitalize()}, on so few windows: {'; '.join(unsure)}." if unsure else ""
+    prose += f" With a remedy: {'; '.join(remedies)}." if remedies else ""
     facts = {
         name: {
             "cost": one.cost,
@@ -288,6 +300,8 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
         }
         for name, one in found.items()
     }
+    if crossed.reason:
+        prose = f"Tried in the model as it is alone: {crossed.reason}. {prose}"
     return Section(key, prose, facts, diagnosis.diagnoses(found), picture, ("perplexity, times", "diagnosis"))
 
 
@@ -298,9 +312,15 @@ def _left(name: str, share: diagnosis.Share | None) -> dict[str, Any]:
 
 def _long(of: Subject) -> Section:
     measured = long.measure(of.model, of.source)
-    found = diagnosis.over_lengths(measured.lengths)
-    prose = _said("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}, perplexity {perplexities}.", found)
+    found, lengths = diagnosis.over_lengths(measured.lengths), measured.lengths
+    prose = _said("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.", found)
+    ends = zip(lengths.perplexities, lengths.lengths, strict=True)
+    stretches = ", ".join(f"{brief(perplexity)} up to {end:,} tokens" for perplexity, end in ends)
+    prose += f" Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,})."
     times = {name: measured.times(streamed.loss) for name, streamed in measured.streams.items()}
+    costs = {name: {"cost": one, "interval": interval} for name, (one, *interval) in times.items()}
+    if said := [_with_interval(name, cost) for name, cost in costs.items() if name not in CONTROLS]:
+        prose += f" Over all of it, with {long.BUDGET} keys: {'; '.join(said)}."
     facts = {"SV3": _facts(found), "streams": {name: list(value) for name, value in times.items()}}
     return Section("long", prose, facts, picture=plots.lengths(measured.lengths))
 
@@ -343,13 +363,33 @@ def in_short(done: Mapping[str, Section]) -> list[str]:
     judged = {}
     for section in done.values():
         judged |= {name: fact for name, fact in section.facts.items() if isinstance(fact, dict) and "verdict" in fact}
+    tried = {name: fact for name, fact in judged.items() if name not in REMEDIES + CONTROLS}
     for kind, (what, help_) in HELPS.items():
-        mine = [f"{name} ({fact['cost']:.2f} times)" for name, fact in judged.items() if kind in fact["verdict"]]
+        of_it = {name: fact["cost"] for name, fact in tried.items() if kind in fact["verdict"]}
+        mine = [f"{_called(name)} ({cost:.2f} times)" for name, cost in of_it.items()]
         if mine:
             lines.append(f"{what}: {'; '.join(mine)}. {help_}".rstrip())
-    if judged and all(fact["verdict"] in (diagnosis.FINE, diagnosis.UNSURE) for fact in judged.values()):
+    if tried and all(fact["verdict"] in (diagnosis.FINE, diagnosis.UNSURE) for fact in tried.values()):
         lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
+    elif remedies := [_with_interval(name, fact) for name, fact in judged.items() if name in REMEDIES[:2]]:
+        lines.append(f"With a remedy: {'; '.join(remedies)}.")
+    if unsure := [_with_interval(name, fact) for name, fact in tried.items() if fact["verdict"] == diagnosis.UNSURE]:
+        lines.append(f"{diagnosis.UNSURE.capitalize()}, on so few windows: {'; '.join(unsure)}.")
     return lines
+
+
+def _with_interval(name: str, fact: Mapping[str, Any]) -> str:
+    ends = (
+        ", {:.2f} to {:.2f}".format(*interval) if (interval := fact["interval"]) and interval[0] == interval[0] else ""
+    )
+    return f"{_called(name)} ({fact['cost']:.2f} times{ends})"
+
+
+def _called(name: str) -> str:
+    """A technique, where it does not stand in a table of its kind."""
+    if name == cache.WINDOW:
+        return f"a KV cache of {name}"
+    return f"a KV cache {name}" if name.startswith("with ") else name
 
 
 STYLE = """
@@ -377,6 +417,7 @@ def _part(section: Section) -> str:
         section.picture.savefig(data, format="png", dpi=110, bbox_inches="tight")
         encoded = base64.b64encode(data.getvalue()).decode()
         source = f"data:image/png;base64,{encoded}"
-        picture = f'<div class="wide"><img alt="{html.escape(TITLES[section.key])}" src="{source}"></div>'
+        alt = html.escape(f"{TITLES[section.key]}: {section.picture.get_suptitle()}".removesuffix(": "))
+        picture = f'<div class="wide"><img alt="{alt}" src="{source}"></div>'
     title = html.escape(TITLES[section.key])
     return f"<section><h2>{title}</h2><p>{html.escape(section.prose)}</p>{table}{picture}</section>"

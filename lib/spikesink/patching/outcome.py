@@ -118,11 +118,7 @@ class Outcome:
         Raises:
             ValueError: the other is of other windows.
         """
-        more = self.more(other)
-        if len(more) < 2:
-            return math.nan, math.nan
-        half = student.ppf(0.975, len(more) - 1) * more.std(ddof=1) / math.sqrt(len(more))
-        return math.exp(more.mean() - half), math.exp(more.mean() + half)
+        return student_interval(self.more(other))
 
     def __repr__(self) -> str:
         low, high = self.interval()
@@ -136,6 +132,14 @@ class Outcome:
 
 def _exp_mean(x: np.ndarray, axis: int) -> np.ndarray:
     return np.exp(x.mean(axis=axis))
+
+
+def student_interval(nats: Float[np.ndarray, " window"]) -> tuple[float, float]:
+    """Student's 95% interval of exp of a mean over windows; not numbers where there is only one."""
+    if len(nats) < 2:
+        return math.nan, math.nan
+    half = student.ppf(0.975, len(nats) - 1) * nats.std(ddof=1) / math.sqrt(len(nats))
+    return math.exp(nats.mean() - half), math.exp(nats.mean() + half)
 
 
 def bootstrapped(values: Tensor, statistic: Callable, level: float = 0.95, seed: int = 0) -> tuple[float, float]:

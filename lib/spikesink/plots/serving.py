@@ -111,8 +111,9 @@ def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
     if told := [name for name in names if found[name].verdict not in (FINE, UNSURE, UNKNOWN)]:
         one = found[worst := max(told, key=crossed.cost)]
         remedies = {NO_SPIKE: one.without_spike, one.remedy: one.with_sink}
-        left = [f"{share} {remedy}" for remedy, share in remedies.items() if share is not None]
-        above(fig, f"“{worst}” costs {one.cost:.2f} times; left of that: {', '.join(left)}")
+        helping = [f"{share} {remedy}" for remedy, share in remedies.items() if share is not None and share.ends[1] < 1]
+        found_left = f"left of that: {', '.join(helping)}" if helping else "no remedy that was tried surely helps"
+        above(fig, f"“{worst}” costs {one.cost:.2f} times; {found_left}")
     return fig
 
 

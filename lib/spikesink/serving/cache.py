@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from spikesink.claims import NotApplicable, where_applicable
+from spikesink.claims import NotApplicable
 from spikesink.models import Anatomy, anatomy
 from spikesink.patching import Intervention, apply, hook, patched
 from spikesink.patching.chain import Constants
@@ -95,7 +95,6 @@ def heaviest(budget: int) -> Policy:
     return Policy(budget // 2, heavy=budget - budget // 2)
 
 
-@where_applicable
 def evictions(
     model: TransformerBridge,
     known: Constants | NotApplicable,
@@ -112,12 +111,12 @@ def evictions(
         model: as `load` returns it.
         known: as `patching.chain.constants` returns it.
         budget: how many keys a query has, its own among them.
-        where: the windows' spike tokens; others that are kept instead are none of them.
+        where: the windows' spike tokens; others that are kept instead are none of them, nor the first.
         seed: of which others.
     """
     if (reason := cannot(anatomy(model))) is not None:
         return NotApplicable(reason)
-    ordinary = (~where.any(0))[:budget].nonzero()[:, 0]
+    ordinary = (~where.any(0))[1:budget].nonzero()[:, 0] + 1
     order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:MOST_FIRST]
     others = Policy(budget - MOST_FIRST, tuple(sorted(ordinary[order].tolist())))
     policies = {named(n): first(n, budget) for n in FIRST if n < budget} | {OTHERS: others, HEAVY: heaviest(budget)}

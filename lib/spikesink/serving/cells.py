@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -18,6 +19,7 @@ from spikesink.lifecycle import block_kind, block_layer
 from spikesink.models import Anatomy
 from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, skip, zero
 from spikesink.patching.chain import Constants, decoupled, sink_held
+from spikesink.patching.outcome import student_interval
 from spikesink.weights import no_projections
 
 AS_IT_IS, HELD, NO_SPIKE = "as it is", "with the sink held", "without the spike"
@@ -76,26 +78,39 @@ class Crossed:
 
     plain: Mapping[str, Outcome]  # by cell
     with_it: Mapping[str, Mapping[str, Outcome]]  # by technique, then cell; with the sink spared where that can be
+    counted: Bool[Tensor, "window prediction"] | None = None  # None: all
+    reason: str = ""  # why there is no cell but the model as it is, where that is so
 
     def cost(self, technique: str, cell: str = AS_IT_IS) -> float:
         """How many times the cell's own perplexity it is with the technique."""
-        return float((self.with_it[technique][cell].loss.mean() - self._own(cell).loss.mean()).exp())
+        return float(np.exp(self.nats(technique, cell).mean()))
 
     def interval(self, technique: str, cell: str = AS_IT_IS) -> tuple[float, float]:
-        """An interval of the cost, as `Outcome.times` makes it."""
-        return self.with_it[technique][cell].times(self._own(cell))
+        """Student's 95% interval of the cost, over windows; not numbers where there is only one."""
+        return student_interval(self.nats(technique, cell))
 
     def nats(self, technique: str, cell: str = AS_IT_IS) -> Float[np.ndarray, " window"]:
         """The same in nats, of each window."""
-        return self.with_it[technique][cell].more(self._own(cell))
+        own = self.plain[AS_IT_IS if cell == SPARED else cell]
+        return self._by_window(self.with_it[technique][cell]) - self._by_window(own)
 
-    def _own(self, cell: str) -> Outcome:
-        return self.plain[AS_IT_IS if cell == SPARED else cell]
+    def times(self, technique: str, other: str) -> tuple[float, float]:
+        """The interval of how many times another technique's perplexity one's is, both as the model is."""
+        one, other = (self._by_window(self.with_it[name][AS_IT_IS]) for name in (technique, other))
+        return student_interval(one - other)
+
+    def perplexity(self, outcome: Outcome) -> float:
+        """exp of the mean loss, over the predictions that count."""
+        return float(np.exp(self._by_window(outcome).mean()))
+
+    def _by_window(self, outcome: Outcome) -> Float[np.ndarray, " window"]:
+        counted = torch.ones_like(outcome.loss) if self.counted is None else self.counted
+        return ((outcome.loss.double() * counted).sum(1) / counted.sum(1)).numpy()
 
     def table(self) -> pd.DataFrame:
         """Perplexities: a row a technique, a column a cell; the first row is that of the cells themselves."""
         rows = {"nothing": self.plain, **self.with_it}
-        found = {name: {cell: outcome.perplexity for cell, outcome in row.items()} for name, row in rows.items()}
+        found = {name: {cell: self.perplexity(outcome) for cell, outcome in row.items()} for name, row in rows.items()}
         return self._ordered(found)
 
     def costs(self) -> pd.DataFrame:
@@ -115,7 +130,7 @@ def cell_table(crossed: Crossed | NotApplicable) -> pd.DataFrame | NotApplicable
     rows = [
         {
             "cell": cell,
-            "perplexity": outcome.perplexity,
+            "perplexity": crossed.perplexity(outcome),
             "sink ratio": outcome.sink_ratio,
             "largest activation": outcome.max_activation,
         }
@@ -124,21 +139,27 @@ def cell_table(crossed: Crossed | NotApplicable) -> pd.DataFrame | NotApplicable
     return pd.DataFrame(rows).set_index("cell")
 
 
-@where_applicable
 def cross(
     model: TransformerBridge,
     tokens: Int[Tensor, "n length"],
     of: Mapping[str, Cuts] | NotApplicable,
     techniques: Mapping[str, Technique] | NotApplicable,
+    where: Bool[Tensor, "window position"] | None = None,
 ) -> Crossed | NotApplicable:
     """Run every technique in every cell on the same windows, and once with the sink spared.
 
     Args:
         model: as `load` returns it.
         tokens: windows.
-        of: cells, as `cells` returns them.
+        of: cells, as `cells` returns them; where there are none, techniques are tried in the model as it is.
         techniques: by name; their interventions come after the cell's own.
+        where: the spike tokens of these windows. What is predicted *after* them does not count: without its spike a
+            token predicts nothing of use, and where that prediction is held, nothing can harm it.
     """
+    if isinstance(techniques, NotApplicable):
+        return techniques
+    reason = of.reason if isinstance(of, NotApplicable) else ""
+    of = {AS_IT_IS: ()} if isinstance(of, NotApplicable) else of
     runs: dict[tuple[str, str | None], Cuts] = {(cell, None): cuts for cell, cuts in of.items()}
     for name, technique in techniques.items():
         for cell in (cell for cell in technique.cells if cell in of):
@@ -150,4 +171,5 @@ def cross(
     for cell, name in runs:
         if name is not None:
             with_it[name][cell] = found[cell, name]
-    return Crossed({cell: found[cell, None] for cell in of}, with_it)
+    counted = None if where is None else ~where[:, :-1]
+    return Crossed({cell: found[cell, None] for cell in of}, with_it, counted, reason)

@@ -35,15 +35,18 @@ from spikesink.sinks import EPSILON
 
 CHUNK = 128
 BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are no independent draws
+LONG_BLOCK = 512  # the same of a whole text: pieces of 64 are still like their neighbours
 OTHER = 1  # the position that what position 0 gets is compared with
 MOST = 1.6e10  # entries of attention: a minute or so on two cores
 PAST = 1.25  # times a model's limit
 DEPTHS = (0.05, 0.35, 0.65, 0.95)
 
 
-def interval_of(loss: Float[Tensor, "window position"], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """A bootstrap interval of exp of a mean loss, over pieces of `BLOCK` predictions; none where there is one piece."""
-    pieces = torch.cat([piece.mean(1) for piece in loss.split(BLOCK, 1)])
+def interval_of(
+    loss: Float[Tensor, "window position"], block: int = BLOCK, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """A bootstrap interval of exp of a mean loss, over pieces of so many predictions; none where there is one piece."""
+    pieces = torch.cat([piece.mean(1) for piece in loss.split(block, 1)])
     low, high = bootstrapped(pieces, np.mean, level, seed)
     return math.exp(low), math.exp(high)
 
@@ -73,11 +76,14 @@ class Lengths:
         """The layers in which every query has position 0 in sight."""
         return [layer for layer, sight in enumerate(self.sight) if sight is None or sight >= self.lengths[-1]]
 
-    def late_ratios(self, of: Float[Tensor, "bin layer head"] | None = None) -> list[float]:
+    def late_ratios(
+        self, of: Float[Tensor, "bin layer head"] | None = None, epsilon: float | None = None
+    ) -> list[float]:
         """Share of heads, in the layers of `throughout`, that give position 0 more than epsilon of each bin's queries'
         attention; or, of `other`, another position.
         """
-        return ((self.late if of is None else of)[:, self.throughout] > self.epsilon).float().mean((1, 2)).tolist()
+        most = self.epsilon if epsilon is None else epsilon
+        return ((self.late if of is None else of)[:, self.throughout] > most).float().mean((1, 2)).tolist()
 
     def _bins(self, of: Float[Tensor, "window position"]) -> list[Float[Tensor, "window part"]]:
         starts = (0, *self.lengths[:-1])

@@ -19,15 +19,16 @@ from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed
-from spikesink.serving.context import Lengths, interval_of
+from spikesink.serving.context import LONG_BLOCK, Lengths, interval_of
 from spikesink.serving.long import LONG, Long
 from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
 
+SETS = 1.05  # times the perplexity that channels apart leave, from which they set what rounding costs (SV1)
 GONE = 0.2  # of a cost, in nats: what is left, at most, where it has gone
 PART = 0.8  # and where it has gone in part
 IN_PART = "at least in part "
 FINE = "no failure"
-UNSURE = f"perhaps within {INDIFFERENT:.0%}"  # the interval reaches what is no failure
+UNSURE = "not surely a failure"  # the interval reaches what is none
 OUTLIERS = "activation outliers"
 ROUTING = "attention routing"
 MISMATCH = "neither remedy helps"
@@ -35,6 +36,7 @@ OPEN = "cause left open"  # on as many windows a remedy may help, or not
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 UNKNOWN = "not taken apart"
+OTHER_EPSILONS = (0.2, 0.4)  # thresholds of a sink, beside the usual one
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def share(
 ) -> Share:
     """The mean of a part over the mean of the whole; of a part that can be read in two ways, the larger one.
 
-    The interval is from the lower end of the one reading to the upper end of the other.
+    The interval holds those of both readings.
     """
     ends = share_interval(least, whole), share_interval(most, whole)
-    interval = None if None in ends else (ends[0][0], ends[1][1])
+    interval = None if None in ends else (min(low for low, _ in ends), max(high for _, high in ends))
     return Share(float(most.mean() / whole.mean()), interval)
 
 
@@ -169,28 +171,43 @@ def _share(one: Diagnosis, left: Share | None) -> str:
 def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable:
     """SV1: what int8 per tensor costs, and what of it is left when the spike's channels are apart.
 
-    Controls: as many other channels apart; and the model whose spike is removed and whose sinks are held.
+    Nothing is judged where int8 per tensor costs nothing that is told from none, nor where the interval leaves open
+    whether the spike's channels are what it costs. Controls: as many other channels apart; and the model whose spike is
+    removed and whose sinks are held.
     """
-    done, plain = crossed.with_it, crossed.plain
-    per_tensor, split, others = (done[name][AS_IT_IS] for name in (PER_TENSOR, APART, OTHERS_APART))
-    if len(per_tensor.loss) < 2:
+    if crossed.reason:
+        return NotApplicable(crossed.reason)
+    if len(crossed.nats(PER_TENSOR)) < 2:
         return NotApplicable("one window alone has no interval")
-    n, length = plain[AS_IT_IS].loss.shape
+    low, high = crossed.interval(PER_TENSOR)
+    over = crossed.times(PER_TENSOR, APART)
+    n, length = crossed.plain[AS_IT_IS].loss.shape
+
+    def perplexity(technique: str, cell: str = AS_IT_IS) -> float:
+        return crossed.perplexity(crossed.with_it[technique][cell])
+
+    reason = {}
+    if low <= 1 + INDIFFERENT:
+        reason["reason"] = f"int8 per tensor costs nothing that is told from none ({low:.2f} to {high:.2f} times)"
+    elif over[0] < SETS <= over[1]:
+        reason["reason"] = "{:.2f} to {:.2f} times that with the spike's channels apart leaves it open".format(*over)
     return evidence(
         measured={
-            "perplexity_fp": plain[AS_IT_IS].perplexity,
-            "perplexity_int8_per_tensor": done[PER_TENSOR][AS_IT_IS].perplexity,
-            "perplexity_int8_spike_split": done[APART][AS_IT_IS].perplexity,
-            "perplexity_int8_per_token": done[PER_TOKEN][AS_IT_IS].perplexity,
-            "interval_per_tensor_over_split": list(per_tensor.times(split)),
+            "perplexity_fp": crossed.perplexity(crossed.plain[AS_IT_IS]),
+            "perplexity_int8_per_tensor": perplexity(PER_TENSOR),
+            "perplexity_int8_spike_split": perplexity(APART),
+            "perplexity_int8_per_token": perplexity(PER_TOKEN),
+            "interval_per_tensor_over_fp": [low, high],
+            "interval_per_tensor_over_split": list(over),
             "n_windows": n,
             "length": length + 1,
+            **reason,
         },
         control={
-            "perplexity_int8_others_split": done[OTHERS_APART][AS_IT_IS].perplexity,
-            "interval_per_tensor_over_others": list(per_tensor.times(others)),
-            "perplexity_fp_no_spike": plain[NO_SPIKE].perplexity,
-            "perplexity_int8_per_tensor_no_spike": done[PER_TENSOR][NO_SPIKE].perplexity,
+            "perplexity_int8_others_split": perplexity(OTHERS_APART),
+            "interval_per_tensor_over_others": list(crossed.times(PER_TENSOR, OTHERS_APART)),
+            "perplexity_fp_no_spike": crossed.perplexity(crossed.plain[NO_SPIKE]),
+            "perplexity_int8_per_tensor_no_spike": perplexity(PER_TENSOR, NO_SPIKE),
         },
     )
 
@@ -218,7 +235,9 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
             **_interval("window_over_full", long.times(window.loss)[1:]),
             **_interval("with_sink_over_full", long.times(with_first.loss)[1:]),
             "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
-            **_interval("with_sink_over_shifted", interval_of(with_first.loss - long.streams[cache.SHIFTED].loss)),
+            **_interval(
+                "with_sink_over_shifted", interval_of(with_first.loss - long.streams[cache.SHIFTED].loss, LONG_BLOCK)
+            ),
             "n_tokens": long.lengths.lengths[-1],
             "n_keys": window.policy.window,
             **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
@@ -243,7 +262,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
 
     The ratio is of what the queries of each stretch alone give position 0, in the layers that see it from everywhere.
     Controls: the same of another position; and the ratio over all queries so far and all layers, which is the usual one
-    and slow to move.
+    and slow to move; and of other thresholds.
     """
     within = [i for i, length in enumerate(found.lengths) if length <= found.limit]
     if found.lengths[within[-1]] < LONG:
@@ -253,6 +272,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
     if not found.throughout:
         return NotApplicable(SHORT_SIGHTED)
     past, late = range(len(within), len(found.lengths)), found.late_ratios()
+    by_epsilon = {f"sink_ratios_at_{e}": [found.late_ratios(epsilon=e)[i] for i in within] for e in OTHER_EPSILONS}
     beyond = {
         "lengths_past": [found.lengths[i] for i in past],
         "sink_ratios_past": [late[i] for i in past],
@@ -272,5 +292,6 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
         control={
             "sink_ratios_other_position": [found.late_ratios(found.other)[i] for i in within],
             "sink_ratios_of_all_queries": [found.sink_ratios[i] for i in within],
+            **by_epsilon,
         },
     )

@@ -31,7 +31,7 @@ from spikesink.serving.cache import (
     losses_of,
     stream,
 )
-from spikesink.serving.context import MOST, Lengths, interval_of, lengthen, reach
+from spikesink.serving.context import LONG_BLOCK, MOST, Lengths, interval_of, lengthen, reach
 
 FILE = "10-long.safetensors"
 MEASURES = "2"  # of what a file holds, to be raised when that changes; one of other measures is not read
@@ -56,7 +56,7 @@ class Long:
     def times(self, loss: Float[Tensor, "window position"]) -> tuple[float, float, float]:
         """How many times the perplexity with every token it is, and its interval over pieces of the text."""
         more = loss - self.lengths.loss
-        return float(more.mean().exp()), *interval_of(more)
+        return float(more.mean().exp()), *interval_of(more, LONG_BLOCK)
 
 
 def measure(model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST) -> Long:

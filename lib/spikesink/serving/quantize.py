@@ -304,23 +304,22 @@ def activations(
     inputs = {site: found[site] for site in LINEAR_INPUTS if site in found}
     others = {site: one.others(seed) for site, one in inputs.items()}
     done = {name: Technique(rounded(model, Quantizer(8, per))) for name, per in PER_NAMES.items()}
-    for name, apart in ((APART, inputs), (OTHERS_APART, others)):
+    for name, apart in ((APART, inputs), (OTHERS_APART, others)) if where.any() else ():
         done[name] = Technique(rounded(model, Quantizer(8, "tensor"), apart=apart), cells=(AS_IT_IS,))
     for name, bits in CACHE_NAMES.items():
         quantizer = Quantizer(bits, "token")
-        spared = rounded(model, quantizer, CACHED, positions=~where)
+        spared = rounded(model, quantizer, CACHED, positions=~where) if where.any() else None
         done[name] = Technique(rounded(model, quantizer, CACHED), spared)
     return done
 
 
-@where_applicable
 def weights(
     model: TransformerBridge,
     tokens: Int[Tensor, "n length"],
     of: Mapping[str, Cuts] | NotApplicable,
-    crossed: Crossed | NotApplicable,
+    crossed: Crossed,
     settings: Mapping[str, tuple[int, str]] = WEIGHTS,
-) -> Crossed | NotApplicable:
+) -> Crossed:
     """Round the layers' matrices, in every cell, beside what else was tried.
 
     Args:
@@ -330,12 +329,12 @@ def weights(
         crossed: what was tried on these windows.
         settings: bits and what shares a step, by name.
     """
-    with_it = {}
+    with_it, of = {}, {AS_IT_IS: ()} if isinstance(of, NotApplicable) else of
     for name, (bits, per) in settings.items():
         with rounded_weights(model, bits, per):
             found = compare(model, tokens, of)
         with_it[name] = {cell: found[cell] for cell in of}
-    return Crossed(crossed.plain, {**crossed.with_it, **with_it})
+    return replace(crossed, with_it={**crossed.with_it, **with_it})
 
 
 @where_applicable
