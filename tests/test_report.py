@@ -192,6 +192,12 @@ def test_what_costs_is_never_left_out_of_the_short(verdict, said):
     assert lines[1] == "Not surely a failure, on so few windows: it (1.50 times, 0.90 to 2.50)."
 
 
+def test_what_has_no_interval_is_said_and_written_without_one():
+    assert report._numbers((float("nan"), float("nan"))) is None
+    assert report._numbers((1.0, 2.0)) == [1.0, 2.0]
+    assert report._listed("With it", {"it": {"cost": 2.0, "interval": None}}) == "With it: it (2.00 times)."
+
+
 def test_controls_are_no_failures_and_remedies_stand_apart():
     names = (cache.WINDOW, cache.OTHERS, cache.HEAVY, cache.named(1), cache.named(8))
     facts = {name: {"cost": 3.0, "interval": [2.0, 4.0], "verdict": "not taken apart"} for name in names}

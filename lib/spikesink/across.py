@@ -483,29 +483,27 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
 
 def _variants(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A family's table, as notebook 09 has it, but for what the paper says."""
-    columns = {
-        "variant": lambda row: row["name"] if row.get("of", BASE) == BASE else f"{row['name']} (against {row['of']})",
-        "seeds": lambda row: row["seeds"],
-        "loss": lambda row: f"{row['loss']:.2f}",
-        "sink ratio": lambda row: brief(row["sink_ratio"]),
-        "change": lambda row: "{sink_change:+.2f} ({sink_low:+.2f} to {sink_high:+.2f})".format(**row),
-        "base's at this loss": lambda row: f"{row['sink_at_loss']:.2f}",
-        "attention": lambda row: brief(row["attention"]),
-        "largest activation": lambda row: brief(row["max_activation"]),
-        "factor": lambda row: "{spike_factor:.2f} ({spike_low:.2f} to {spike_high:.2f})".format(**row),
-        "medians": lambda row: brief(row["over_median"]),
-        "times elsewhere": lambda row: brief(row["over_elsewhere"]),
-    }
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    table = []
     for row in rows:
-        cells = []
-        for cell in columns.values():
-            try:
-                cells.append(str(cell(row)))
-            except KeyError:  # what is compared with nothing
-                cells.append("")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        compared = "sink_change" in row
+        of = row.get("of", BASE)
+        table.append(
+            {
+                "variant": row["name"] if of == BASE else f"{row['name']} (against {of})",
+                "seeds": str(row["seeds"]),
+                "loss": f"{row['loss']:.2f}",
+                "sink ratio": brief(row["sink_ratio"]),
+                "change": "{sink_change:+.2f} ({sink_low:+.2f} to {sink_high:+.2f})".format(**row) if compared else "",
+                "base's at this loss": f"{row['sink_at_loss']:.2f}" if "sink_at_loss" in row else "",
+                "attention": brief(row["attention"]),
+                "largest activation": brief(row["max_activation"]),
+                "factor": "{spike_factor:.2f} ({spike_low:.2f} to {spike_high:.2f})".format(**row) if compared else "",
+                "medians": brief(row["over_median"]),
+                "times elsewhere": brief(row["over_elsewhere"]),
+            }
+        )
+    lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
+    return lines + ["| " + " | ".join(row.values()) + " |" for row in table]
 
 
 def _values(values: Mapping[str, Any]) -> str:

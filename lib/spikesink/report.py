@@ -8,8 +8,9 @@ import base64
 import html
 import io
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,7 @@ HELPS = {
 }
 REMEDIES = (quantize.APART, *map(cache.named, cache.FIRST), cache.CONSTANT)  # two of them in short
 CONTROLS = (quantize.OTHERS_APART, cache.OTHERS)
+REMEDY, NOT_SURE = "With a remedy", f"{diagnosis.UNSURE.capitalize()}, on so few windows"
 WORDS = {
     "Spike": "an entry of the residual stream hundreds or thousands of times larger than the median one; on a few "
     "tokens, in a few channels. Blocks are counted from 1, attention odd and FFN even.",
@@ -278,31 +280,33 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not tried: {crossed.reason}.", {"reason": crossed.reason})
     found = diagnosis.diagnose(crossed)
-    tried = {name: one for name, one in found.items() if name not in REMEDIES + CONTROLS}
-    costly = {name: one for name, one in tried.items() if one.verdict not in (diagnosis.FINE, diagnosis.UNSURE)}
-    risks = [f"{_called(name)} ({one.cost:.2f} times: {one.verdict})" for name, one in costly.items()]
-    unsure = [_with_interval(name, vars(one)) for name, one in tried.items() if one.verdict == diagnosis.UNSURE]
-    remedies = [_with_interval(name, vars(one)) for name, one in found.items() if name in REMEDIES]
-    prose = f"Perplexity as it is: {brief(crossed.perplexity(crossed.plain[cells.AS_IT_IS]))}. " + (
-        f"What costs more than 2%: {'; '.join(risks)}."
-        if risks
-        else "Nothing that was tried surely costs more than 2%."
-    )
-    prose += f" {diagnosis.UNSURE.capitalize()}, on so few windows: {'; '.join(unsure)}." if unsure else ""
-    prose += f" With a remedy: {'; '.join(remedies)}." if remedies else ""
     facts = {
         name: {
             "cost": one.cost,
-            "interval": list(one.interval) if one.interval[0] == one.interval[0] else None,
+            "interval": _numbers(one.interval),
             **_left("without_spike", one.without_spike),
             **_left("with_sink", one.with_sink),
             "verdict": one.verdict,
         }
         for name, one in found.items()
     }
-    if crossed.reason:
-        prose = f"Tried in the model as it is alone: {crossed.reason}. {prose}"
-    return Section(key, prose, facts, diagnosis.diagnoses(found), picture, ("perplexity, times", "diagnosis"))
+    tried, unsure = _tried(facts)
+    risks = [
+        f"{_called(name)} ({fact['cost']:.2f} times: {fact['verdict']})"
+        for name, fact in tried.items()
+        if fact["verdict"] not in (diagnosis.FINE, diagnosis.UNSURE)
+    ]
+    prose = [
+        f"Tried in the model as it is alone: {crossed.reason}." if crossed.reason else "",
+        f"Perplexity as it is: {brief(crossed.perplexity(crossed.plain[cells.AS_IT_IS]))}.",
+        f"What costs more than 2%: {'; '.join(risks)}."
+        if risks
+        else "Nothing that was tried surely costs more than 2%.",
+        _listed(NOT_SURE, unsure),
+        _listed(REMEDY, {name: fact for name, fact in facts.items() if name in REMEDIES}),
+    ]
+    narrow = ("perplexity, times", "diagnosis")
+    return Section(key, " ".join(filter(None, prose)), facts, diagnosis.diagnoses(found), picture, narrow)
 
 
 def _left(name: str, share: diagnosis.Share | None) -> dict[str, Any]:
@@ -318,11 +322,11 @@ def _long(of: Subject) -> Section:
     stretches = ", ".join(f"{brief(perplexity)} up to {end:,} tokens" for perplexity, end in ends)
     prose += f" Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,})."
     times = {name: measured.times(streamed.loss) for name, streamed in measured.streams.items()}
-    costs = {name: {"cost": one, "interval": interval} for name, (one, *interval) in times.items()}
-    if said := [_with_interval(name, cost) for name, cost in costs.items() if name not in CONTROLS]:
-        prose += f" Over all of it, with {long.BUDGET} keys: {'; '.join(said)}."
-    facts = {"SV3": _facts(found), "streams": {name: list(value) for name, value in times.items()}}
-    return Section("long", prose, facts, picture=plots.lengths(measured.lengths))
+    costs = {name: {"cost": cost, "interval": _numbers(ends)} for name, (cost, *ends) in times.items()}
+    said = _listed(f"Over all of it, with {long.BUDGET} keys", _without(costs, CONTROLS))
+    streams = {name: [one["cost"], *(one["interval"] or (None, None))] for name, one in costs.items()}
+    facts = {"SV3": _facts(found), "streams": streams}
+    return Section("long", f"{prose} {said}".rstrip(), facts, picture=plots.lengths(lengths))
 
 
 STAGES: Mapping[str, Callable[[Subject], Section]] = {
@@ -363,7 +367,7 @@ def in_short(done: Mapping[str, Section]) -> list[str]:
     judged = {}
     for section in done.values():
         judged |= {name: fact for name, fact in section.facts.items() if isinstance(fact, dict) and "verdict" in fact}
-    tried = {name: fact for name, fact in judged.items() if name not in REMEDIES + CONTROLS}
+    tried, unsure = _tried(judged)
     for kind, (what, help_) in HELPS.items():
         of_it = {name: fact["cost"] for name, fact in tried.items() if kind in fact["verdict"]}
         mine = [f"{_called(name)} ({cost:.2f} times)" for name, cost in of_it.items()]
@@ -371,18 +375,34 @@ def in_short(done: Mapping[str, Section]) -> list[str]:
             lines.append(f"{what}: {'; '.join(mine)}. {help_}".rstrip())
     if tried and all(fact["verdict"] in (diagnosis.FINE, diagnosis.UNSURE) for fact in tried.values()):
         lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
-    elif remedies := [_with_interval(name, fact) for name, fact in judged.items() if name in REMEDIES[:2]]:
-        lines.append(f"With a remedy: {'; '.join(remedies)}.")
-    if unsure := [_with_interval(name, fact) for name, fact in tried.items() if fact["verdict"] == diagnosis.UNSURE]:
-        lines.append(f"{diagnosis.UNSURE.capitalize()}, on so few windows: {'; '.join(unsure)}.")
-    return lines
+    else:
+        lines.append(_listed(REMEDY, {name: fact for name, fact in judged.items() if name in REMEDIES[:2]}))
+    return [line for line in (*lines, _listed(NOT_SURE, unsure)) if line]
 
 
-def _with_interval(name: str, fact: Mapping[str, Any]) -> str:
-    ends = (
-        ", {:.2f} to {:.2f}".format(*interval) if (interval := fact["interval"]) and interval[0] == interval[0] else ""
-    )
-    return f"{_called(name)} ({fact['cost']:.2f} times{ends})"
+def _tried(facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What may be a failure, for it is no remedy and no control; and of that, what is not surely one."""
+    tried = _without(facts, REMEDIES + CONTROLS)
+    return tried, {name: fact for name, fact in tried.items() if fact["verdict"] == diagnosis.UNSURE}
+
+
+def _without(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name not in names}
+
+
+def _listed(lead: str, facts: Mapping[str, Any]) -> str:
+    """What each costs, with its interval where there is one; nothing where there is none to list."""
+    said = []
+    for name, fact in facts.items():
+        ends = ", {:.2f} to {:.2f}".format(*fact["interval"]) if fact["interval"] else ""
+        said.append(f"{_called(name)} ({fact['cost']:.2f} times{ends})")
+    return f"{lead}: {'; '.join(said)}." if said else ""
+
+
+def _numbers(interval: Iterable[float]) -> list[float] | None:
+    """An interval's ends; None where they are no numbers."""
+    ends = list(interval)
+    return ends if all(map(math.isfinite, ends)) else None
 
 
 def _called(name: str) -> str:

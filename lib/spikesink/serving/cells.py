@@ -67,6 +67,11 @@ def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position
     return found | ({NEITHER: (*unmade, skip(known.steps, where))} if known.steps else {})
 
 
+def or_as_it_is(of: Mapping[str, Cuts] | NotApplicable) -> Mapping[str, Cuts]:
+    """Cells; where there are none, the model as it is alone."""
+    return {AS_IT_IS: ()} if isinstance(of, NotApplicable) else of
+
+
 def shows_ffn(about: Anatomy) -> bool:
     """Whether what passes inside an FFN is seen token by token: it is not where a router sends tokens elsewhere."""
     return about.separate_ffn and not about.n_experts
@@ -158,8 +163,7 @@ def cross(
     """
     if isinstance(techniques, NotApplicable):
         return techniques
-    reason = of.reason if isinstance(of, NotApplicable) else ""
-    of = {AS_IT_IS: ()} if isinstance(of, NotApplicable) else of
+    reason, of = of.reason if isinstance(of, NotApplicable) else "", or_as_it_is(of)
     runs: dict[tuple[str, str | None], Cuts] = {(cell, None): cuts for cell, cuts in of.items()}
     for name, technique in techniques.items():
         for cell in (cell for cell in technique.cells if cell in of):

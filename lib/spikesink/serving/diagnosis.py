@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import t as student
 
-from spikesink.claims import Evidence, NotApplicable, evidence, where_applicable
+from spikesink.claims import SETS, Evidence, NotApplicable, evidence, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed
@@ -23,7 +23,6 @@ from spikesink.serving.context import LONG_BLOCK, Lengths, interval_of
 from spikesink.serving.long import LONG, Long
 from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
 
-SETS = 1.05  # times the perplexity that channels apart leave, from which they set what rounding costs (SV1)
 GONE = 0.2  # of a cost, in nats: what is left, at most, where it has gone
 PART = 0.8  # and where it has gone in part
 IN_PART = "at least in part "

@@ -25,7 +25,7 @@ from spikesink.patching import Intervention, apply, compare, evaluate, hook
 from spikesink.patching.interventions import HEADS, batches
 from spikesink.progress import progress
 from spikesink.serving.cache import losses_of
-from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, shows_ffn
+from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, or_as_it_is, shows_ffn
 
 PER = ("tensor", "token", "channel")
 # What is multiplied by matrices, layer by layer: the hooks of those that read it.
@@ -329,7 +329,7 @@ def weights(
         crossed: what was tried on these windows.
         settings: bits and what shares a step, by name.
     """
-    with_it, of = {}, {AS_IT_IS: ()} if isinstance(of, NotApplicable) else of
+    with_it, of = {}, or_as_it_is(of)
     for name, (bits, per) in settings.items():
         with rounded_weights(model, bits, per):
             found = compare(model, tokens, of)
