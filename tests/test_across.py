@@ -58,6 +58,18 @@ def cells(row: str) -> list[str]:
     return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
 
 
+def test_a_verdict_of_an_older_rule_stands_as_it_was_reached(figures):
+    """Its values may be others than today's rule asks for, and the table is made all the same."""
+    path = figures / "two" / "claims.json"
+    data = json.loads(path.read_text())
+    data["claims"]["LC1"] |= {"rule": "as it was", "measured": {"share": 0.9}}
+    path.write_text(json.dumps(data))
+    rows = {row.claim_id: row for row in across.board(claims.ledgers(figures)).rows}
+    assert rows["LC1"].cells["two"].verdict == "holds"
+    assert rows["LC1"].cells["two"].held_by == []
+    across.render(figures)
+
+
 def test_the_committed_table_is_made_from_the_committed_ledgers_and_reasons(tmp_path):
     for path in [*FIGURES.glob("*/claims.json"), FIGURES / "reasons.md"]:
         target = tmp_path / path.relative_to(FIGURES)
@@ -119,6 +131,12 @@ def test_a_placeholder_finds_a_row_by_its_name():
     found = {"lab": {"claims": {"TR4": {"measured": {"variants": rows}, "control": {}}}}}
     of = ("[d_head / 4, 4 times as many].loss:.2f", "[0].loss", "[no].loss")
     assert [across.fill(f"{{lab:TR4.variants{one}}}", found) for one in of] == ["2.25", "2", NOT_MEASURED]
+
+
+def test_a_placeholders_name_may_end_in_a_number():
+    found = {"m": {"claims": {"SV3": {"measured": {"ratio_at_0.4": [0.25, 0.5], "ratio": 1.0}, "control": {}}}}}
+    asked = ("ratio_at_0.4[1]", "ratio_at_0.4[0]:.0%", "ratio", "ratio_at_0.5[0]")
+    assert [across.fill(f"{{m:SV3.{one}}}", found) for one in asked] == ["0.5", "25%", "1", NOT_MEASURED]
 
 
 def test_every_committed_placeholder_is_a_number_of_a_ledger():

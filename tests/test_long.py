@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 from torch.nn import functional
 
 import spikesink
@@ -133,6 +134,12 @@ def test_a_cache_is_judged_on_the_long_text():
     for window, first in ((0.3, 0.05), (0.5, 0.2)):
         differs = diagnosis.needs_the_sink(a_long(2048, window, first), Short(), 16)
         assert spikesink.claims.judge("SV2", differs, "10").verdict == "differs"
+    # Half of the pieces at 2.5 nats more, or at 0.1: the intervals reach 1.5 and 1.1.
+    wide = torch.tensor([[0.0, 1.0]]).repeat_interleave(512, 1).repeat(1, 2)[:, :2047]
+    for window, first, verdict in ((wide, 0.05, "n/a"), (0.5, wide / 5, "n/a"), (wide, 0.2, "differs")):
+        judged = spikesink.claims.judge("SV2", diagnosis.needs_the_sink(a_long(2048, window, first), Short(), 16), "10")
+        assert judged.verdict == verdict
+        assert ("leave it open" in judged.measured.get("reason", "")) == (verdict == "n/a")
     assert diagnosis.needs_the_sink(a_long(1000, 0.5, 0.05), Short(), 16) == NotApplicable(diagnosis.SHORT)
 
 
@@ -155,7 +162,8 @@ def test_sinks_over_lengths_are_judged_within_the_limit():
 def test_sinks_that_fade_are_seen_in_the_late_queries():
     """Heads by layer; two of four are half of them, which is within a factor two, and one of four is not."""
     lengths = a_long(2048, 0, 0).lengths
-    for late, verdict in (([[0.5, 0.1], [0.5, 0.1]], "holds"), ([[0.5, 0.1], [0.1, 0.1]], "differs")):
+    half, fewer, weaker = [[0.5, 0.1], [0.5, 0.1]], [[0.5, 0.1], [0.1, 0.1]], [[0.5, 0.35], [0.35, 0.35]]
+    for late, verdict in ((half, "holds"), (fewer, "differs"), (weaker, "differs")):
         fading = replace(lengths, late=torch.stack([lengths.late[0], torch.tensor(late)]))
         assert fading.sink_ratios == [1, 1], "over all queries so far it is not seen"
         assert over_lengths_verdict(fading) == verdict
@@ -177,6 +185,7 @@ def test_a_layer_that_cannot_see_the_first_token_is_not_asked_about_it():
 
 def test_an_interval_is_of_pieces():
     loss = torch.cat([torch.full((1, 64), 1.0), torch.full((1, 64), 3.0)], 1)
-    low, high = interval_of(loss)
-    assert (low, high) == pytest.approx((math.exp(1), math.exp(3)))
+    low, high = interval_of(torch.cat([loss, loss], 1))
+    half = stats.t.ppf(0.975, 3) * math.sqrt(4 / 3) / 2  # of 1, 3, 1 and 3
+    assert (low, high) == pytest.approx((math.exp(2 - half), math.exp(2 + half)))
     assert all(map(math.isnan, interval_of(loss[:, :64])))

@@ -1,10 +1,15 @@
 """That the check of the notebooks' stored outputs checks something."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import pytest
+import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -30,3 +35,15 @@ def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):
     assert "2 failed, 2 passed" in ran.stdout
     assert "Cell 1" in ran.stdout
     assert "Cell 2" in ran.stdout
+
+
+@pytest.mark.parametrize("instructions", ["the same", "others"])
+def test_what_is_rounded_is_compared_only_where_the_instructions_are_the_same(monkeypatch, instructions):
+    spec = importlib.util.spec_from_file_location("whole", Path(__file__).parent.parent / "conftest.py")
+    whole = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(whole)
+    here = whole.STORED_WITH if instructions == "the same" else "AVX512"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here)
+    items = [SimpleNamespace(path=Path(name), options={"check": True}) for name in (whole.ROUNDS, "08_ablation.ipynb")]
+    whole.pytest_collection_modifyitems(items)
+    assert [item.options["check"] for item in items] == [instructions == "the same", True]

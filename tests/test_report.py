@@ -42,7 +42,7 @@ def test_a_report_says_where_spike_and_sinks_are(made):
     assert found["sections"]["spike"]["LC1"]["channels"] == [9, 30]
     assert found["sections"]["sink"]["SK1"]["sink_ratio"] == pytest.approx(4 / 24)
     assert found["sections"]["cache"]["the last ones"]["verdict"] in (ROUTING, IN_PART + ROUTING)
-    assert found["sections"]["cache"]["with the first"]["verdict"] == "no failure"
+    assert found["sections"]["cache"]["with the first token"]["verdict"] == "no failure"
     assert found["not_tested"] == ["Long contexts (not measured)", *report.NOT_TESTED]
     assert len(found["sha256"]) == 64
 
@@ -205,7 +205,7 @@ def test_controls_are_no_failures_and_remedies_stand_apart():
     costs = "a KV cache of the last ones (3.00 times); a KV cache with heavy hitters (3.00 times)"
     assert lines == [
         f"Costs something, not taken apart: {costs}.",
-        "With a remedy: a KV cache with the first (3.00 times, 2.00 to 4.00).",
+        "With a remedy: a KV cache with the first token (3.00 times, 2.00 to 4.00).",
     ]
 
 

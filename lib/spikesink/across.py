@@ -239,7 +239,8 @@ def _cell(claim_id: str, claim: Mapping[str, Any]) -> Cell:
     measured, control, rule = claim["measured"], claim["control"], RULES.get(claim_id)
     if rule is None or claim["verdict"] == "n/a":
         return Cell(claim["verdict"])
-    held = claims.held_by(claim_id, measured, control)
+    # A verdict of another version's rule stands as it was reached; what that was put to is not known here.
+    held = claims.held_by(claim_id, measured, control) if claim["rule"] == rule.words else []
     return Cell(claim["verdict"], measured.get(rule.headline), measured.get(rule.beside), held)
 
 
@@ -557,7 +558,8 @@ def speaks_of(text: str, model: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(model)}(?![\w-]|\.\w)", text) is not None
 
 
-_PLACEHOLDER = re.compile(r"\{([^{}:\s]+):([A-Z][\w-]*)\.(\w+)((?:\[[^\[\]{}]+\]|\.\w+)*)(?::([^{}]*))?\}")
+_NAME = r"\w+(?:(?<=\d)\.\d+)?"  # of a value; it may end in a number such as 0.2
+_PLACEHOLDER = re.compile(rf"\{{([^{{}}:\s]+):([A-Z][\w-]*)\.({_NAME})((?:\[[^\[\]{{}}]+\]|\.\w+)*)(?::([^{{}}]*))?\}}")
 
 
 def fill(text: str, found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -601,7 +603,7 @@ class _Read(dict):
 def _unexplained(claim_id: str, model: str, claim: Mapping[str, Any]) -> str:
     """What can be said of a difference that nobody has looked into: what the rule met, up to where it failed."""
     values = _Read(claim["measured"])
-    if claim_id in RULES:
+    if claim_id in RULES and claim["rule"] == RULES[claim_id].words:
         RULES[claim_id].holds(values)
     met = values.asked or dict(values)
     found = ", ".join(f"{name} {brief(value)}" for name, value in met.items())

@@ -48,8 +48,8 @@ HELPS = {
     ),
     diagnosis.ROUTING: (
         "Attention routing, all or in part",
-        "Keep the first token's key and value: in the cache, and in full precision (where weights are rounded, as they "
-        "were before).",
+        "Keep the first token's key and value: in the cache, and in full precision (where weights are rounded, as the "
+        "unrounded weights made them).",
     ),
     diagnosis.MISMATCH: (
         "Neither remedy helps",
@@ -63,24 +63,27 @@ CONTROLS = (quantize.OTHERS_APART, cache.OTHERS)
 REMEDY, NOT_SURE = "With a remedy", f"{diagnosis.UNSURE.capitalize()}, on so few windows"
 WORDS = {
     "Spike": "an entry of the residual stream hundreds or thousands of times larger than the median one; on a few "
-    "tokens, in a few channels. Blocks are counted from 1, attention odd and FFN even.",
+    "tokens, in a few channels. Blocks are counted from 1, attention odd and FFN even; layers and "
+    "heads from 0, so block 24 is the FFN of layer 11.",
     "Sink": f"a token, nearly always the first, that gets more than {sinks.EPSILON} of the attention of many heads.",
     "Times": "perplexity with a technique over that without it, on the same windows, with Student's 95% interval.",
-    "Left without the spike": "the share of that cost, in nats, which stays when the spike is removed while the sinks "
-    "are held in their place.",
+    "Left without the spike": "100% less the share of that cost, in nats, which goes when the spike is removed from a "
+    "model whose sinks are already held in place by constants. Where tokens share no step, others see of a spike token "
+    f"its key and value alone, so that its removal adds nothing: {diagnosis.AS_HELD}.",
     "Left with the sink kept or held": "the share that stays when the first token's key and value are spared by the "
     "technique, or put in their place. Above 100% the remedy does harm of its own.",
     "Diagnosis": f"{diagnosis.OUTLIERS}, where the cost goes with the spike: at most {diagnosis.GONE:.0%} is left "
     f"without it; {diagnosis.ROUTING}, where it goes when the sink is kept: as little is left then; at least in part, "
     f"where at most {diagnosis.PART:.0%} is left; {diagnosis.MISMATCH}, where more is left with both, and no cause is "
     f"named; each at both ends of the share's interval, else {diagnosis.OPEN}. A cost of which the interval reaches 2% "
-    f"is {diagnosis.UNSURE}, one below {diagnosis.FINE}. What is a remedy or a control itself is {diagnosis.UNKNOWN}.",
+    f"is {diagnosis.UNSURE}, one below {diagnosis.FINE}. What is a remedy or a control itself, and surely costs "
+    f"something, is {diagnosis.UNKNOWN}.",
     "The last ones, with the first, with heavy hitters": "the tokens that a cache keeps for a query: its budget's last "
     "ones alone; the first (or first 2, 4, 8) among them; half of them those that have got the most attention so far. "
     "With a constant sink: a constant key and value for each head in the first one's place. With 4 others: a control, "
     "four ordinary tokens in the place of the first.",
     "Spike channels apart": "those channels are not rounded in which spike tokens have more than any other token has "
-    "anywhere. As many others apart: a control.",
+    "anywhere. As many others apart: a control, those in which other tokens have most.",
     "A step a tensor, a token, a channel": "over what a quantizer shares one step: the larger the largest entry, the "
     "coarser the step.",
 }
@@ -250,7 +253,7 @@ def _quantization(of: Subject) -> Section:
     held_out, (tokens, where) = chain.halves(of.life, length=of.short)
     ranges = quantize.ranges(of.model, *held_out)
     in_cells = cells.cells(of.known, where)
-    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, where, of.seed), where)
+    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, where), where)
     crossed = quantize.weights(of.model, tokens, in_cells, crossed)
     return _told("quantization", crossed, plots.quantizer_steps(ranges))
 
@@ -322,6 +325,7 @@ def _long(of: Subject) -> Section:
     stretches = ", ".join(f"{brief(perplexity)} up to {end:,} tokens" for perplexity, end in ends)
     prose += f" Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,})."
     times = {name: measured.times(streamed.loss) for name, streamed in measured.streams.items()}
+    times[long.ANEW] = measured.times(measured.afresh)
     costs = {name: {"cost": cost, "interval": _numbers(ends)} for name, (cost, *ends) in times.items()}
     said = _listed(f"Over all of it, with {long.BUDGET} keys", _without(costs, CONTROLS))
     streams = {name: [one["cost"], *(one["interval"] or (None, None))] for name, one in costs.items()}

@@ -26,7 +26,7 @@ from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, HELD, NEITHER, NO_SINK, NO_SPIKE, SPARED, Crossed
 from spikesink.serving.context import OTHER, Lengths, Recall
 from spikesink.serving.diagnosis import FINE, UNKNOWN, UNSURE, Diagnosis
-from spikesink.serving.long import BUDGET, Long
+from spikesink.serving.long import ANEW, BUDGET, Long
 from spikesink.serving.quantize import LINEAR_INPUTS, Range
 
 LOOKS = {
@@ -38,7 +38,6 @@ LOOKS = {
     NEITHER: (ORDINARY, "^"),
 }
 LANES = {SPARED: -0.25, HELD: -0.25, NO_SPIKE: 0.25}  # of a row
-ANEW = "the last ones, run anew"
 STREAMED = {
     cache.WINDOW: (SPIKE, "-"),
     cache.OTHERS: (ORDINARY, "-."),
@@ -80,7 +79,7 @@ def quantizer_steps(found: Mapping[str, Range]) -> Figure:
     lost = found[most].zeroed
     above(
         fig,
-        f"Of what matrices read, the {most} loses most: {float(lost.max()):.0%} of others' entries, in layer "
+        f"Of what matrices read, the {most} loses most: {float(lost.max()):.0%} of other tokens' entries, in layer "
         f"{int(lost.argmax())}; spike tokens set its range in {len(found[most].touched)} of {layers} layers",
     )
     return fig

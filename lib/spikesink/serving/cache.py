@@ -130,7 +130,7 @@ def evictions(
 
 def named(n: int) -> str:
     """What the policy that keeps the first n tokens is called."""
-    return f"with the first {n}" if n > 1 else "with the first"
+    return f"with the first {n}" if n > 1 else "with the first token"
 
 
 def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]:

@@ -1,11 +1,9 @@
 """Long contexts: sink, spike and perplexity by length, to a model's limit and past it; and recall by depth."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,7 +14,7 @@ from spikesink.claims import NotApplicable
 from spikesink.models import anatomy, body_of
 from spikesink.patching import Outcome, compare
 from spikesink.patching.behaviour import PLACES, THINGS, asked, ids_of
-from spikesink.patching.outcome import CLEAN, bootstrapped
+from spikesink.patching.outcome import CLEAN, student_interval
 from spikesink.progress import progress
 from spikesink.serving.cache import (
     EVERY,
@@ -42,13 +40,9 @@ PAST = 1.25  # times a model's limit
 DEPTHS = (0.05, 0.35, 0.65, 0.95)
 
 
-def interval_of(
-    loss: Float[Tensor, "window position"], block: int = BLOCK, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """A bootstrap interval of exp of a mean loss, over pieces of so many predictions; none where there is one piece."""
-    pieces = torch.cat([piece.mean(1) for piece in loss.split(block, 1)])
-    low, high = bootstrapped(pieces, np.mean, level, seed)
-    return math.exp(low), math.exp(high)
+def interval_of(loss: Float[Tensor, "window position"], block: int = BLOCK) -> tuple[float, float]:
+    """Student's 95% interval of exp of a mean loss, over pieces of so many predictions; none of one piece."""
+    return student_interval(torch.cat([piece.mean(1) for piece in loss.split(block, 1)]).double().numpy())
 
 
 @dataclass(frozen=True)

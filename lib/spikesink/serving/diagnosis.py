@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import t as student
 
-from spikesink.claims import SETS, Evidence, NotApplicable, evidence, where_applicable
+from spikesink.claims import BREAKS, REPAIRS, SETS, Evidence, NotApplicable, evidence, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed
@@ -36,6 +36,9 @@ SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 UNKNOWN = "not taken apart"
 OTHER_EPSILONS = (0.2, 0.4)  # thresholds of a sink, beside the usual one
+OPEN_SV2 = "{:.2f} to {:.2f} times without the first tokens, {:.2f} to {:.2f} with four of them, leave it open"
+SAME = 1e-3  # nats of a window, within which two cells are one
+AS_HELD = "as with the sink held"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Share:
 class Diagnosis:
     """What a technique costs, as times of the perplexity without it, and what of that is left under each remedy.
 
-    No share where the remedy was not tried, or the cost is none to speak of.
+    No share where the remedy was not tried, or the cost is none to speak of. Nor is there one of the spike where tokens
+    share nothing that is rounded: others see a spike token's key and value alone, and these are held.
     """
 
     cost: float
@@ -66,6 +70,7 @@ class Diagnosis:
     without_spike: Share | None = None  # left where the spike is gone
     with_sink: Share | None = None  # left where the sink is spared, or held where it cannot be
     remedy: str = SPARED  # which of the two that is
+    as_held: bool = False  # without the spike it is, window by window, what it is with the sink held
 
     @property
     def verdict(self) -> str:
@@ -75,14 +80,14 @@ class Diagnosis:
             return FINE
         if not low > 1 + INDIFFERENT:  # nor where there is none, of one window
             return UNSURE
-        tried = {OUTLIERS: self.without_spike, ROUTING: self.with_sink}
-        ends = {kind: share.ends for kind, share in tried.items() if share is not None}
+        could = {ROUTING: self.with_sink} if self.as_held else {OUTLIERS: self.without_spike, ROUTING: self.with_sink}
+        ends = {kind: share.ends for kind, share in could.items() if share is not None}
         if not ends:
             return UNKNOWN
         for most, word in ((GONE, ""), (PART, IN_PART)):
             if kinds := [kind for kind, (_, high) in ends.items() if high <= most]:
                 return word + (" and " if word else " or ").join(kinds)
-        return MISMATCH if len(ends) == len(tried) and all(low > PART for low, _ in ends.values()) else OPEN
+        return MISMATCH if len(ends) == len(could) and all(low > PART for low, _ in ends.values()) else OPEN
 
 
 @where_applicable
@@ -97,14 +102,16 @@ def diagnose(crossed: Crossed | NotApplicable) -> dict[str, Diagnosis] | NotAppl
     for name, row in crossed.with_it.items():
         nats = {cell: crossed.nats(name, cell) for cell in row}
         remedy, left = SPARED if SPARED in row else HELD, {}
-        if {HELD, NO_SPIKE} <= set(row):
+        both = {HELD, NO_SPIKE} <= set(row)
+        as_held = both and np.allclose(nats[HELD], nats[NO_SPIKE], rtol=0, atol=SAME)
+        if both and not as_held:
             from_held = nats[AS_IT_IS] - nats[HELD] + nats[NO_SPIKE]
             left["without_spike"] = from_held, max(from_held, nats[NO_SPIKE], key=np.mean)
         if remedy in row:
             left["with_sink"] = nats[remedy], nats[remedy]
         cost = crossed.cost(name)
         shares = {which: share(*parts, nats[AS_IT_IS]) for which, parts in left.items() if cost > 1 + INDIFFERENT}
-        found[name] = Diagnosis(cost, crossed.interval(name), **shares, remedy=remedy)
+        found[name] = Diagnosis(cost, crossed.interval(name), **shares, remedy=remedy, as_held=as_held)
     return found
 
 
@@ -155,15 +162,20 @@ def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | 
                 "perplexity, times": f"{one.cost:.2f}",
                 "diagnosis": one.verdict,
                 "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left without the spike": _share(one, one.without_spike),
+                "left without the spike": AS_HELD if one.as_held and told(one) else _share(one, one.without_spike),
                 "left with the sink kept or held": _share(one, one.with_sink),
             }
         )
     return pd.DataFrame(rows).set_index("technique")
 
 
+def told(one: Diagnosis) -> bool:
+    """Whether there is a cost that is surely one."""
+    return one.verdict not in (FINE, UNSURE)
+
+
 def _share(one: Diagnosis, left: Share | None) -> str:
-    return "–" if one.verdict in (FINE, UNSURE) or left is None else str(left)
+    return str(left) if told(one) and left is not None else "–"
 
 
 @where_applicable
@@ -171,8 +183,8 @@ def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable
     """SV1: what int8 per tensor costs, and what of it is left when the spike's channels are apart.
 
     Nothing is judged where int8 per tensor costs nothing that is told from none, nor where the interval leaves open
-    whether the spike's channels are what it costs. Controls: as many other channels apart; and the model whose spike is
-    removed and whose sinks are held.
+    whether the spike's channels are what it costs. Controls: as many other channels apart, those in which other tokens
+    have most; and the model whose spike is removed and whose sinks are held.
     """
     if crossed.reason:
         return NotApplicable(crossed.reason)
@@ -216,12 +228,16 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
     """SV2: one long text through caches of the last tokens alone, and of the last and the first four.
 
     `short_…` are the techniques of `cache.evictions`, with their own budget, on short windows: how many times the
-    perplexity with every key. Controls: four other tokens are kept; and the last tokens are run anew, so that there is
-    a first token among them, and nothing to keep: what is lost then is what the others said.
+    perplexity with every key. Nothing is judged where an interval leaves it open. Controls: four other tokens are kept;
+    and the last tokens are run anew, so that there is a first token among them, and nothing to keep: what is lost then
+    is what the others said.
     """
     if long.lengths.lengths[-1] < LONG:
         return NotApplicable(SHORT)
     window, with_first, others = (long.streams[name] for name in (cache.WINDOW, cache.WITH_FIRST, cache.OTHERS))
+    without, kept, instead = (long.times(of.loss)[1:] for of in (window, with_first, others))
+    surely_not = without[1] < BREAKS or kept[0] > REPAIRS
+    open_ = not surely_not and (without[0] < BREAKS or kept[1] > REPAIRS)
 
     def short(**names: str) -> dict[str, float]:
         return {f"short_{key}": crossed.cost(name) for key, name in names.items() if name in crossed.with_it}
@@ -231,28 +247,26 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
             "perplexity_full": float(long.lengths.loss.mean().exp()),
             "perplexity_window": window.perplexity(),
             "perplexity_window_with_sink": with_first.perplexity(),
-            **_interval("window_over_full", long.times(window.loss)[1:]),
-            **_interval("with_sink_over_full", long.times(with_first.loss)[1:]),
+            "interval_window_over_full": list(without),
+            "interval_with_sink_over_full": list(kept),
             "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
-            **_interval(
-                "with_sink_over_shifted", interval_of(with_first.loss - long.streams[cache.SHIFTED].loss, LONG_BLOCK)
+            "interval_with_sink_over_shifted": list(
+                interval_of(with_first.loss - long.streams[cache.SHIFTED].loss, LONG_BLOCK)
             ),
             "n_tokens": long.lengths.lengths[-1],
             "n_keys": window.policy.window,
             **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
             "short_n_tokens": crossed.plain[AS_IT_IS].loss.shape[1] + 1,
             "short_n_keys": budget,
+            **({"reason": OPEN_SV2.format(*without, *kept)} if open_ else {}),
         },
         control={
             "perplexity_window_with_others": others.perplexity(),
+            "interval_with_others_over_full": list(instead),
             "perplexity_run_anew": float(long.afresh.mean().exp()),
             **short(others=cache.OTHERS, heavy_hitters=cache.HEAVY),
         },
     )
-
-
-def _interval(name: str, ends: tuple[float, float]) -> dict[str, list[float]]:
-    return {f"interval_{name}": list(ends)} if all(map(math.isfinite, ends)) else {}
 
 
 @where_applicable
@@ -261,7 +275,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
 
     The ratio is of what the queries of each stretch alone give position 0, in the layers that see it from everywhere.
     Controls: the same of another position; and the ratio over all queries so far and all layers, which is the usual one
-    and slow to move; and of other thresholds.
+    and slow to move.
     """
     within = [i for i, length in enumerate(found.lengths) if length <= found.limit]
     if found.lengths[within[-1]] < LONG:
@@ -281,6 +295,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
         measured={
             "lengths": [found.lengths[i] for i in within],
             "sink_ratios": [late[i] for i in within],
+            **by_epsilon,
             "perplexities": [found.perplexities[i] for i in within],
             "largest_first": found.first,
             "largest_elsewhere": [found.elsewhere[i] for i in within],
@@ -291,6 +306,5 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
         control={
             "sink_ratios_other_position": [found.late_ratios(found.other)[i] for i in within],
             "sink_ratios_of_all_queries": [found.sink_ratios[i] for i in within],
-            **by_epsilon,
         },
     )

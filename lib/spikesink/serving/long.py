@@ -35,6 +35,7 @@ from spikesink.serving.context import LONG_BLOCK, MOST, Lengths, interval_of, le
 
 FILE = "10-long.safetensors"
 MEASURES = "2"  # of what a file holds, to be raised when that changes; one of other measures is not read
+ANEW = "the last ones, run anew"
 BUDGET = 256  # keys that the bounded caches hold
 LONG = 4 * BUDGET  # tokens that make a text long
 POLICIES = {

@@ -154,7 +154,7 @@ class Range:
     median: Float[Tensor, " layer"]  # of all other tokens' entries
     outliers: tuple[tuple[int, ...], ...]  # channels in which a spike token has more than any other token has anywhere
     zeroed: Float[Tensor, " layer"]  # share of other tokens' entries that int8 per tensor rounds to zero
-    n_channels: int
+    rest: tuple[tuple[int, ...], ...]  # as many channels, those in which other tokens have most of what is left
 
     @property
     def touched(self) -> list[int]:
@@ -165,14 +165,11 @@ class Range:
         """The step of a quantizer whose range is that of all these windows."""
         return torch.maximum(self.spike, self.other) / Quantizer(bits).most
 
-    def others(self, seed: int = 0) -> "Range":
-        """The same with as many other channels, drawn at random, in the outliers' place: their control."""
-        generator, drawn = torch.Generator().manual_seed(seed), []
-        for outliers in self.outliers:
-            free = [c for c in range(self.n_channels) if c not in outliers]
-            order = torch.randperm(len(free), generator=generator)[: len(outliers)]
-            drawn.append(tuple(sorted(free[i] for i in order.tolist())))
-        return replace(self, outliers=tuple(drawn))
+    def others(self) -> "Range":
+        """The same with as many other channels in the outliers' place: their control, which has nothing of the spike's
+        range and most of what else there is to gain.
+        """
+        return replace(self, outliers=self.rest)
 
 
 @torch.inference_mode()
@@ -198,7 +195,7 @@ def ranges(
             zeroed = (Quantizer()(x)[~spike] == 0).float().mean()
             none = size.new_zeros(size.shape[-1])
             largest = of_spike.amax(0) if len(of_spike) else none
-            found[site][layer].append((largest.cpu(), float(of_other.amax()), float(of_other.median()), float(zeroed)))
+            found[site][layer].append((largest.cpu(), of_other.amax(0).cpu(), float(of_other.median()), float(zeroed)))
 
         return watch
 
@@ -214,17 +211,19 @@ def ranges(
 
 
 def _joined(site: str, layers: list[list[tuple]]) -> Range:
-    spike, other, median, outliers, zeroed = [], [], [], [], []
+    spike, other, median, zeroed, outliers, rest = [], [], [], [], [], []
     for seen in layers:
-        largest = torch.stack([one[0] for one in seen]).amax(0)
-        most = max(one[1] for one in seen)
+        largest, of_other = (torch.stack([one[i] for one in seen]).amax(0) for i in (0, 1))
+        apart = largest > of_other.max()
+        strongest = of_other[~apart].argsort(descending=True)[: int(apart.sum())]
         spike.append(float(largest.max()))
-        other.append(most)
+        other.append(float(of_other.max()))
         median.append(sum(one[2] for one in seen) / len(seen))
         zeroed.append(sum(one[3] for one in seen) / len(seen))
-        outliers.append(tuple((largest > most).nonzero()[:, 0].tolist()))
+        outliers.append(tuple(apart.nonzero()[:, 0].tolist()))
+        rest.append(tuple(sorted((~apart).nonzero()[strongest, 0].tolist())))
     values = map(torch.tensor, (spike, other, median))
-    return Range(site, *values, tuple(outliers), torch.tensor(zeroed), len(layers[0][0][0]))
+    return Range(site, *values, tuple(outliers), torch.tensor(zeroed), tuple(rest))
 
 
 def rounded(
@@ -288,7 +287,6 @@ def activations(
     model: TransformerBridge,
     found: Mapping[str, Range],
     where: Bool[Tensor, "window position"],
-    seed: int = 0,
 ) -> dict[str, Technique]:
     """The ways to round what matrices are multiplied by, and what is cached, as techniques for `cross`.
 
@@ -299,10 +297,9 @@ def activations(
         model: as `load` returns it.
         found: as `ranges` returns it.
         where: the spike tokens of the windows to be run.
-        seed: of the channels that are drawn as a control.
     """
     inputs = {site: found[site] for site in LINEAR_INPUTS if site in found}
-    others = {site: one.others(seed) for site, one in inputs.items()}
+    others = {site: one.others() for site, one in inputs.items()}
     done = {name: Technique(rounded(model, Quantizer(8, per))) for name, per in PER_NAMES.items()}
     for name, apart in ((APART, inputs), (OTHERS_APART, others)) if where.any() else ():
         done[name] = Technique(rounded(model, Quantizer(8, "tensor"), apart=apart), cells=(AS_IT_IS,))
