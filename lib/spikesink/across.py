@@ -115,7 +115,7 @@ SHORT = {
     "X-TR7": "sinks follow the loss, spikes less",
     "X-TR8": "the spike comes before the sink",
     "X-TR9": "idle heads wait at position 0",
-    "SV1": "the spike sets int8's scale",
+    "SV1": "spike tokens set int8's scale",
     "SV2": "a KV cache needs the sink",
     "SV3": "sinks stay as far as was measured",
 }
@@ -239,9 +239,13 @@ def _cell(claim_id: str, claim: Mapping[str, Any]) -> Cell:
     measured, control, rule = claim["measured"], claim["control"], RULES.get(claim_id)
     if rule is None or claim["verdict"] == "n/a":
         return Cell(claim["verdict"])
-    # A verdict of another version's rule stands as it was reached; what that was put to is not known here.
-    held = claims.held_by(claim_id, measured, control) if claim["rule"] == rule.words else []
+    held = claims.held_by(claim_id, measured, control) if _of_todays_rule(claim_id, claim) else []
     return Cell(claim["verdict"], measured.get(rule.headline), measured.get(rule.beside), held)
+
+
+def _of_todays_rule(claim_id: str, claim: Mapping[str, Any]) -> bool:
+    """Whether the rule stands here that judged a claim; a verdict of another version's stands as it was reached."""
+    return claim_id in RULES and claim["rule"] == RULES[claim_id].words
 
 
 def _reported(claim_id: str, value: paper.Reported) -> Cell:
@@ -603,7 +607,7 @@ class _Read(dict):
 def _unexplained(claim_id: str, model: str, claim: Mapping[str, Any]) -> str:
     """What can be said of a difference that nobody has looked into: what the rule met, up to where it failed."""
     values = _Read(claim["measured"])
-    if claim_id in RULES and claim["rule"] == RULES[claim_id].words:
+    if _of_todays_rule(claim_id, claim):
         RULES[claim_id].holds(values)
     met = values.asked or dict(values)
     found = ", ".join(f"{name} {brief(value)}" for name, value in met.items())

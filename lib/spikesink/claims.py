@@ -572,7 +572,8 @@ def _trained(statement: str, source: str) -> Rule:
 
 STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
 SETS = 1.05  # SV1: times the perplexity that the spike's channels apart leave, at least
-LATE_RATIOS = ("sink_ratios", "sink_ratios_at_0.2", "sink_ratios_at_0.4")  # SV3: by the threshold of a sink
+# SV3: by the threshold of a sink; None is the usual one.
+LATE_RATIOS = {"sink_ratios": None, "sink_ratios_at_0.2": 0.2, "sink_ratios_at_0.4": 0.4}
 BREAKS, REPAIRS = 1.5, 1.1  # SV2: times the full cache's perplexity, at least without and at most with the first tokens
 
 
@@ -712,6 +713,12 @@ def verdict(claim_id: str, measured: Mapping[str, Any]) -> str:
     if "reason" in measured:
         return "n/a"
     return "holds" if RULES[claim_id].holds(measured) else "differs"
+
+
+def left_open(claim_id: str, measured: Mapping[str, Any]) -> bool:
+    """Whether a rule that asks for one end of each `interval_…` fails there, and would hold at the other ends."""
+    turned = {name: of[::-1] if name.startswith("interval_") else of for name, of in measured.items()}
+    return not RULES[claim_id].holds(measured) and RULES[claim_id].holds(turned)
 
 
 def held_by(claim_id: str, measured: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:

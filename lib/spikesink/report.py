@@ -84,6 +84,10 @@ WORDS = {
     "four ordinary tokens in the place of the first.",
     "Spike channels apart": "those channels are not rounded in which spike tokens have more than any other token has "
     "anywhere. As many others apart: a control, those in which other tokens have most.",
+    "The picture of entries": "what matrices read, layer by layer, beside stream and KV cache. Mixed values are "
+    "what heads have gathered, before the output projection; the FFN's hidden is what its down projection reads. Where "
+    "the line of spike tokens is above that of others, they set the range; what lies in the blue area int8 per tensor "
+    "rounds to zero.",
     "A step a tensor, a token, a channel": "over what a quantizer shares one step: the larger the largest entry, the "
     "coarser the step.",
 }
@@ -297,7 +301,7 @@ def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> 
     risks = [
         f"{_called(name)} ({fact['cost']:.2f} times: {fact['verdict']})"
         for name, fact in tried.items()
-        if fact["verdict"] not in (diagnosis.FINE, diagnosis.UNSURE)
+        if diagnosis.surely(fact["verdict"])
     ]
     prose = [
         f"Tried in the model as it is alone: {crossed.reason}." if crossed.reason else "",
@@ -377,7 +381,7 @@ def in_short(done: Mapping[str, Section]) -> list[str]:
         mine = [f"{_called(name)} ({cost:.2f} times)" for name, cost in of_it.items()]
         if mine:
             lines.append(f"{what}: {'; '.join(mine)}. {help_}".rstrip())
-    if tried and all(fact["verdict"] in (diagnosis.FINE, diagnosis.UNSURE) for fact in tried.values()):
+    if tried and not any(diagnosis.surely(fact["verdict"]) for fact in tried.values()):
         lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
     else:
         lines.append(_listed(REMEDY, {name: fact for name, fact in judged.items() if name in REMEDIES[:2]}))

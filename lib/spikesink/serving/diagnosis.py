@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import t as student
 
-from spikesink.claims import BREAKS, REPAIRS, SETS, Evidence, NotApplicable, evidence, where_applicable
+from spikesink.claims import LATE_RATIOS, Evidence, NotApplicable, evidence, left_open, where_applicable
 from spikesink.patching.chain import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed
@@ -35,7 +35,6 @@ OPEN = "cause left open"  # on as many windows a remedy may help, or not
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 UNKNOWN = "not taken apart"
-OTHER_EPSILONS = (0.2, 0.4)  # thresholds of a sink, beside the usual one
 OPEN_SV2 = "{:.2f} to {:.2f} times without the first tokens, {:.2f} to {:.2f} with four of them, leave it open"
 SAME = 1e-3  # nats of a window, within which two cells are one
 AS_HELD = "as with the sink held"
@@ -162,20 +161,20 @@ def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | 
                 "perplexity, times": f"{one.cost:.2f}",
                 "diagnosis": one.verdict,
                 "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left without the spike": AS_HELD if one.as_held and told(one) else _share(one, one.without_spike),
+                "left without the spike": _share(one, AS_HELD if one.as_held else one.without_spike),
                 "left with the sink kept or held": _share(one, one.with_sink),
             }
         )
     return pd.DataFrame(rows).set_index("technique")
 
 
-def told(one: Diagnosis) -> bool:
-    """Whether there is a cost that is surely one."""
-    return one.verdict not in (FINE, UNSURE)
+def surely(verdict: str) -> bool:
+    """Whether what has this verdict surely costs something."""
+    return verdict not in (FINE, UNSURE)
 
 
-def _share(one: Diagnosis, left: Share | None) -> str:
-    return str(left) if told(one) and left is not None else "–"
+def _share(one: Diagnosis, left: Share | str | None) -> str:
+    return str(left) if surely(one.verdict) and left is not None else "–"
 
 
 @where_applicable
@@ -197,23 +196,22 @@ def sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable
     def perplexity(technique: str, cell: str = AS_IT_IS) -> float:
         return crossed.perplexity(crossed.with_it[technique][cell])
 
-    reason = {}
+    measured = {
+        "perplexity_fp": crossed.perplexity(crossed.plain[AS_IT_IS]),
+        "perplexity_int8_per_tensor": perplexity(PER_TENSOR),
+        "perplexity_int8_spike_split": perplexity(APART),
+        "perplexity_int8_per_token": perplexity(PER_TOKEN),
+        "interval_per_tensor_over_fp": [low, high],
+        "interval_per_tensor_over_split": list(over),
+        "n_windows": n,
+        "length": length + 1,
+    }
     if low <= 1 + INDIFFERENT:
-        reason["reason"] = f"int8 per tensor costs nothing that is told from none ({low:.2f} to {high:.2f} times)"
-    elif over[0] < SETS <= over[1]:
-        reason["reason"] = "{:.2f} to {:.2f} times that with the spike's channels apart leaves it open".format(*over)
+        measured["reason"] = f"int8 per tensor costs nothing that is told from none ({low:.2f} to {high:.2f} times)"
+    elif left_open("SV1", measured):
+        measured["reason"] = "{:.2f} to {:.2f} times that with the spike's channels apart leaves it open".format(*over)
     return evidence(
-        measured={
-            "perplexity_fp": crossed.perplexity(crossed.plain[AS_IT_IS]),
-            "perplexity_int8_per_tensor": perplexity(PER_TENSOR),
-            "perplexity_int8_spike_split": perplexity(APART),
-            "perplexity_int8_per_token": perplexity(PER_TOKEN),
-            "interval_per_tensor_over_fp": [low, high],
-            "interval_per_tensor_over_split": list(over),
-            "n_windows": n,
-            "length": length + 1,
-            **reason,
-        },
+        measured=measured,
         control={
             "perplexity_int8_others_split": perplexity(OTHERS_APART),
             "interval_per_tensor_over_others": list(crossed.times(PER_TENSOR, OTHERS_APART)),
@@ -236,30 +234,30 @@ def needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) ->
         return NotApplicable(SHORT)
     window, with_first, others = (long.streams[name] for name in (cache.WINDOW, cache.WITH_FIRST, cache.OTHERS))
     without, kept, instead = (long.times(of.loss)[1:] for of in (window, with_first, others))
-    surely_not = without[1] < BREAKS or kept[0] > REPAIRS
-    open_ = not surely_not and (without[0] < BREAKS or kept[1] > REPAIRS)
 
     def short(**names: str) -> dict[str, float]:
         return {f"short_{key}": crossed.cost(name) for key, name in names.items() if name in crossed.with_it}
 
+    measured = {
+        "perplexity_full": float(long.lengths.loss.mean().exp()),
+        "perplexity_window": window.perplexity(),
+        "perplexity_window_with_sink": with_first.perplexity(),
+        "interval_window_over_full": list(without),
+        "interval_with_sink_over_full": list(kept),
+        "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
+        "interval_with_sink_over_shifted": list(
+            interval_of(with_first.loss - long.streams[cache.SHIFTED].loss, LONG_BLOCK)
+        ),
+        "n_tokens": long.lengths.lengths[-1],
+        "n_keys": window.policy.window,
+        **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
+        "short_n_tokens": crossed.plain[AS_IT_IS].loss.shape[1] + 1,
+        "short_n_keys": budget,
+    }
+    if left_open("SV2", measured):
+        measured["reason"] = OPEN_SV2.format(*without, *kept)
     return evidence(
-        measured={
-            "perplexity_full": float(long.lengths.loss.mean().exp()),
-            "perplexity_window": window.perplexity(),
-            "perplexity_window_with_sink": with_first.perplexity(),
-            "interval_window_over_full": list(without),
-            "interval_with_sink_over_full": list(kept),
-            "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
-            "interval_with_sink_over_shifted": list(
-                interval_of(with_first.loss - long.streams[cache.SHIFTED].loss, LONG_BLOCK)
-            ),
-            "n_tokens": long.lengths.lengths[-1],
-            "n_keys": window.policy.window,
-            **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
-            "short_n_tokens": crossed.plain[AS_IT_IS].loss.shape[1] + 1,
-            "short_n_keys": budget,
-            **({"reason": OPEN_SV2.format(*without, *kept)} if open_ else {}),
-        },
+        measured=measured,
         control={
             "perplexity_window_with_others": others.perplexity(),
             "interval_with_others_over_full": list(instead),
@@ -285,7 +283,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
     if not found.throughout:
         return NotApplicable(SHORT_SIGHTED)
     past, late = range(len(within), len(found.lengths)), found.late_ratios()
-    by_epsilon = {f"sink_ratios_at_{e}": [found.late_ratios(epsilon=e)[i] for i in within] for e in OTHER_EPSILONS}
+    ratios = {name: [found.late_ratios(epsilon=at)[i] for i in within] for name, at in LATE_RATIOS.items()}
     beyond = {
         "lengths_past": [found.lengths[i] for i in past],
         "sink_ratios_past": [late[i] for i in past],
@@ -294,8 +292,7 @@ def over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
     return evidence(
         measured={
             "lengths": [found.lengths[i] for i in within],
-            "sink_ratios": [late[i] for i in within],
-            **by_epsilon,
+            **ratios,
             "perplexities": [found.perplexities[i] for i in within],
             "largest_first": found.first,
             "largest_elsewhere": [found.elsewhere[i] for i in within],
