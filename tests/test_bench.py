@@ -19,9 +19,16 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def found(planted_model, trigger_tokens):
-    life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
-    return bench.bench(planted_model, life, turns=2, wide=24)
+def life(planted_model, trigger_tokens):
+    return spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
+
+
+@pytest.fixture(scope="module")
+def found(planted_model, life):
+    """As on a processor that multiplies bfloat16, whatever this one does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.train, "multiplies_bfloat16", lambda device: True)
+        return bench.bench(planted_model, life, turns=2, wide=24)
 
 
 def test_both_ways_of_every_row_agree(found):
@@ -41,6 +48,15 @@ def test_both_ways_of_every_row_agree(found):
     for row in (found.rows[0], *found.rows[2:7], found.rows[8]):
         assert error(row) < 1e-4
         assert row.ratio == row.against_seconds / row.seconds > 0
+
+
+def test_bfloat16_is_timed_only_where_it_is_multiplied(planted_model, life, monkeypatch):
+    weights, tokens = weights_of(planted_model), torch.arange(8)
+    for can in (True, False):
+        monkeypatch.setattr(bench.train, "multiplies_bfloat16", lambda device, can=can: can)
+        row, share = bench.probes(weights, life, tokens, turns=1)
+        assert (row is not None) == can
+        assert 0 < share < 1
 
 
 def error(row: bench.Row) -> float:
