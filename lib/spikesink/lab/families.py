@@ -118,7 +118,7 @@ VARIANTS = (
     Variant("context", "half as long", "lengths", lambda lengths: (lengths[1] // 2, lengths[1] // 2), LONGEST),
     Variant("context", "contexts from 1/4 on", "skipped", _is(1 / 4), LONGEST),
     Variant("context", "contexts from 1/2 on", "skipped", _is(1 / 2), LONGEST),
-    Variant("context", WITHOUT_BOS, "bos", _is(False), headline=True),
+    Variant("context", WITHOUT_BOS, "bos", _is(False)),
 )
 FAMILIES = tuple(dict.fromkeys(variant.family for variant in VARIANTS))
 

@@ -58,17 +58,17 @@ def family(records: Sequence[Record], name: str) -> Figure:
     Squares are what others are set beside: filled the base, open a variant that others are variants of.
     """
     fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
-    here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], 100 * paper.TRAINED_BASE[0], "black")], []
+    here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], paper.TRAINED_BASE[0], "black")], []
     named = by_name(of_family(records, name))
     for variant, rows in {**named, **beside_late(named)}.items():
         ends = [at_the_end(record) for record in rows]
-        here += [(variant, end["max_activation"], 100 * end["sink_ratio"], _colour(variant)) for end in ends]
+        here += [(variant, end["max_activation"], end["sink_ratio"], _colour(variant)) for end in ends]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
         theirs_is = paper.TRAINED_AS.get(variant, variant)
         if isinstance(sink, float) and spike is not None:
-            there.append((theirs_is, spike, 100 * sink, SPIKE))
+            there.append((theirs_is, spike, sink, SPIKE))
         elif sink is not None:
-            said = f"{sink:.0%}" if isinstance(sink, float) else sink
+            said = brief(sink) if isinstance(sink, float) else sink
             only_sink.append(f"{theirs_is}: {said}")
     for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
         for variant, x, y, colour in points:
@@ -97,10 +97,11 @@ def _wrapped(text: str) -> str:
 
 def _plane(ax) -> None:
     """The axes of largest activation and sink ratio."""
-    ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio (%)")
+    ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio")
     ax.margins(x=0.12, y=0.12)
     low, high = ax.get_ylim()
-    ax.set_ylim(min(-2.0, low), high + 0.08 * (high - min(-2.0, low)))
+    low = min(-0.02, low)
+    ax.set_ylim(low, high + 0.08 * (high - low))
     _written_out(ax, "x")
 
 
@@ -195,15 +196,15 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     spike, sink = base
     ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     ax.axvline(spike, color="black", lw=0.6, ls=":")
-    ax.axhline(100 * sink, color="black", lw=0.6, ls=":")
-    points = [(one.name, one.max_activation, 100 * one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
+    ax.axhline(sink, color="black", lw=0.6, ls=":")
+    points = [(one.name, one.max_activation, one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
     for name, colour in FAMILY_COLOURS.items():
         mine = [point for point in points if FAMILY[point[0]] == name]
         x, y = ([point[i] for point in mine] for i in (1, 2))
         ax.plot(x, y, color=colour, marker=FAMILY_MARKERS[name], lw=0, ms=8, mfc="none", mew=1.6, label=name)
-    ax.plot(spike, 100 * sink, marker="*", color="black", ms=15, lw=0, mec="white")
+    ax.plot(spike, sink, marker="*", color="black", ms=15, lw=0, mec="white")
     _plane(ax)
-    ax.set_ylim(bottom=-0.4)
+    ax.set_ylim(bottom=-0.004)
     corners = {
         (0.01, 0.99): "more sink, less spike",
         (0.99, 0.99): "more of both",
@@ -213,10 +214,10 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     for (x, y), text in corners.items():
         sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
         ax.text(x, y, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
-    points.append((BASE, spike, 100 * sink, "black"))
+    points.append((BASE, spike, sink, "black"))
     points.sort(key=lambda point: point[1])
     ax.set_ylabel("")
-    ax.text(0, 1.01, "sink ratio (%)", transform=ax.transAxes, ha="right")  # clear of the lines on the left
+    ax.text(0, 1.01, "sink ratio", transform=ax.transAxes, ha="right")  # clear of the lines on the left
     _leaders(ax, points[: len(points) // 2], "left", 9)
     _leaders(ax, points[len(points) // 2 :], "right", 9)
     ax.legend(fontsize=9, loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.08))
@@ -233,16 +234,16 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
         axes[1].plot(x, run["max_first"], color=SPIKE, lw=1.6)
         axes[1].plot(x, run["max_elsewhere"], color=ORDINARY, lw=1.4, ls="--")
         axes[2].plot(x, run["max_first"] / run["max_elsewhere"], color=SPIKE, lw=1.6)
-        axes[3].plot(x, 100 * run["sink_ratio"], color=SINK, lw=1.6)
-        axes[3].plot(x, 100 * run["attention"], color=SINK, lw=1.2, ls="--")
+        axes[3].plot(x, run["sink_ratio"], color=SINK, lw=1.6)
+        axes[3].plot(x, run["attention"], color=SINK, lw=1.2, ls="--")
     last = curves.groupby(["name", "seed"], sort=False).last()
     axes[1].set_yscale("log")
     thousands(axes[1])
     for ax, name, y, below, colour in (
         (axes[1], "position 0", last["max_first"].max(), 8, SPIKE),
         (axes[1], "elsewhere", last["max_elsewhere"].min(), -14, ORDINARY),
-        (axes[3], "sink ratio", 100 * last["sink_ratio"].max(), 8, SINK),
-        (axes[3], "attention", 100 * last["attention"].min(), -14, SINK),
+        (axes[3], "sink ratio", last["sink_ratio"].max(), 8, SINK),
+        (axes[3], "attention", last["attention"].min(), -14, SINK),
     ):
         ax.annotate(name, (x.iloc[-1], y), (0, below), textcoords="offset points", ha="right", color=colour)
     axes[2].axhline(1, color="black", lw=0.8, ls=":")
@@ -251,7 +252,12 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
     for ax, title, label in zip(
         axes,
         ("Loss", "Sizes", "Spike", "Sink"),
-        ("loss on held-out text (nats)", "largest activation", "position 0 over elsewhere", "of position 0 (%)"),
+        (
+            "loss on held-out text (nats)",
+            "largest activation",
+            "position 0 over elsewhere",
+            "sink ratio, attention to position 0",
+        ),
         strict=True,
     ):
         ax.set(xlabel="tokens trained on (million)", ylabel=label)
@@ -267,11 +273,11 @@ def following_loss(records: Sequence[Record], name: str = "optimization") -> Fig
     fig, axes = figure(1, 2, size=(11, 4.2))
     found = follow_loss(rows) if len(means) >= LEAST_VARIANTS else None
     axes[1].set_yscale("log")
-    for ax, name, times, colour, label, measure in (
-        (axes[0], "sink_ratio", 100, SINK, "sink ratio (%)", "sink"),
-        (axes[1], "max_activation", 1, SPIKE, "largest activation", "spike"),
+    for ax, name, colour, label, measure in (
+        (axes[0], "sink_ratio", SINK, "sink ratio", "sink"),
+        (axes[1], "max_activation", SPIKE, "largest activation", "spike"),
     ):
-        points = [(mean["name"], mean["loss"], times * mean[name], ORDINARY) for mean in means]
+        points = [(mean["name"], mean["loss"], mean[name], ORDINARY) for mean in means]
         ax.plot(*zip(*[point[1:3] for point in points], strict=True), marker="o", lw=0, color=colour, ms=6, mec="white")
         ax.set(xlabel="loss on held-out text (nats)\n(in brackets: 95% of resamples of the variants)", ylabel=label)
         _leaders(ax, points)
