@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spikesink import claims, paper
-from spikesink.claims import RULES, brief, escape
-from spikesink.lab.families import BASE
+from spikesink.claims import RULES, brief, escape, mean_of
 
 LINKS = {
     "LC": "The spike's life",
@@ -279,7 +278,7 @@ def render(figures: Path) -> Path:
     Raises:
         ValueError: a ledger, or `reasons.md` beside it, is damaged.
     """
-    found, written = claims.ledgers(figures), reasons(figures)
+    found, written, lab = claims.ledgers(figures), reasons(figures), claims.lab_ledger(figures)
     whole = board(found)
     lines = [
         "# Claims, by model",
@@ -291,12 +290,12 @@ def render(figures: Path) -> Path:
         f"![Claims x models, coloured by verdict]({PICTURE}.png)",
         "",
         *_summary(whole),
+        *([] if lab is None else _trained_in_short(lab)),
         *GLOSSARY.splitlines(),
         "",
         *_table(whole),
         *_reasons(written, found, whole),
     ]
-    lab = claims.lab_ledger(figures)
     if lab is not None:
         lines += ["", *_trained(lab, written)]
     for name, data in found.items():
@@ -461,14 +460,24 @@ def _one_model(name: str, data: Mapping[str, Any], about: str) -> list[str]:
     return lines
 
 
+def _trained_in_short(data: Mapping[str, Any]) -> list[str]:
+    """The claims about the models that we train ourselves, by verdict."""
+    by_verdict = defaultdict(list)
+    for key, claim in _in_order(data["claims"]):
+        by_verdict[claim["verdict"]].append(key)
+    parts = [f"{said} {', '.join(by_verdict[said])}" for said in ("holds", "differs", "n/a") if by_verdict[said]]
+    where = "#" + TRAINED.lower().replace(" ", "-")
+    return [f"Besides, [{TRAINED[0].lower()}{TRAINED[1:]}]({where}) ({data['spec']}): {'; '.join(parts)}.", ""]
+
+
 def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
     """The models that we train ourselves: each claim with its verdict, why, and its variants."""
     lines = [
         f"## {TRAINED}",
         "",
-        f"{data['spec']}, on `{data['text']}`; looked at on {data['windows'][0]} held-out windows of "
-        f"{data['windows'][1]} tokens. Changes are against the base, or what a variant is said to be of, with 95% "
-        "intervals over seeds.",
+        f"{data['spec']}, on the text `{data['text']}` (`packages`: the Python source of what is installed with this "
+        f"project); looked at on {data['windows'][0]} held-out windows of {data['windows'][1]} tokens, late queries on "
+        "longer ones. Changes are against the base, or what a variant is said to be of, with 95% intervals over seeds.",
     ]
     for key, claim in _in_order(data["claims"]):
         variants = claim["measured"].get("variants", ())
@@ -491,15 +500,14 @@ def _variants(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     table = []
     for row in rows:
         compared = "sink_change" in row
-        of = row.get("of", BASE)
         table.append(
             {
-                "variant": row["name"] if of == BASE else f"{row['name']} (against {of})",
+                "variant": row.get("title", row["name"]),
                 "seeds": str(row["seeds"]),
                 "loss": f"{row['loss']:.2f}",
                 "sink ratio": brief(row["sink_ratio"]),
                 "change": "{sink_change:+.2f} ({sink_low:+.2f} to {sink_high:+.2f})".format(**row) if compared else "",
-                "base's at this loss": f"{row['sink_at_loss']:.2f}" if "sink_at_loss" in row else "",
+                "at this loss": mean_of(row.get("sink_at_loss_by_seed", ())),
                 "attention": brief(row["attention"]),
                 "largest activation": brief(row["max_activation"]),
                 "factor": "{spike_factor:.2f} ({spike_low:.2f} to {spike_high:.2f})".format(**row) if compared else "",

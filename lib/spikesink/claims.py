@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -554,8 +554,9 @@ RULES: dict[str, Rule] = {
 
 _TRAINED = (
     "of the changes that the paper reports, at least half go its way here significantly (95% intervals over seeds), "
-    "and none significantly another; a value stays within 0.05 (sink ratio) or a factor 1.5 (largest activation); "
-    "where it fails for changes that stay open alone, it is not judged"
+    "and none significantly another; a value stays within 0.05 (sink ratio) or a factor 1.5 (largest activation); of "
+    "the sink ratio the values at ε = 0.2 and 0.4 must say the same; where it fails for changes that stay open alone, "
+    "or the base's own seeds differ as much, it is not judged"
 )
 
 
@@ -807,6 +808,12 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"the ledger {path} is damaged ({error}); remove it and run its notebooks again.") from None
+
+
+def mean_of(values: Sequence[float]) -> str:
+    """A mean as a table shows it, with the least and the most where there are several; nothing of none."""
+    ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.2f}{ends}" if values else ""
 
 
 def brief(value: Any) -> str:

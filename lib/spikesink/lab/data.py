@@ -193,7 +193,10 @@ def open_task(config: Config, source: str = SOURCE, characters: int = CHARACTERS
 
 
 def corpus(source: str = SOURCE, d_vocab: int = Config.d_vocab, characters: int = CHARACTERS) -> Corpus:
-    """A text as tokens of a byte-level BPE that is learned from it; made once and kept in the cache."""
+    """A text as tokens of a byte-level BPE that is learned from it; made once and kept in the cache.
+
+    The BPE has seen held-out documents as well: how pieces are cut, not what follows what.
+    """
     documents = _documents(source, characters)
     sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     place = cache_directory() / "lab" / f"{sha256[:20]}-{d_vocab}"

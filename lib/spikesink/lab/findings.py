@@ -10,8 +10,9 @@ import pandas as pd
 from scipy import stats
 
 from spikesink import paper
-from spikesink.claims import STRONG, Evidence, NotApplicable
+from spikesink.claims import RULES, STRONG, Evidence, NotApplicable, judge, mean_of
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
+from spikesink.lab.measures import EPSILONS
 from spikesink.lab.records import Record
 from spikesink.lab.train import Run
 
@@ -20,6 +21,7 @@ NO_RECORDS = "there are no records of these variants yet; make ablations trains 
 STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
+NOMINAL = 1 - LEVEL  # false alarms among changes that are none
 LATE = ", late queries"  # what is added to the name of a variant that is seen from those alone
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
@@ -34,7 +36,8 @@ SHOWN = {  # in a family's table, by what it is called there
     "medians": "over_median",
     "times elsewhere": "over_elsewhere",
 }
-COLUMNS = ["variant", "seeds", "loss", "sink ratio", "change", "paper: sink", "base's at this loss", "attention"]
+OTHERS = f"change at {', '.join(f'{epsilon:g}' for epsilon in EPSILONS)}"
+COLUMNS = ["variant", "seeds", "loss", "sink ratio", "change", OTHERS, "paper: sink", "at this loss", "attention"]
 COLUMNS += ["largest activation", "factor", "paper: spike", "medians", "times elsewhere"]
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 FAMILY = {variant.name: variant.family for variant in VARIANTS}
@@ -53,8 +56,9 @@ class Change:
     value: float
     low: float
     high: float
-    paper: str | None  # "up", "down", "stays"; None where the paper does not say
+    paper: str | None  # "up", "down", "stays", `paper.AT_LEAST`; None where the paper does not say
     room: bool = True  # whether there is enough of it for less of it to be seen
+    others: tuple["Change", ...] = ()  # of the sink ratio, the same by other thresholds of a sink
 
     @property
     def interval(self) -> tuple[float, float, float]:
@@ -68,14 +72,20 @@ class Change:
         Where the paper's value moves, the interval must exclude none; where it stays, the interval must lie within the
         band. It differs where it leaves no doubt of something else: the other way, no change, or one where none is due.
         Where there are hardly any sinks to begin with, it is undecided whether they would go or stay: what the paper
-        says is said of a model that has some.
+        says is said of a model that has some. And so is what other thresholds of a sink, by their values, contradict.
         """
         if self.paper is None:
             return None
+        said, values = self._by_itself(), [replace(of, low=of.value, high=of.value)._by_itself() for of in self.others]
+        return said if all(value == said for value in values) else UNDECIDED
+
+    def _by_itself(self) -> str:
         band = _band(self.measure)
         stays = -band <= self.low and self.high <= band
         if not self.room and self.paper != "up":
             return UNDECIDED
+        if self.paper == paper.AT_LEAST:
+            return AGREES if self.low >= -paper.MAY_FALL else DIFFERS if self.high < -paper.MAY_FALL else UNDECIDED
         if self.paper == "stays":
             return AGREES if stays else DIFFERS if self.low > band or self.high < -band else UNDECIDED
         low, high = (self.low, self.high) if self.paper == "up" else (-self.high, -self.low)
@@ -95,7 +105,7 @@ class Compared:
     over_elsewhere: float  # position 0's largest entry over the largest elsewhere; below 1: not its own
     seeds: int
     late: bool  # whether loss and sinks are of late queries alone, and so to be set beside its own base only
-    sink_at_loss: float  # sink ratio that the base had when its loss was this one's; not a number if it never was
+    sink_at_loss: tuple[float, ...]  # of each seed that it is set beside, the sink ratio when its loss was this one's
     sink: Change
     spike: Change
     relative: Change  # of the largest activation over the median
@@ -103,7 +113,7 @@ class Compared:
     @property
     def title(self) -> str:
         """The name, with what it is compared with where that is not the base."""
-        return self.name if OF[self.name] == BASE else f"{self.name} (against {OF[self.name]})"
+        return self.name if OF[self.name] == BASE else f"{self.name} (against {OF[self.name]}{LATE * self.late})"
 
 
 def _band(measure: str) -> float:
@@ -128,11 +138,17 @@ def _late(record: Record) -> Record:
     return replace(record, config=replace(record.config, skipped=1 / 2))
 
 
-def _values(records: Iterable[Record], measure: str) -> np.ndarray:
+def _values(records: Iterable[Record], measure: str, epsilon: float | None = None) -> np.ndarray:
+    """A measure of each run; a sink ratio by another epsilon than the usual one, if one is given."""
     if measure == "sink":
-        return np.array([at_the_end(record)["sink_ratio"] for record in records])
+        ends = [at_the_end(record) for record in records]
+        return np.array([end["sink_ratio"] if epsilon is None else end["sink_ratios"][f"{epsilon:g}"] for end in ends])
     over = [record.final["median"] if measure == "relative" else 1.0 for record in records]
     return np.log(np.array([record.final["max_activation"] for record in records]) / np.array(over))
+
+
+def _over_elsewhere(records: Iterable[Record]) -> float:
+    return float(stats.gmean([record.final["max_first"] / record.final["max_elsewhere"] for record in records]))
 
 
 def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -142,24 +158,37 @@ def by_name(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {name: rows for name, rows in found.items() if rows}
 
 
-def pooled(records: Sequence[Record], measure: str, without: str | None = None) -> tuple[float, int]:
+def pooled(
+    records: Sequence[Record], measure: str, without: str | None = None, epsilon: float | None = None
+) -> tuple[float, int]:
     """Standard deviation over seeds, one for all variants of which there are several, and its degrees of freedom.
 
-    (Which assumes that seeds are as far apart in all of them; a variant with fewer heads has a coarser sink ratio. Of
-    the sink ratio those with hardly any sinks say nothing: all their seeds are near 0, whatever the scatter elsewhere.)
+    (Which assumes that seeds are as far apart in all of them; a variant with fewer heads has a coarser sink ratio. What
+    has hardly any sinks says nothing of the sink ratio's, and where position 0 does not stand out nothing of a spike's:
+    what is not there cannot scatter as it does where it is.)
     """
-    groups = [_values(rows, measure) for name, rows in by_name(records).items() if len(rows) > 1 and name != without]
+    groups = [rows for name, rows in by_name(records).items() if len(rows) > 1 and name != without]
+    if measure != "sink":
+        groups = [rows for rows in groups if _over_elsewhere(rows) >= STANDS_OUT]
+    values = [_values(rows, measure, epsilon) for rows in groups]
     if measure == "sink":
-        groups = [group for group in groups if group.mean() >= SOME_SINKS]
-    freedom = sum(len(group) - 1 for group in groups)
+        values = [group for group in values if group.mean() >= SOME_SINKS]
+    freedom = sum(len(group) - 1 for group in values)
     if not freedom:
         return math.nan, 0
-    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / freedom), freedom
+    return math.sqrt(sum(((group - group.mean()) ** 2).sum() for group in values) / freedom), freedom
 
 
-def margin(records: Sequence[Record], measure: str, ours: int, others: int, without: str | None = None) -> float:
+def margin(
+    records: Sequence[Record],
+    measure: str,
+    ours: int,
+    others: int,
+    without: str | None = None,
+    epsilon: float | None = None,
+) -> float:
     """Half the width of an interval for the difference of two means, of so many seeds each."""
-    deviation, freedom = pooled(records, measure, without)
+    deviation, freedom = pooled(records, measure, without, epsilon)
     return float(stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / ours + 1 / others))
 
 
@@ -167,7 +196,8 @@ def change(records: Sequence[Record], name: str, measure: str, of: str | None = 
     """A variant's change against what it is a variant of, with an interval from the spread that all variants share.
 
     One standard deviation is estimated from all variants with several seeds; a variant with one seed has the wider
-    interval that its one value deserves.
+    interval that its one value deserves. A sink ratio is asked for by several thresholds (by one alone of late queries,
+    which know no other).
 
     Args:
         records: of a tier.
@@ -177,13 +207,19 @@ def change(records: Sequence[Record], name: str, measure: str, of: str | None = 
     """
     named = by_name(records)
     rows, beside = named[name], named[of or OF[name]]
-    if _is_late(rows[0]):
+    late = _is_late(rows[0])
+    if late:
         beside = [_late(record) for record in beside]
-    ours, theirs = _values(rows, measure), _values(beside, measure)
-    value, half = float(ours.mean() - theirs.mean()), margin(records, measure, len(ours), len(theirs))
-    worse = _loss(rows) > _loss(beside) + STAYS_LOSS
-    room = measure != "sink" or float(theirs.mean()) >= SOME_SINKS
-    return Change(measure, value, value - half, value + half, direction(name, measure, worse), room)
+    way = direction(name, measure, _loss(rows) > _loss(beside) + STAYS_LOSS)
+
+    def by(epsilon: float | None = None) -> Change:
+        ours, theirs = _values(rows, measure, epsilon), _values(beside, measure, epsilon)
+        value = float(ours.mean() - theirs.mean())
+        half = margin(records, measure, len(ours), len(theirs), epsilon=epsilon)
+        room = measure != "sink" or float(theirs.mean()) >= SOME_SINKS
+        return Change(measure, value, value - half, value + half, way, room)
+
+    return replace(by(), others=tuple(map(by, EPSILONS)) if measure == "sink" and not late else ())
 
 
 def _loss(records: Sequence[Record]) -> float:
@@ -206,7 +242,7 @@ def direction(name: str, measure: str, worse: bool = True) -> str | None:
     }[measure]
     if found == paper.DOWN_IF_WORSE:
         return "down" if worse else None
-    if found is None or isinstance(found, str):
+    if found is None or isinstance(found, str):  # paper.AT_LEAST among them
         return found
     moved = found - base if measure == "sink" else math.log(found / base)
     return "stays" if abs(moved) <= _band(measure) else "up" if moved > 0 else "down"
@@ -218,7 +254,7 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
     return [
         Compared(
             **means_of(name, rows),
-            sink_at_loss=_sink_at_loss(named, rows),
+            sink_at_loss=_sink_at_loss(named, name),
             sink=change(records, name, "sink"),
             spike=change(records, name, "spike"),
             relative=change(records, name, "relative"),
@@ -228,30 +264,33 @@ def compared(records: Sequence[Record], family: str | None = None) -> list[Compa
     ]
 
 
-def _sink_at_loss(named: Mapping[str, Sequence[Record]], rows: Sequence[Record]) -> float:
-    """`sink_at_loss` of the base, by the loss on the windows of the curves, whose last the variant's is.
+def _sink_at_loss(named: Mapping[str, Sequence[Record]], name: str) -> tuple[float, ...]:
+    """`sink_at_loss` of what a variant is set beside, by the loss on the windows of the curves.
 
     Curves know no late queries, so that there is none for a variant judged by those.
     """
-    if BASE not in named or _is_late(rows[0]):
-        return math.nan
-    return sink_at_loss(named[BASE], float(np.mean([record.curve["held_out_loss"][-1] for record in rows])))
+    if _is_late(named[name][0]):
+        return ()
+    loss = float(np.mean([record.curve["held_out_loss"][-1] for record in named[name]]))
+    return sink_at_loss(named[OF[name]], loss)
 
 
-def sink_at_loss(records: Sequence[Record], loss: float) -> float:
-    """The sink ratio that runs had on their way, when the loss was so much: mean over runs; not a number if never."""
+def sink_at_loss(records: Sequence[Record], loss: float) -> tuple[float, ...]:
+    """The sink ratio that each run had on its way, when its loss was so much; none unless all of them came there."""
     found = []
     for record in records:
         losses, ratios = np.array(record.curve["held_out_loss"]), record.curve["sink_ratio"]
         i = int((losses <= loss).argmax())
-        found.append(math.nan if losses[i] > loss else ratios[i])
-    return float(np.mean(found))
+        if losses[i] > loss:
+            return ()
+        found.append(ratios[i])
+    return tuple(found)
 
 
 def centre(records: Sequence[Record]) -> tuple[float, float]:
-    """The base's largest activation and its sink ratio, over its seeds."""
+    """The base's largest activation in medians of its stream, and its sink ratio, over its seeds."""
     row = means_of(BASE, by_name(records)[BASE])
-    return row["max_activation"], row["sink_ratio"]
+    return row["over_median"], row["sink_ratio"]
 
 
 def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame | NotApplicable:
@@ -268,7 +307,8 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
             "variant": one.title,
             "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
             "paper: sink": one.sink.paper or "",
-            "base's at this loss": "" if math.isnan(one.sink_at_loss) else f"{one.sink_at_loss:.2f}",
+            OTHERS: ", ".join(f"{of.value:+.2f}" for of in one.sink.others),
+            "at this loss": mean_of(one.sink_at_loss),
             "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
             "paper: spike": one.spike.paper or "",
             **{shown: getattr(one, name) for shown, name in SHOWN.items()},
@@ -285,7 +325,7 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Nor is it
     while a variant that the paper reports is not trained. Control: each of the base's own seeds in a variant's place,
     put beside the others with the interval that a variant of one seed has, by what the seeds of other variants differ
-    in; a "change" there is a false alarm.
+    in; a "change" there is a false alarm, and where there are more of them than chance makes, nothing is judged.
 
     Args:
         records: of the text tier, by which the verdict is given.
@@ -296,8 +336,10 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     found = compared(records, family) if BASE in named else []
     if not found:
         return NotApplicable(NO_RECORDS)
-    if pooled(records, "sink")[1] == 0:
-        return NotApplicable("no variant has a second seed, so that no change can be told from chance")
+    if not all(pooled(records, measure)[1] for measure in ("sink", "spike")):
+        return NotApplicable(
+            "no variant that has spike and sinks has a second seed, so that no change can be told from chance"
+        )
     asked = [(f"{one.name}: {of.measure}", of) for one in found for of in (one.sink, one.spike) if of.outcome]
     said = [(name, of.outcome) for name, of in asked]
     outcomes = {what: [name for name, outcome in said if outcome == what] for what in (AGREES, DIFFERS, UNDECIDED)}
@@ -307,7 +349,11 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
     }
-    if missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
+    control = _among_the_base(records)
+    alarms, looks = control.get("changes_among_base_seeds", 0), control.get("of", 1)
+    if stats.binomtest(alarms, looks, NOMINAL, "greater").pvalue < NOMINAL:
+        measured["reason"] = f"the base's own seeds differ by as much in {alarms} of {looks} looks"
+    elif missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
         measured["reason"] = f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it"
     elif not outcomes[DIFFERS] and 2 * len(outcomes[AGREES]) < len(said):
         few = sum(not of.room and of.outcome == UNDECIDED for _, of in asked)
@@ -318,19 +364,23 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         )
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
-    return Evidence(measured, _among_the_base(records))
+    return Evidence(measured, control)
 
 
 def in_words(records: Sequence[Record], family: str) -> str:
-    """A family's outcome in a sentence: what goes the paper's way, what another, what stays open, what is not there."""
+    """A family's claim and outcome: what goes the paper's way, what another, what stays open, what is not there."""
     found = family_evidence(records, family)
     if isinstance(found, NotApplicable):
         return found.reason
     words = {AGREES: "significantly the paper's way", DIFFERS: "significantly another way", UNDECIDED: "left open"}
     named = {what: [_bracketed(change) for change in found.measured[what]] for what in words}
     parts = [f"*{said}*: {', '.join(named[what]) or 'none'}" for what, said in words.items()]
+    flat = [one.name for one in compared(records, family) if one.spike.outcome and one.over_elsewhere < STANDS_OUT]
+    parts += [f"*no spike at position 0, less than twice the rest*: {', '.join(flat)}"] if flat else []
     absent = [name for name, of in FAMILY.items() if of == family and name not in by_name(records)]
-    return "; ".join(parts) + (f"; not trained yet: {', '.join(absent)}." if absent else ".")
+    parts += [f"*not trained yet*: {', '.join(absent)}"] if absent else []
+    claim = next(claim for claim, of in CLAIMS.items() if of == family)
+    return f"**{claim}** {RULES[claim].statement} **{judge(claim, found, '').verdict}**. {'; '.join(parts)}."
 
 
 def _bracketed(change: str) -> str:
@@ -385,29 +435,41 @@ def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str
     """The base and the variants as the ledger has them."""
     rows = _beside(records, found)
     for one in found:
-        row = {name: value for name, value in vars(one).items() if not isinstance(value, Change)} | {"of": OF[one.name]}
-        if math.isnan(one.sink_at_loss):
-            del row["sink_at_loss"]
+        row = {name: value for name, value in vars(one).items() if not isinstance(value, Change)} | {"title": one.title}
+        row |= {
+            "sink_at_loss": float(np.mean(one.sink_at_loss or math.nan)),
+            "sink_at_loss_by_seed": list(one.sink_at_loss),
+        }
         for name in ("sink", "spike", "relative"):
             middle = "change" if name == "sink" else "factor"
             values = getattr(one, name).interval
             values = values if name == "sink" else map(math.exp, values)
             row |= dict(zip((f"{name}_{middle}", f"{name}_low", f"{name}_high"), values, strict=True))
-        rows.append(row)
+        for epsilon, of in zip(EPSILONS, one.sink.others, strict=False):
+            row[f"sink_change_at_{epsilon:g}"] = list(of.interval)
+        rows.append({name: value for name, value in row.items() if not _is_none(value)})
     return rows
+
+
+def _is_none(value: object) -> bool:
+    """Whether a value is no number, or holds one that is none: an interval, where nothing is known of the scatter."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(one, float) and math.isnan(one) for one in values)
 
 
 def _beside(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:
     """What stands for the base, and for what variants that are judged by late queries are set beside."""
     named = by_name(records)
-    names = {name for one in found for name in (one.name, OF[one.name])}
+    names = {BASE} | {name for one in found for name in (one.name, OF[one.name])}
     late = beside_late({name: rows for name, rows in named.items() if name in names})
     return [means_of(name, rows) for name, rows in {BASE: named[BASE], **late}.items()]
 
 
 def beside_late(named: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
-    """Of variants by name, what those that are judged by late queries are set beside, as seen from late queries."""
+    """Of variants by name, the base and what those that are judged by late queries are set beside, as late queries see
+    them; nothing where none is."""
     of = dict.fromkeys(OF[name] for name, rows in named.items() if name != BASE and _is_late(rows[0]))
+    of = dict.fromkeys([BASE, *of]) if of else {}
     return {f"{name}{LATE}": list(map(_late, named[name])) for name in of if name in named}
 
 
@@ -420,9 +482,7 @@ def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:
         "attention": float(np.mean([at_the_end(record)["attention"] for record in rows])),
         "max_activation": float(np.exp(_values(rows, "spike").mean())),
         "over_median": float(np.exp(_values(rows, "relative").mean())),
-        "over_elsewhere": float(
-            stats.gmean([record.final["max_first"] / record.final["max_elsewhere"] for record in rows])
-        ),
+        "over_elsewhere": _over_elsewhere(rows),
         "seeds": len(rows),
         "late": _is_late(rows[0]),
     }
@@ -538,6 +598,28 @@ def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
             "share_elsewhere_size_first": float((its_size < sink).mean()),
         },
     )
+
+
+def in_order(found: Evidence | NotApplicable) -> pd.DataFrame | NotApplicable:
+    """What `spike_first` found, as a table: medians over runs, in millions of tokens, and how often each came first."""
+    if isinstance(found, NotApplicable):
+        return found
+    values = {**found.measured, **found.control}
+    names = {
+        "sink": "attention to position 0",
+        "spike": "position 0's largest entry, over the largest elsewhere",
+        "size": "position 0's largest entry",
+        "elsewhere": "control: the largest elsewhere, over the median",
+    }
+    rows = [
+        {
+            "measure": name,
+            "half of its way after (million tokens)": values[f"tokens_{key}"] / 1e6,
+            "before the attention, of runs": f"{values[f'share_{key}_first']:.0%}" if key != "sink" else "",
+        }
+        for key, name in names.items()
+    ]
+    return pd.DataFrame(rows).set_index("measure")
 
 
 def half_way(record: Record, measure: str, over: str | None = None) -> int:

@@ -81,7 +81,7 @@ def with_verdict(chain: Mapping[str, Evidence | NotApplicable], wanted: str) -> 
 
 
 def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.DataFrame:
-    """What each rule says of each model, with the value that stands for the claim and what it is compared with.
+    """Each rule, what it says of each model, and the value that stands for the claim with what it is compared with.
 
     A reason why claims do not apply is told once.
     """
@@ -89,7 +89,7 @@ def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.Da
     for name, found in chains.items():
         told: dict[str, str] = {}
         for claim_id, evidence in found.items():
-            row = rows.setdefault(claim_id, {"claim": RULES[claim_id].statement})
+            row = rows.setdefault(claim_id, {"claim": RULES[claim_id].statement, "rule": RULES[claim_id].words})
             if isinstance(evidence, NotApplicable):
                 row[name] = f"n/a: {told.get(evidence.reason, evidence.reason)}"
                 told.setdefault(evidence.reason, f"as {claim_id}")
@@ -126,5 +126,5 @@ def _opened(gate: Float[Tensor, "window position head channel"]) -> list[str]:
 
 def _words(claim_id: str, evidence: Evidence) -> str:
     rule = RULES[claim_id]
-    values = [evidence.measured[name] for name in (rule.headline, rule.beside) if name]
-    return f"{claims.verdict(claim_id, evidence.measured)} ({' / '.join(map(brief, values))})"
+    values = [f"{name} {brief(evidence.measured[name])}" for name in (rule.headline, rule.beside) if name]
+    return f"{claims.verdict(claim_id, evidence.measured)} ({', '.join(values).replace('_', ' ')})"

@@ -171,13 +171,14 @@ def step(run: Run, task: Task, mean_loss: nn.Module, machine: Machine) -> None:
     """
     for group in run.optimizer.param_groups:
         group["lr"] = rate(run.config, run.step)
-    mine = torch.from_numpy(batch(task, run.config, run.step)[machine.rank :: machine.world]).to(machine.device)
+    windows = batch(task, run.config, run.step)
+    mine = torch.from_numpy(windows[machine.rank :: machine.world]).to(machine.device)
     pieces = mine.split(max(1, machine.piece // mine.shape[1]))
     total = torch.zeros((), device=machine.device)
     for i, piece in enumerate(pieces):
         alone = machine.world == 1 or i == len(pieces) - 1
         with contextlib.nullcontext() if alone else mean_loss.no_sync(), torch.enable_grad():
-            loss = mean_loss(piece) * (len(piece) / len(mine))
+            loss = mean_loss(piece) * (len(piece) * machine.world / len(windows))  # processes may have unequal shares
             loss.backward()
         total += loss.detach()
     if machine.world > 1:

@@ -46,6 +46,7 @@ FAMILY_COLOURS = dict(
 FAMILY_MARKERS = dict(zip(FAMILY_COLOURS, "osD^vP", strict=True))
 
 
+MARKS = {"up": "+", "down": "\N{MINUS SIGN}", "stays": "=", paper.AT_LEAST: "\N{GREATER-THAN OR EQUAL TO}"}
 OUTCOME_COLOURS = {AGREES: OTHERS[0], DIFFERS: SPIKE, UNDECIDED: ORDINARY, None: ORDINARY}
 
 Point = tuple[str, float, float, str]  # name, x, y, colour
@@ -127,7 +128,7 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
     step = min(0.065 * fontsize / 8.5 * 4.4 / ax.figure.get_figheight(), 1 / max(1, len(middles)))
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + step)
-    heights[-1] = min(heights[-1], 1.0)
+    heights[-1] = min(heights[-1], 0.97)
     for i in reversed(range(len(heights) - 1)):
         heights[i] = min(heights[i], heights[i + 1] - step)
     right = side == "right"
@@ -163,10 +164,14 @@ def changes(found: Sequence[Compared]) -> Figure:
             width = 2 if change.outcome else 0.8  # where the paper says nothing, there is nothing to judge
             ax.plot([change.low, change.high], [row, row], color=colour, lw=width, solid_capstyle="butt")
             ax.plot(change.value, row, marker="o", color=colour, mfc=colour if one.seeds > 1 else "white", ms=6)
-            mark = {"up": "+", "down": "\N{MINUS SIGN}", "stays": "=", None: ""}[change.paper]
+            mark = MARKS.get(change.paper, "")
             ax.annotate(mark, (1.02, row), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=11)
         ax.annotate("paper", (1.02, 1.005), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
         ax.grid(axis="x", lw=0.4)
+    for row in rows[1:]:
+        if FAMILY[found[row].name] != FAMILY[found[row - 1].name]:
+            for ax in axes:
+                ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
     axes[0].set_yticks(rows, [one.title for one in found], fontsize=9)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
@@ -188,7 +193,10 @@ def changes(found: Sequence[Compared]) -> Figure:
 
 @styled
 def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
-    """09: all variants in one plane, but those judged by late queries; the base's values divide it into four."""
+    """09: all variants in one plane, but those judged by late queries; the base's values divide it into four.
+
+    Sizes are in medians of the stream, as `findings.corners` judges them.
+    """
     found = [one for one in found if not one.late]
     if not found:
         return absent(NO_RECORDS)
@@ -197,7 +205,7 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     ax.axvline(spike, color="black", lw=0.6, ls=":")
     ax.axhline(sink, color="black", lw=0.6, ls=":")
-    points = [(one.name, one.max_activation, one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
+    points = [(one.name, one.over_median, one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
     for name, colour in FAMILY_COLOURS.items():
         mine = [point for point in points if FAMILY[point[0]] == name]
         x, y = ([point[i] for point in mine] for i in (1, 2))
@@ -216,7 +224,7 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
         ax.text(x, y, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
     points.append((BASE, spike, sink, "black"))
     points.sort(key=lambda point: point[1])
-    ax.set_ylabel("")
+    ax.set(xlabel="largest activation, in medians of the stream", ylabel="")
     ax.text(0, 1.01, "sink ratio", transform=ax.transAxes, ha="right")  # clear of the lines on the left
     _leaders(ax, points[: len(points) // 2], "left", 9)
     _leaders(ax, points[len(points) // 2 :], "right", 9)
@@ -284,7 +292,7 @@ def following_loss(records: Sequence[Record], name: str = "optimization") -> Fig
         if found is not None:
             low, high = getattr(found, f"{measure}_interval")
             rho = getattr(found, measure)
-            ax.set_title(f"Rank correlation with the loss: {rho:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
+            ax.set_title(f"Rank correlation with the loss:\n{rho:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
     _written_out(axes[1], "y")
     return fig
 
@@ -307,7 +315,7 @@ def dormant(curves: pd.DataFrame) -> Figure:
             ax.plot(run["step"], 100 * run["attention_other"], color=SINK, lw=1.8)
             ax.plot(run["step"], 100 * run["attention_trigger"], color=ORDINARY, lw=1.2)
         each = f" ({', '.join(f'{share:.0%}' for share in held[name])})" if len(held[name]) > 1 else ""
-        ax.set_title(f"{name}: {held[name].mean():.0%} waits{each}", fontsize=11)
+        ax.set_title(f"{name}: {held[name].mean():.0%} of idle attention{each}", fontsize=11)
         ax.set(xlabel="step", ylabel="attention to position 0 (%)", ylim=(0, 118))
         for colour, text, height in ((SINK, "queries with nothing to copy", 0.98), (ORDINARY, "triggers", 0.91)):
             ax.text(0.02, height, text, color=colour, transform=ax.transAxes, va="top", fontsize=9)
