@@ -127,10 +127,11 @@ def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_o
 
 
 def test_a_placeholder_finds_a_row_by_its_name():
-    rows = [{"name": "base", "loss": 2.0}, {"name": "d_head / 4, 4 times as many", "loss": 2.25}]
+    rows = [{"name": "base", "loss": 2.0}, {"name": "d_head / 4, 4 times as many", "loss": 2.25, "at_0.2": [1.0, 2.5]}]
     found = {"lab": {"claims": {"TR4": {"measured": {"variants": rows}, "control": {}}}}}
-    of = ("[d_head / 4, 4 times as many].loss:.2f", "[0].loss", "[no].loss")
-    assert [across.fill(f"{{lab:TR4.variants{one}}}", found) for one in of] == ["2.25", "2", NOT_MEASURED]
+    narrow = "[d_head / 4, 4 times as many]"
+    of = (f"{narrow}.loss:.2f", f"{narrow}.at_0.2[1]:.1f", "[0].loss", "[no].loss")
+    assert [across.fill(f"{{lab:TR4.variants{one}}}", found) for one in of] == ["2.25", "2.5", "2", NOT_MEASURED]
 
 
 def test_a_placeholders_name_may_end_in_a_number():

@@ -213,6 +213,11 @@ def test_a_familys_evidence_lists_what_agrees_and_what_does_not():
         "gate per token: sink",
     ]
     assert found.measured["differ"] == ["gate per head: sink"]
+    assert (found.measured["n_agree_at_0.2"], found.measured["n_differ_at_0.4"]) == (4, 1), "as at 0.3, in these"
+    other = [replace(r, final=r.final | {"sink_ratios": {"0.2": 0.32, "0.4": r.final["sink_ratio"]}}) for r in rows]
+    counts = findings.family_evidence(other, "gates").measured
+    assert [counts[f"n_agree{at}"] for at in ("", "_at_0.2", "_at_0.4")] == [2, 3, 4], "by 0.2 all sinks stay"
+    assert [counts[f"n_differ{at}"] for at in ("", "_at_0.2", "_at_0.4")] == [1, 3, 1]
     assert found.measured["undecided"] == ["static gate: sink"]
     assert [found.measured[f"n_{what}"] for what in ("agree", "differ", "undecided", "reported")] == [4, 1, 1, 6]
     assert [row["name"] for row in found.measured["variants"]][:3] == [BASE, "gate per channel", "gate per head"]

@@ -571,7 +571,9 @@ def speaks_of(text: str, model: str) -> bool:
 
 
 _NAME = r"\w+(?:(?<=\d)\.\d+)?"  # of a value; it may end in a number such as 0.2
-_PLACEHOLDER = re.compile(rf"\{{([^{{}}:\s]+):([A-Z][\w-]*)\.({_NAME})((?:\[[^\[\]{{}}]+\]|\.\w+)*)(?::([^{{}}]*))?\}}")
+_PLACEHOLDER = re.compile(
+    rf"\{{([^{{}}:\s]+):([A-Z][\w-]*)\.({_NAME})((?:\[[^\[\]{{}}]+\]|\.{_NAME})*)(?::([^{{}}]*))?\}}"
+)
 
 
 def fill(text: str, found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -587,7 +589,8 @@ def fill(text: str, found: Mapping[str, Mapping[str, Any]]) -> str:
         claim = found.get(model, {}).get("claims", {}).get(claim_id, {})
         try:
             at = (claim.get("control", {}) | claim.get("measured", {}))[name]
-            for step in re.findall(r"[^\[\].]+", path):
+            for bracketed, dotted in re.findall(rf"\[([^\[\]]+)\]|\.({_NAME})", path):
+                step = bracketed or dotted
                 at = at[step] if isinstance(at, dict) else at[int(step)] if step.isdecimal() else _named(at, step)
             return format(at, form) if form else brief(at)
         except (LookupError, TypeError, ValueError):

@@ -321,7 +321,8 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
     """TR1 to TR6: for each variant that the paper reports, does the change go the paper's way here?
 
-    A change counts where its interval over seeds leaves no doubt (see `Change`). Where none goes another way, and the
+    A change counts where its interval over seeds leaves no doubt (see `Change`); beside how many do stands how many do
+    by each other threshold of a sink alone. Where none goes another way, and the
     rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Nor is it
     while a variant that the paper reports is not trained. Control: each of the base's own seeds in a variant's place,
     put beside the others with the interval that a variant of one seed has, by what the seeds of other variants differ
@@ -349,6 +350,9 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
     }
+    for i, epsilon in enumerate(EPSILONS):
+        alone = [of.others[i].outcome if of.others else of.outcome for _, of in asked]
+        measured |= {f"n_{what}_at_{epsilon:g}": alone.count(what) for what in (AGREES, DIFFERS)}
     control = _among_the_base(records)
     alarms, looks = control.get("changes_among_base_seeds", 0), control.get("of", 1)
     if stats.binomtest(alarms, looks, NOMINAL, "greater").pvalue < NOMINAL:
