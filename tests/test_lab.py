@@ -32,6 +32,7 @@ from spikesink.lab.train import (
     multiplies_bfloat16,
     rate,
     start,
+    step,
     train,
 )
 
@@ -460,6 +461,12 @@ def test_several_processes_give_the_curve_of_one(tmp_path, processes):
     alone = train(replace(SMALL, steps=8), Backcopy(), None, PLAIN)
     for row, other in zip(alone.curve, json.loads(out.read_text()), strict=True):
         assert other == pytest.approx(row, rel=1e-4)
+
+
+def test_more_processes_than_windows_is_one_sentence():
+    run, machine = start(SMALL, PLAIN), replace(PLAIN, world=99)
+    with pytest.raises(TrainingError, match=r"a batch of \d+ windows is too few for 99 processes; start fewer"):
+        step(run, Backcopy(), None, machine)
 
 
 @torch.inference_mode()

@@ -122,8 +122,15 @@ def test_what_other_thresholds_of_a_sink_contradict_is_left_open():
         found = findings.change(rows, "gate per head", "sink")
         assert found.outcome == ("agree" if max(at.values()) == 0.1 else "undecided")
         assert [one.value for one in found.others] == pytest.approx([at["0.2"] - 0.32, at["0.4"] - 0.32])
+    assert found.contradicted
     table = findings.table(rows, "gates")
     assert table.loc["gate per head", "change at 0.2, 0.4"] == "-0.22, +0.08"
+    none = [replace(r, final=r.final | {"sink_ratios": {"0.2": r.final["sink_ratio"], "0.4": 0.0}}) for r in rows]
+    found = findings.change(none, "gate per head", "sink")
+    assert (found.outcome, found.others[1].room) == ("agree", False), "where there are none none can be lost"
+    for at, outcome in ((0.33, "differ"), (0.40, "undecided"), (0.1, "differ")):
+        rows = [*base(), record("GeLU", 0, 0.1, 100.0, sink_ratios={"0.2": at, "0.4": at})]
+        assert findings.change(rows, "GeLU", "sink").outcome == outcome, "it is to rise; hardly any change is no rise"
     rows = [*base(), record("static gate", 0, 0.1, 100.0, sink_ratios={"0.2": 0.3, "0.4": 0.1})]
     assert findings.change(rows, "static gate", "sink").outcome == "undecided", "0.02 less at 0.2 is not less"
     rows[-1].final["sink_ratios"]["0.2"] = 0.2
@@ -151,6 +158,8 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     assert found.value == pytest.approx((0.10 - 0.30) / 2)
     (one,) = (one for one in findings.compared(rows) if one.name == "contexts from 1/2 on")
     assert found.room
+    assert found.others == (), "of late queries there is one threshold"
+    assert findings.pooled([*rows, *three("contexts from 1/2 on", 0.3, 100.0)], "sink", epsilon=0.2)[1] == 4
     few = [replace(r, final=r.final | {"late": {"loss": 2.5, "sink_ratio": 0.05, "attention": 0.1}}) for r in rows]
     assert not findings.change(few, "contexts from 1/2 on", "sink").room
     assert one.loss == pytest.approx(2.5)
@@ -163,7 +172,7 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     more = [record(name, 0, 0.3, 100.0) for name in ("half as long", "contexts from 1/4 on")]
     scattered = [replace(r, final=r.final | {"max_activation": 100.0 * 3.0**r.config.seed}) for r in few]
     said = findings.family_evidence([*scattered, *more], "context").measured["reason"]
-    assert "(2 of them for want of sinks in what they are set beside)" in said
+    assert "stay open (2 for want of sinks in what they are set beside, " in said
     assert "only the longest, late queries" in texts(plots.family(rows, "context"))
     assert "contexts from 1/2 on" not in texts(plots.decoupling(findings.compared(rows), findings.centre(rows)))
 
@@ -213,11 +222,14 @@ def test_a_familys_evidence_lists_what_agrees_and_what_does_not():
         "gate per token: sink",
     ]
     assert found.measured["differ"] == ["gate per head: sink"]
-    assert (found.measured["n_agree_at_0.2"], found.measured["n_differ_at_0.4"]) == (4, 1), "as at 0.3, in these"
+    counts = [found.measured[f"sinks_{what}_at_{at}"] for what in ("agree", "differ") for at in ("0.2", "0.3", "0.4")]
+    assert counts == [2, 2, 2, 1, 1, 1], "all are alike, in these"
     other = [replace(r, final=r.final | {"sink_ratios": {"0.2": 0.32, "0.4": r.final["sink_ratio"]}}) for r in rows]
     counts = findings.family_evidence(other, "gates").measured
-    assert [counts[f"n_agree{at}"] for at in ("", "_at_0.2", "_at_0.4")] == [2, 3, 4], "by 0.2 all sinks stay"
-    assert [counts[f"n_differ{at}"] for at in ("", "_at_0.2", "_at_0.4")] == [1, 3, 1]
+    assert [counts[f"sinks_agree_at_{at}"] for at in ("0.2", "0.3", "0.4")] == [1, 2, 2], "by 0.2 all sinks stay"
+    assert [counts[f"sinks_differ_at_{at}"] for at in ("0.2", "0.3", "0.4")] == [3, 1, 1]
+    assert counts["agree"] == ["gate per channel: spike", "gate per head: spike"]
+    assert counts["differ"] == ["gate per head: sink"], "more by 0.3, as many by 0.2: surely not fewer"
     assert found.measured["undecided"] == ["static gate: sink"]
     assert [found.measured[f"n_{what}"] for what in ("agree", "differ", "undecided", "reported")] == [4, 1, 1, 6]
     assert [row["name"] for row in found.measured["variants"]][:3] == [BASE, "gate per channel", "gate per head"]
@@ -248,9 +260,10 @@ def test_a_family_that_fails_for_open_changes_alone_is_not_judged():
     assert 2 * found.measured["n_agree"] < found.measured["n_reported"]
     claim = claims.judge("TR5", found, "09")
     assert claim.verdict == "n/a"
-    assert claim.measured["reason"].startswith(
-        f"{found.measured['n_undecided']} of 6 changes cannot be told from chance"
-    )
+    n = found.measured["n_undecided"]
+    seeds = f"({n} for as many seeds do not tell them from chance)"
+    assert claim.measured["reason"].startswith(f"{n} of 6 changes stay open {seeds}; of the")
+    assert f"**n/a**: {claim.measured['reason']}. *significantly" in findings.in_words(scattered, "gates")
     assert claim.measured["variants"], "what was measured stands there all the same"
     assert "reason" not in findings.family_evidence(gates(head=0.5), "gates").measured
     assert "reason" not in findings.family_evidence(gates(head=0.02), "gates").measured
@@ -267,10 +280,21 @@ def test_a_base_whose_seeds_differ_more_than_variants_do_raises_false_alarms():
     calm = [r for v in ("gate per channel", "gate per head", "gate per token", "static gate") for r in three(v, 0.2, 9)]
     few = findings.family_evidence(wild + calm, "gates")
     assert few.control["changes_among_base_seeds"] == 3, "of the sinks, each beside the two others"
-    assert claims.judge("TR5", few, "09").measured["reason"] == "the base's own seeds differ by as much in 3 of 6 looks"
+    said = claims.judge("TR5", few, "09").measured["reason"]
+    assert said == "the base's own seeds count as changes in 3 of 6 looks"
+    assert few.control["chance_of_as_many"] < 0.05
     alone = [record(name, 0, 0.1, 9.0) for name in ("gate per channel", "gate per head", "gate per token")]
     alone.append(record("static gate", 0, 0.1, 9.0))
     assert "of" not in findings.family_evidence(wild + alone, "gates").control, "nothing to tell the seeds apart by"
+
+
+def test_false_alarms_are_as_many_as_chance_makes():
+    assert findings._chance_of_as_many(0, 3, [4, 5]) == 1
+    one = findings._chance_of_as_many(1, 3, [1000])
+    assert one == pytest.approx(0.12, abs=0.01), "three looks that hang together"
+    two, three = (findings._chance_of_as_many(alarms, 3, [4, 5]) for alarms in (2, 3))
+    assert 1 - findings.LEVEL < two < 0.12, "two of six are no wonder"
+    assert three < two
 
 
 def test_variants_without_sinks_say_nothing_of_how_far_sink_ratios_scatter():
@@ -294,6 +318,14 @@ def test_variants_without_a_spike_say_nothing_of_how_far_spikes_scatter():
 def test_the_committed_ledger_is_of_the_committed_records():
     text = records.read_all(RECORDS, "text")
     assert claims.lab_ledger(RECORDS.parent)["sha256"] == records.digest(text)
+
+
+def test_the_plane_of_all_is_in_medians_of_the_stream():
+    rows = [*base(), record("GeLU", 0, 0.3, 90.0, median=3.0)]
+    fig = plots.decoupling(findings.compared(rows), findings.centre(rows))
+    points = [line.get_xdata()[0] for line in fig.axes[0].lines if line.get_marker() not in ("None", "", None)]
+    assert 30 in [pytest.approx(x) for x in points]
+    assert 55 in [pytest.approx(x) for x in points], "the base's, whose median is 2"
 
 
 def test_without_records_or_second_seeds_there_is_no_verdict():
@@ -388,6 +420,11 @@ def test_models_with_another_loss_are_no_control_of_what_follows_the_loss():
 def test_half_way_is_where_half_of_the_way_to_the_last_value_is_first_reached():
     rows = base() + three("gate per head", 0.3, 10.0)
     found, batch = findings.spike_first(rows), rows[0].config.batch
+    table = findings.in_order(found)
+    assert table.iloc[:, 0].tolist() == [found.measured[f"tokens_{of}"] / 1e6 for of in ("sink", "spike", "size")] + [
+        found.control["tokens_elsewhere"] / 1e6
+    ]
+    assert table.iloc[:, 1].tolist()[:2] == ["", f"{found.measured['share_spike_first']:.0%}"]
     assert found.measured["tokens_spike"] == found.measured["tokens_size"] == 20 * batch
     assert found.measured["tokens_sink"] == 40 * batch, "half way from 0.1 to 0.2"
     assert found.measured["share_spike_first"] == found.control["share_elsewhere_first"] == 1

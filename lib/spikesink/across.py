@@ -571,6 +571,7 @@ def speaks_of(text: str, model: str) -> bool:
 
 
 _NAME = r"\w+(?:(?<=\d)\.\d+)?"  # of a value; it may end in a number such as 0.2
+_STEP = rf"\[([^\[\]{{}}]+)\]|\.({_NAME})"  # to a part of it
 _PLACEHOLDER = re.compile(
     rf"\{{([^{{}}:\s]+):([A-Z][\w-]*)\.({_NAME})((?:\[[^\[\]{{}}]+\]|\.{_NAME})*)(?::([^{{}}]*))?\}}"
 )
@@ -589,7 +590,7 @@ def fill(text: str, found: Mapping[str, Mapping[str, Any]]) -> str:
         claim = found.get(model, {}).get("claims", {}).get(claim_id, {})
         try:
             at = (claim.get("control", {}) | claim.get("measured", {}))[name]
-            for bracketed, dotted in re.findall(rf"\[([^\[\]]+)\]|\.({_NAME})", path):
+            for bracketed, dotted in re.findall(_STEP, path):
                 step = bracketed or dotted
                 at = at[step] if isinstance(at, dict) else at[int(step)] if step.isdecimal() else _named(at, step)
             return format(at, form) if form else brief(at)

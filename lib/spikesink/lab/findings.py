@@ -15,17 +15,18 @@ from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
 from spikesink.lab.measures import EPSILONS
 from spikesink.lab.records import Record
 from spikesink.lab.train import Run
+from spikesink.sinks import EPSILON
 
 LEVEL = 0.95
 NO_RECORDS = "there are no records of these variants yet; make ablations trains them"
 STAYS_SINK, STAYS_SPIKE = 0.05, math.log(1.5)  # changes of sink ratio, and of log largest activation, that are none
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a run that ends with sinks
-NOMINAL = 1 - LEVEL  # false alarms among changes that are none
 LATE = ", late queries"  # what is added to the name of a variant that is seen from those alone
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
+SIMULATED = 20_000
 AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
 SHOWN = {  # in a family's table, by what it is called there
     "seeds": "seeds",
@@ -72,12 +73,22 @@ class Change:
         Where the paper's value moves, the interval must exclude none; where it stays, the interval must lie within the
         band. It differs where it leaves no doubt of something else: the other way, no change, or one where none is due.
         Where there are hardly any sinks to begin with, it is undecided whether they would go or stay: what the paper
-        says is said of a model that has some. And so is what other thresholds of a sink, by their values, contradict.
+        says is said of a model that has some. And so is what another threshold of a sink, by its value, contradicts.
         """
-        if self.paper is None:
-            return None
-        said, values = self._by_itself(), [replace(of, low=of.value, high=of.value)._by_itself() for of in self.others]
-        return said if all(value == said for value in values) else UNDECIDED
+        return None if self.paper is None else UNDECIDED if self.contradicted else self._by_itself()
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether another threshold of a sink, by which there are any to lose, says otherwise than this one does."""
+        said = UNDECIDED if self.paper is None else self._by_itself()
+        asked = [of for of in self.others if of.room or of.paper == "up"]
+        return said != UNDECIDED and not all(of._allows(said) for of in asked)
+
+    def _allows(self, said: str) -> bool:
+        """Whether the value, as if there were no scatter, leaves that outcome be."""
+        if said == DIFFERS and self.paper in ("up", "down") and abs(self.value) <= _band(self.measure):
+            return True  # hardly any change: what would be less than the paper's
+        return replace(self, low=self.value, high=self.value)._by_itself() == said
 
     def _by_itself(self) -> str:
         band = _band(self.measure)
@@ -168,6 +179,8 @@ def pooled(
     what is not there cannot scatter as it does where it is.)
     """
     groups = [rows for name, rows in by_name(records).items() if len(rows) > 1 and name != without]
+    if epsilon is not None:  # by which late queries are not known
+        groups = [rows for rows in groups if not _is_late(rows[0])]
     if measure != "sink":
         groups = [rows for rows in groups if _over_elsewhere(rows) >= STANDS_OUT]
     values = [_values(rows, measure, epsilon) for rows in groups]
@@ -350,25 +363,41 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
     }
-    for i, epsilon in enumerate(EPSILONS):
-        alone = [of.others[i].outcome if of.others else of.outcome for _, of in asked]
-        measured |= {f"n_{what}_at_{epsilon:g}": alone.count(what) for what in (AGREES, DIFFERS)}
+    sinks = [of for _, of in asked if of.measure == "sink"]
+    for epsilon in (EPSILON, *EPSILONS):
+        alone = [_at(of, epsilon).outcome for of in sinks]
+        measured |= {f"sinks_{what}_at_{epsilon:g}": alone.count(what) for what in (AGREES, DIFFERS)}
     control = _among_the_base(records)
-    alarms, looks = control.get("changes_among_base_seeds", 0), control.get("of", 1)
-    if stats.binomtest(alarms, looks, NOMINAL, "greater").pvalue < NOMINAL:
-        measured["reason"] = f"the base's own seeds differ by as much in {alarms} of {looks} looks"
+    if control.get("chance_of_as_many", 1.0) < 1 - LEVEL:
+        alarms, looks = control["changes_among_base_seeds"], control["of"]
+        measured["reason"] = f"the base's own seeds count as changes in {alarms} of {looks} looks"
     elif missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
         measured["reason"] = f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it"
     elif not outcomes[DIFFERS] and 2 * len(outcomes[AGREES]) < len(said):
-        few = sum(not of.room and of.outcome == UNDECIDED for _, of in asked)
-        measured["reason"] = (
-            f"{len(outcomes[UNDECIDED])} of {len(said)} changes cannot be told from chance by as many seeds"
-            + (f" ({few} of them for want of sinks in what they are set beside)" if few else "")
-            + f"; of the others {len(outcomes[AGREES])} go the paper's way and none another"
-        )
+        measured["reason"] = _why_open([of for _, of in asked])
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
     return Evidence(measured, control)
+
+
+def _at(change: Change, epsilon: float) -> Change:
+    """A change of the sink ratio by one threshold of a sink alone; late queries know the usual one only."""
+    return dict(zip(EPSILONS, change.others, strict=False)).get(epsilon, replace(change, others=()))
+
+
+def _why_open(asked: Sequence[Change]) -> str:
+    open_ = [of for of in asked if of.outcome == UNDECIDED]
+    agree = sum(of.outcome == AGREES for of in asked)
+    few = sum(not of.room and of.paper != "up" for of in open_)
+    contradicted = sum(of.contradicted for of in open_)
+    causes = {
+        "for want of sinks in what they are set beside": few,
+        "for thresholds of a sink contradict one another": contradicted,
+        "for as many seeds do not tell them from chance": len(open_) - few - contradicted,
+    }
+    said = ", ".join(f"{number} {cause}" for cause, number in causes.items() if number)
+    rest = f"of the others {agree} go the paper's way and none another"
+    return f"{len(open_)} of {len(asked)} changes stay open ({said}); {rest}"
 
 
 def in_words(records: Sequence[Record], family: str) -> str:
@@ -384,7 +413,9 @@ def in_words(records: Sequence[Record], family: str) -> str:
     absent = [name for name, of in FAMILY.items() if of == family and name not in by_name(records)]
     parts += [f"*not trained yet*: {', '.join(absent)}"] if absent else []
     claim = next(claim for claim, of in CLAIMS.items() if of == family)
-    return f"**{claim}** {RULES[claim].statement} **{judge(claim, found, '').verdict}**. {'; '.join(parts)}."
+    verdict = judge(claim, found, "").verdict
+    why = f": {found.measured['reason']}" if "reason" in found.measured else ""
+    return f"**{claim}** {RULES[claim].statement} **{verdict}**{why}. {'; '.join(parts)}."
 
 
 def _bracketed(change: str) -> str:
@@ -431,8 +462,26 @@ def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[f
     ]
     found = {"base_sink_ratios": base["sink"].tolist(), "base_max_activations": np.exp(base["spike"]).tolist()}
     if alarms:
-        found |= {"changes_among_base_seeds": sum(map(bool, alarms)), "of": len(alarms)}
+        counted = sum(map(bool, alarms))
+        freedoms = [freedom for of in base if (freedom := pooled(records, of, without=BASE)[1])]
+        chance = _chance_of_as_many(counted, len(rows), freedoms)
+        found |= {"changes_among_base_seeds": counted, "of": len(alarms), "chance_of_as_many": chance}
     return found
+
+
+def _chance_of_as_many(alarms: int, seeds: int, freedoms: Sequence[int]) -> float:
+    """How often so many false alarms or more are raised where seeds scatter in the base as they do elsewhere.
+
+    By simulation: each of so many seeds is put beside the mean of the others, for measures whose standard deviation is
+    estimated with so many degrees of freedom.
+    """
+    rng, count = np.random.default_rng(0), np.zeros(SIMULATED)
+    for freedom in freedoms:
+        drawn, deviation = rng.normal(size=(SIMULATED, seeds)), np.sqrt(rng.chisquare(freedom, SIMULATED) / freedom)
+        others = (drawn.sum(1, keepdims=True) - drawn) / (seeds - 1)
+        half = stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 + 1 / (seeds - 1))
+        count += (np.abs(drawn - others) > half[:, None]).sum(1)
+    return float((count >= alarms).mean())
 
 
 def _rows(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[str, float | int | str]]:

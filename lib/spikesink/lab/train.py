@@ -167,11 +167,13 @@ def step(run: Run, task: Task, mean_loss: nn.Module, machine: Machine) -> None:
     """Take the next step of a run.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or there are more processes than windows in a batch.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = rate(run.config, run.step)
     windows = batch(task, run.config, run.step)
+    if machine.world > len(windows):
+        raise TrainingError(f"a batch of {len(windows)} windows is too few for {machine.world} processes; start fewer.")
     mine = torch.from_numpy(windows[machine.rank :: machine.world]).to(machine.device)
     pieces = mine.split(max(1, machine.piece // mine.shape[1]))
     total = torch.zeros((), device=machine.device)
