@@ -335,8 +335,8 @@ def test_windows_are_functions_of_the_seed_and_held_out_ones_are_others():
 def test_a_batch_has_one_length_of_those_allowed_and_as_many_tokens_always():
     config = replace(SMALL, lengths=(16, 64))
     seen = set()
-    for step in range(30):
-        rows = data.batch(Backcopy(), config, step)
+    for i in range(30):
+        rows = data.batch(Backcopy(), config, i)
         assert rows.size == config.batch
         seen.add(rows.shape[1])
     assert seen == set(doubled(16, 64)) == {16, 32, 64}
