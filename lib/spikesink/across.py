@@ -479,14 +479,17 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
         f"project); looked at on {data['windows'][0]} held-out windows of {data['windows'][1]} tokens, late queries on "
         "longer ones. Changes are against the base, or what a variant is said to be of, with 95% intervals over seeds.",
     ]
+    told: dict[str, str] = {}  # by its rule, the claim that it stands under
     for key, claim in _in_order(data["claims"]):
         variants = claim["measured"].get("variants", ())
+        rule = f"As for {told[claim['rule']]}" if claim["rule"] in told else f"Holds where {claim['rule']}"
+        told.setdefault(claim["rule"], key)
         measured = {name: value for name, value in claim["measured"].items() if not name.startswith("variants")}
         lines += [
             "",
             f"### [{key}](../notebooks/{claim['notebook']}.ipynb): {claim['statement']}",
             "",
-            f"**{claim['verdict']}**. Holds where {claim['rule']}.",
+            f"**{claim['verdict']}**. {rule}.",
             "",
             f"Measured: {_values(measured)}. Control: {_values(claim['control'])}.",
             *(["", fill(written[key], {claims.LAB: data})] if key in written else []),
