@@ -39,7 +39,7 @@ lab: $(READY)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 ablations: $(READY)  ## train what is missing of the lab's models, TIER=task, text or large; stop it at any time, it goes on
-	@$(BIN)/python -m spikesink.lab --tier "$(TIER)" --figures "$(FIGURES)"
+	@$(BIN)/python -m spikesink.lab --tier "$(TIER)" --figures "$(FIGURES)" --device "$(DEVICE)"
 
 bench: $(READY)  ## how fast it is and what memory it takes, as ratios within one run: a table here and in figures/bench.json
 	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
@@ -70,7 +70,7 @@ help:  ## this list
 	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
 	@echo "make scan takes MODEL and FIGURES, make plan takes MODEL; both work in float32 on the CPU, whatever the files are in."
-	@echo "make ablations takes TIER=$(TIER): task (two to three hours on two cores), text (seven to eleven) or large (a GPU); for one run,"
+	@echo "make ablations takes TIER=$(TIER): task (two to three hours on two cores), text (some ten) or large (a GPU); for one run,"
 	@echo "  another device or several of them, see .venv/bin/python -m spikesink.lab --help and the README."
 	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
 

@@ -554,11 +554,11 @@ RULES: dict[str, Rule] = {
 
 _TRAINED = (
     "of the changes that the paper reports, at least half go its way here significantly (95% intervals over seeds), "
-    "and none significantly another, or surely not at all; a value stays within 0.05 (sink ratio) or a factor 1.5 "
-    "(largest activation), a static gate's sink ratio is lower by 0.06 at most; sink ratios at ε = 0.2 and 0.4 must "
-    "not contradict what 0.3 says (of late queries there is 0.3 alone), and what is below 0.1 has no sinks to lose; "
-    "where it fails for changes that stay open alone, where not all is trained, or where the base's own seeds count as "
-    "changes more often than by chance, it is not judged"
+    "and none significantly another way, nor surely stays where the paper's does not; a value stays within 0.05 (sink "
+    "ratio) or a factor 1.5 (largest activation), a static gate's sink ratio is lower by 0.06 at most; sink ratios at "
+    "ε = 0.2 and 0.4 must not contradict what 0.3 says (of late queries there is 0.3 alone), and what is below 0.1 has "
+    "no sinks to lose; where it fails for changes that stay open alone, where not all is trained, or where the base's "
+    "own seeds count as changes more often than by chance, it is not judged"
 )
 
 

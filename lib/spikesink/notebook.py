@@ -99,9 +99,10 @@ def open_lab_ledger(notebook: str, records: Sequence[Record], figures: str | os.
     """
     base = Path(figures or os.environ.get("SPIKESINK_FIGURES") or Path.cwd().parent / "figures")
     first = next((record for record in records if record.name == BASE), records[0])
+    sizes = [record.parameters for record in records]
     header = claims.Header(
         model=claims.LAB,
-        spec=f"{len(records)} runs of {first.parameters:,} parameters or about as many",
+        spec=f"{len(records)} runs of {min(sizes):,} to {max(sizes):,} parameters",
         sha256=digest(records),
         text=first.text,
         text_sha256=first.text_sha256,
