@@ -70,8 +70,8 @@ help:  ## this list
 	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
 	@echo "make scan takes MODEL and FIGURES, make plan takes MODEL; both work in float32 on the CPU, whatever the files are in."
-	@echo "make ablations takes TIER=$(TIER): task (two to three hours on two cores), text (some ten) or large (a GPU); for one run,"
-	@echo "  another device or several of them, see .venv/bin/python -m spikesink.lab --help and the README."
+	@echo "make ablations takes TIER=$(TIER): task (two to three hours on two cores), text (some ten) or large (DEVICE=cuda); for one run,"
+	@echo "  another text or several processes, see .venv/bin/python -m spikesink.lab --help and the README."
 	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
 
 $(READY): requirements.txt requirements-model.txt pyproject.toml

@@ -575,8 +575,8 @@ def _trained(statement: str, source: str) -> Rule:
 
 STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
 SETS = 1.05  # SV1: times the perplexity that the spike's channels apart leave, at least
-# SV3: by the threshold of a sink; None is the usual one.
-LATE_RATIOS = {"sink_ratios": None, "sink_ratios_at_0.2": 0.2, "sink_ratios_at_0.4": 0.4}
+EPSILONS = (0.2, 0.4)  # thresholds of a sink that SV3 and TR1 to TR6 ask for as well, beside the usual one
+LATE_RATIOS = {"sink_ratios": None, **{f"sink_ratios_at_{epsilon:g}": epsilon for epsilon in EPSILONS}}  # None: usual
 BREAKS, REPAIRS = 1.5, 1.1  # SV2: times the full cache's perplexity, at least without and at most with the first tokens
 
 

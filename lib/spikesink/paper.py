@@ -49,8 +49,9 @@ TRAINED_SINK_RATIO = 0.46
 # learning rate or beta2" lowers it: so of these, if training goes worse. By the shortest context we take it to mean the
 # fewest tokens that come before one whose prediction is trained: all windows of its base are as long.
 DOWN_IF_WORSE = "down if worse"
-AT_LEAST = "0.40 or more"  # what it says of a static gate
-MAY_FALL = TRAINED_SINK_RATIO - 0.40  # so that its sink ratio is that much lower than the base's at most
+STATIC_GATE = 0.40  # its sink ratio, at least: no more than it says
+AT_LEAST = f"{STATIC_GATE:.2f} or more"
+MAY_FALL = TRAINED_SINK_RATIO - STATIC_GATE  # what it is lower by than the base's, at most
 TRAINED_BASE = (TRAINED_SINK_RATIO, 3_818)
 TRAINED_VARIANTS: dict[str, dict[str, tuple[float | str | None, float | None]]] = {
     "optimization": {

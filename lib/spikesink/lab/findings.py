@@ -10,9 +10,8 @@ import pandas as pd
 from scipy import stats
 
 from spikesink import paper
-from spikesink.claims import RULES, STRONG, Evidence, NotApplicable, judge, mean_of
+from spikesink.claims import EPSILONS, RULES, STRONG, Evidence, NotApplicable, judge, mean_of
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS, WITHOUT_BOS
-from spikesink.lab.measures import EPSILONS
 from spikesink.lab.records import Record
 from spikesink.lab.train import Run
 from spikesink.sinks import EPSILON
@@ -26,7 +25,7 @@ LATE = ", late queries"  # what is added to the name of a variant that is seen f
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
-SIMULATED = 20_000
+SIMULATED = 20_000  # times that the base's seeds are drawn anew
 AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
 SHOWN = {  # in a family's table, by what it is called there
     "seeds": "seeds",
@@ -81,8 +80,12 @@ class Change:
     def contradicted(self) -> bool:
         """Whether another threshold of a sink, by which there are any to lose, says otherwise than this one does."""
         said = UNDECIDED if self.paper is None else self._by_itself()
-        asked = [of for of in self.others if of.room or of.paper == "up"]
-        return said != UNDECIDED and not all(of._allows(said) for of in asked)
+        return said != UNDECIDED and not all(of.nothing_to_lose or of._allows(said) for of in self.others)
+
+    @property
+    def nothing_to_lose(self) -> bool:
+        """Whether the paper's value goes, or stays, and there is too little here for it to be seen going."""
+        return not self.room and self.paper != "up"
 
     def _allows(self, said: str) -> bool:
         """Whether the value, as if there were no scatter, leaves that outcome be."""
@@ -93,7 +96,7 @@ class Change:
     def _by_itself(self) -> str:
         band = _band(self.measure)
         stays = -band <= self.low and self.high <= band
-        if not self.room and self.paper != "up":
+        if self.nothing_to_lose:
             return UNDECIDED
         if self.paper == paper.AT_LEAST:
             return AGREES if self.low >= -paper.MAY_FALL else DIFFERS if self.high < -paper.MAY_FALL else UNDECIDED
@@ -201,8 +204,12 @@ def margin(
     epsilon: float | None = None,
 ) -> float:
     """Half the width of an interval for the difference of two means, of so many seeds each."""
-    deviation, freedom = pooled(records, measure, without, epsilon)
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / ours + 1 / others))
+    return float(_half_width(*pooled(records, measure, without, epsilon), ours, others))
+
+
+def _half_width(deviation, freedom: int, ours: int, others: int):
+    """Student's, for a standard deviation (or an array of them) that is estimated with so many degrees of freedom."""
+    return stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 / ours + 1 / others)
 
 
 def change(records: Sequence[Record], name: str, measure: str, of: str | None = None) -> Change:
@@ -334,12 +341,12 @@ def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
     """TR1 to TR6: for each variant that the paper reports, does the change go the paper's way here?
 
-    A change counts where its interval over seeds leaves no doubt (see `Change`); beside how many do stands how many do
-    by each other threshold of a sink alone. Where none goes another way, and the
-    rule fails for those that stay open, it is not judged: that would be a verdict on the number of seeds. Nor is it
-    while a variant that the paper reports is not trained. Control: each of the base's own seeds in a variant's place,
-    put beside the others with the interval that a variant of one seed has, by what the seeds of other variants differ
-    in; a "change" there is a false alarm, and where there are more of them than chance makes, nothing is judged.
+    A change counts where its interval over seeds leaves no doubt (see `Change`); how many sinks do by each threshold
+    alone stands beside it. Where none goes another way, and the rule fails for those that stay open, it is not judged:
+    that would be a verdict on the number of seeds. Nor is it while a variant that the paper reports is not trained.
+    Control: each of the base's own seeds in a variant's place, put beside the others with the interval that a variant
+    of one seed has, by what the seeds of other variants differ in; a "change" there is a false alarm, and where there
+    are more of them than chance makes, nothing is judged.
 
     Args:
         records: of the text tier, by which the verdict is given.
@@ -386,9 +393,10 @@ def _at(change: Change, epsilon: float) -> Change:
 
 
 def _why_open(asked: Sequence[Change]) -> str:
+    """How many changes stay open for want of what, where none goes another way."""
     open_ = [of for of in asked if of.outcome == UNDECIDED]
     agree = sum(of.outcome == AGREES for of in asked)
-    few = sum(not of.room and of.paper != "up" for of in open_)
+    few = sum(of.nothing_to_lose for of in open_)
     contradicted = sum(of.contradicted for of in open_)
     causes = {
         "for want of sinks in what they are set beside": few,
@@ -479,7 +487,7 @@ def _chance_of_as_many(alarms: int, seeds: int, freedoms: Sequence[int]) -> floa
     for freedom in freedoms:
         drawn, deviation = rng.normal(size=(SIMULATED, seeds)), np.sqrt(rng.chisquare(freedom, SIMULATED) / freedom)
         others = (drawn.sum(1, keepdims=True) - drawn) / (seeds - 1)
-        half = stats.t.ppf((1 + LEVEL) / 2, freedom) * deviation * math.sqrt(1 + 1 / (seeds - 1))
+        half = _half_width(deviation, freedom, 1, seeds - 1)
         count += (np.abs(drawn - others) > half[:, None]).sum(1)
     return float((count >= alarms).mean())
 
@@ -519,11 +527,13 @@ def _beside(records: Sequence[Record], found: Sequence[Compared]) -> list[dict[s
 
 
 def beside_late(named: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
-    """Of variants by name, the base and what those that are judged by late queries are set beside, as late queries see
-    them; nothing where none is."""
-    of = dict.fromkeys(OF[name] for name, rows in named.items() if name != BASE and _is_late(rows[0]))
-    of = dict.fromkeys([BASE, *of]) if of else {}
-    return {f"{name}{LATE}": list(map(_late, named[name])) for name in of if name in named}
+    """The base and what variants that are judged by late queries are set beside, as late queries see them.
+
+    Of variants by name; nothing where none of them is.
+    """
+    of = [OF[name] for name, rows in named.items() if name != BASE and _is_late(rows[0])]
+    names = dict.fromkeys([BASE, *of]) if of else ()
+    return {f"{name}{LATE}": list(map(_late, named[name])) for name in names if name in named}
 
 
 def means_of(name: str, rows: Sequence[Record]) -> dict[str, float | int | str]:

@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
+from spikesink.claims import EPSILONS
 from spikesink.lab.config import BOS, LENGTH
 from spikesink.lab.data import Backcopy, Task, held_out
 from spikesink.lab.model import Decoder
@@ -14,7 +15,6 @@ from spikesink.patching.outcome import evaluate
 from spikesink.sinks import EPSILON
 
 WINDOWS = 64  # held-out windows that are looked at
-EPSILONS = (0.2, 0.4)  # that sinks are counted by as well, beside the usual 0.3
 
 
 @torch.inference_mode()
