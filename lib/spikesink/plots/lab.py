@@ -145,7 +145,14 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
             va="center",
             fontsize=fontsize,
             color=colour,
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "alpha": 0.6, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "lw": 0.4,
+                "color": colour,
+                "alpha": 0.6,
+                "relpos": (0 if right else 1, 0.5),  # a line from its middle would cross other names
+                "shrinkB": 4,
+            },
         )
 
 
@@ -175,7 +182,7 @@ def changes(found: Sequence[Compared]) -> Figure:
     axes[0].set_yticks(rows, [one.title for one in found], fontsize=9)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
-    axes[1].set_xlabel("largest activation, times the base's")
+    axes[1].set_xlabel("largest activation, times the base's\n(or that of what a variant is set against)")
     ticks = [
         t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes[1].get_xlim()[0] < math.log(t) < axes[1].get_xlim()[1]
     ]
