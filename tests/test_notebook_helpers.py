@@ -58,3 +58,12 @@ def test_a_claim_that_holds_of_a_control_too_says_so_where_it_is_recorded(tmp_pa
         assert said in ledger.record({"NM1": evidence}).data
     differs = claims.Evidence({"max_over_sqrt_d": 0.1}, {"max_over_sqrt_d_other_tokens": 0.9})
     assert "| **differs** |" in ledger.record({"NM1": differs}).data
+
+
+def test_a_rule_that_claims_share_is_told_once(tmp_path):
+    none = dict.fromkeys(("TR1", "TR2", "X-TR7"), NotApplicable("nothing is trained"))
+    shown = notebook.Ledger("09_trained", tmp_path / "tiny", HEADER).record(none).data.splitlines()
+    assert f"<br>*{claims.RULES['TR1'].words}* |" in shown[2]
+    assert shown[3].startswith("| **TR2** Sinks")
+    assert "<br>*the rule of TR1* |" in shown[3]
+    assert "rank correlation" in shown[4]

@@ -37,9 +37,10 @@ GLOSSARY = """<details><summary>What the words mean</summary>
 - **Names of claims**: LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM
   RMSNorm, SK the sink, AB what cutting the chain does, TR what training changes, SV what serving does. X- marks a claim
   of ours and SV is ours too; the others are the paper's.
-- **Spike**: an entry of the residual stream thousands of times larger than most. Its *channel* is the coordinate, its
-  *tokens* those that have it, its *step-up* and *step-down* the blocks that write it and take it back, the *plateau*
-  all between. Blocks are counted from 1, attention odd and FFN even.
+- **Spike**: an entry of the residual stream thousands of times larger than most (some fifty times, in the small models
+  that we train). Its *channel* is the coordinate, its *tokens* those that have it, its *step-up* and *step-down* the
+  blocks that write it and take it back, the *plateau* all between. Blocks are counted from 1, attention odd and FFN
+  even.
 - **Cycle**: one rise and fall of a channel. The largest is the main one; a model can have smaller ones besides.
 - **Ordinary**: tokens or channels drawn at random, without those that spike or are followed for their size.
 - **Medians**: an entry over the median of all entries' absolute values there; other quantities over their own median

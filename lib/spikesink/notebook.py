@@ -39,13 +39,17 @@ class Ledger:
     def record(self, evidence: Mapping[str, Evidence | NotApplicable]) -> Markdown:
         """Judge evidence by claim id, merge the claims into `folder/claims.json`, and show them as a table.
 
-        A claim that holds of a control as well is marked: it is true of more than spikes and sinks.
+        A rule that several claims share is told once. A claim that holds of a control as well is marked: it is true of
+        more than spikes and sinks.
         """
         judged = {key: claims.judge(key, value, self.notebook) for key, value in evidence.items()}
         claims.record(self.folder, self.header, judged)
         lines = ["| claim | verdict | measured | control |", "|---|---|---|---|"]
+        told: dict[str, str] = {}
         for key, claim in judged.items():
-            name = claims.escape(f"**{key}** {claim.statement}<br>*{claim.rule}*")
+            rule = f"the rule of {told[claim.rule]}" if claim.rule in told else claim.rule
+            told.setdefault(claim.rule, key)
+            name = claims.escape(f"**{key}** {claim.statement}<br>*{rule}*")
             held = claims.held_by(key, claim.measured, claim.control)
             verdict = f"**{claim.verdict}**" + (f"<br>of {', '.join(held)} too" if held else "")
             lines.append(f"| {name} | {verdict} | {_lines(claim.measured)} | {_lines(claim.control)} |")

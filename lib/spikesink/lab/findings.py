@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,6 +75,12 @@ class Change:
         says is said of a model that has some. And so is what another threshold of a sink, by its value, contradicts.
         """
         return None if self.paper is None else UNDECIDED if self.contradicted else self._by_itself()
+
+    @property
+    def kind(self) -> str:
+        """What the paper says of it, without the way: of sinks or activations, that they move or stay."""
+        what = "sinks" if self.measure == "sink" else "activations"
+        return f"{what} that {'stay' if self.paper in ('stays', paper.AT_LEAST) else 'move'}"
 
     @property
     def contradicted(self) -> bool:
@@ -342,8 +348,9 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     """TR1 to TR6: for each variant that the paper reports, does the change go the paper's way here?
 
     A change counts where its interval over seeds leaves no doubt (see `Change`); how many sinks do by each threshold
-    alone stands beside it. Where none goes another way, and the rule fails for those that stay open, it is not judged:
-    that would be a verdict on the number of seeds. Nor is it while a variant that the paper reports is not trained.
+    alone stands beside it. A claim has several parts, so that each kind of change must be supported by one. Where none
+    goes another way, and the rule fails for those that stay open, it is not judged: that would be a verdict on the
+    number of seeds. Nor is it while a variant that the paper reports is not trained.
     Control: each of the base's own seeds in a variant's place, put beside the others with the interval that a variant
     of one seed has, by what the seeds of other variants differ in; a "change" there is a false alarm, and where there
     are more of them than chance makes, nothing is judged.
@@ -364,11 +371,15 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     asked = [(f"{one.name}: {of.measure}", of) for one in found for of in (one.sink, one.spike) if of.outcome]
     said = [(name, of.outcome) for name, of in asked]
     outcomes = {what: [name for name, outcome in said if outcome == what] for what in (AGREES, DIFFERS, UNDECIDED)}
+    kinds: dict[str, list[str | None]] = {}
+    for _, of in asked:
+        kinds.setdefault(of.kind, []).append(of.outcome)
     measured = {
         "variants": _rows(records, found),
         **outcomes,
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
+        "unsupported": [kind for kind, of in kinds.items() if AGREES not in of],
     }
     sinks = [of for _, of in asked if of.measure == "sink"]
     for epsilon in (EPSILON, *EPSILONS):
@@ -380,8 +391,8 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         measured["reason"] = f"the base's own seeds count as changes in {alarms} of {looks} looks"
     elif missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
         measured["reason"] = f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it"
-    elif not outcomes[DIFFERS] and 2 * len(outcomes[AGREES]) < len(said):
-        measured["reason"] = _why_open([of for _, of in asked])
+    elif not outcomes[DIFFERS] and (2 * len(outcomes[AGREES]) < len(said) or measured["unsupported"]):
+        measured["reason"] = _why_open([of for _, of in asked], measured["unsupported"])
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
     return Evidence(measured, control)
@@ -392,7 +403,7 @@ def _at(change: Change, epsilon: float) -> Change:
     return dict(zip(EPSILONS, change.others, strict=False)).get(epsilon, replace(change, others=()))
 
 
-def _why_open(asked: Sequence[Change]) -> str:
+def _why_open(asked: Sequence[Change], unsupported: Sequence[str]) -> str:
     """How many changes stay open for want of what, where none goes another way."""
     open_ = [of for of in asked if of.outcome == UNDECIDED]
     agree = sum(of.outcome == AGREES for of in asked)
@@ -405,6 +416,7 @@ def _why_open(asked: Sequence[Change]) -> str:
     }
     said = ", ".join(f"{number} {cause}" for cause, number in causes.items() if number)
     rest = f"of the others {agree} go the paper's way and none another"
+    rest += f"; among the {agree} is none of the {', nor of the '.join(unsupported)}" if agree and unsupported else ""
     return f"{len(open_)} of {len(asked)} changes stay open ({said}); {rest}"
 
 
@@ -417,7 +429,9 @@ def in_words(records: Sequence[Record], family: str) -> str:
     named = {what: [_bracketed(change) for change in found.measured[what]] for what in words}
     parts = [f"*{said}*: {', '.join(named[what]) or 'none'}" for what, said in words.items()]
     flat = [one.name for one in compared(records, family) if one.spike.outcome and one.over_elsewhere < STANDS_OUT]
-    parts += [f"*no spike at position 0, less than twice the rest*: {', '.join(flat)}"] if flat else []
+    parts += (
+        [f"*position 0 below twice the rest, so that the activation is no spike's*: {', '.join(flat)}"] if flat else []
+    )
     absent = [name for name, of in FAMILY.items() if of == family and name not in by_name(records)]
     parts += [f"*not trained yet*: {', '.join(absent)}"] if absent else []
     claim = next(claim for claim, of in CLAIMS.items() if of == family)
@@ -427,35 +441,41 @@ def in_words(records: Sequence[Record], family: str) -> str:
 
 
 def _bracketed(change: str) -> str:
-    return "{} ({})".format(*change.rsplit(": ", 1))
+    """A change as the ledger names it, for a sentence: the largest activation need not be a spike."""
+    name, measure = change.rsplit(": ", 1)
+    return f"{name} ({'activation' if measure == 'spike' else measure})"
 
 
 def corners(records: Sequence[Record]) -> dict[str, list[str] | float]:
     """The variants in which one goes without the other, and how the two go together over all.
 
     A spike is judged over the median here, which does not change with the size of the stream. `spike_alone` have
-    significantly fewer sinks than the base, hardly any (`SOME_SINKS`), position 0 stands out (`STANDS_OUT`), and by its
-    value the largest activation, over the median, is within the band that is no change, or above. `sink_alone` have a
-    significantly smaller one, and sinks that may be as many as the base's. Behind a name: the largest activation in
-    medians, and that over the base's with its interval. `together` and `together_raw` are rank correlations with the
-    sink ratio, over the median and as it is. All without variants that are judged by late queries.
+    significantly fewer sinks than the base, hardly any (`SOME_SINKS`, by the least ε as well), position 0 stands out
+    (`STANDS_OUT`), and by its value the largest activation, over the median, is within the band that is no change, or
+    above. `sink_alone` have a significantly smaller one, and sinks that may be as many as the base's. Behind a name:
+    the largest activation in medians, and that over the base's with its interval. `together` and `together_raw` are
+    rank correlations with the sink ratio, over the median and as it is, the first with an interval (variants
+    resampled). All without variants that are judged by late queries.
     """
-    alone = {"spike_alone": [], "sink_alone": []}
+    alone, named = {"spike_alone": [], "sink_alone": []}, by_name(records)
     found = [one for one in compared(records) if not one.late]
     for one in found:
         sink, spike = (change(records, one.name, measure, BASE) for measure in ("sink", "relative"))
         times = "{:.2f}, {:.2f} to {:.2f}".format(*map(math.exp, spike.interval))
         said = f"{one.name} ({one.over_median:.0f}; times {times})"
         stands_out = one.over_elsewhere >= STANDS_OUT and spike.value >= -STAYS_SPIKE
-        if sink.high < 0 and one.sink_ratio < SOME_SINKS and stands_out:
+        hardly_any = max(one.sink_ratio, _values(named[one.name], "sink", min(EPSILONS)).mean()) < SOME_SINKS
+        if sink.high < 0 and hardly_any and stands_out:
             alone["spike_alone"].append(said)
         if spike.high < 0 <= sink.high and one.sink_ratio >= SOME_SINKS:
             alone["sink_alone"].append(said)
-    base = means_of(BASE, by_name(records)[BASE])
+    base = means_of(BASE, named[BASE])
     means = pd.DataFrame([base, *map(vars, found)])[["sink_ratio", "over_median", "max_activation"]]
-    rho = means.corr("spearman")["sink_ratio"]
-    together = {"together": float(rho["over_median"]), "together_raw": float(rho["max_activation"])}
-    return alone | together | {"medians": base["over_median"]}
+    values = means.to_numpy().T
+    raw, together = (float(_correlation(values[0], of)) for of in (values[2], values[1]))
+    interval = list(_resampled(values[:2], _correlation)[0]) if len(means) >= LEAST_VARIANTS else [-1.0, 1.0]
+    found = {"together": together, "together_interval": interval, "together_raw": raw}
+    return alone | found | {"medians": base["over_median"]}
 
 
 def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[float]]:
@@ -576,19 +596,29 @@ def follow_loss(records: Sequence[Record]) -> Followed:
     """Whether sink ratio and largest activation follow the loss: over variants, means over their seeds."""
     means = pd.DataFrame([means_of(name, rows) for name, rows in by_name(records).items()])
     values = means[["loss", "sink_ratio", "max_activation"]].to_numpy().T
+    return Followed(*map(float, _correlations(*values)), *_resampled(values, _correlations), len(means))
+
+
+def _resampled(values: np.ndarray, statistic: Callable[..., np.ndarray | float]) -> list[tuple[float, float]]:
+    """95% intervals of a statistic (or of each in an array of them) of several values a variant, variants resampled."""
     ends = stats.bootstrap(
-        values, _correlations, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
+        values, statistic, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    intervals = [(float(low), float(high)) for low, high in zip(ends.low, ends.high, strict=True)]
-    return Followed(*map(float, _correlations(*values)), *intervals, len(means))
+    pairs = zip(np.atleast_1d(ends.low), np.atleast_1d(ends.high), strict=True)
+    return [(float(low), float(high)) for low, high in pairs]
 
 
 def _correlations(loss: np.ndarray, sink: np.ndarray, spike: np.ndarray) -> np.ndarray:
-    """Both rank correlations, and how much stronger the sink's is; what is constant is correlated with nothing."""
+    """Both rank correlations with the loss, and how much stronger the sink's is."""
+    sink, spike = _correlation(loss, sink), _correlation(loss, spike)
+    return np.array([sink, spike, abs(sink) - abs(spike)])
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """The rank correlation; what is constant is correlated with nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        sink, spike = (np.nan_to_num(stats.spearmanr(loss, of).statistic) for of in (sink, spike))
-    return np.array([sink, spike, abs(sink) - abs(spike)])
+        return float(np.nan_to_num(stats.spearmanr(one, other).statistic))
 
 
 def follows_loss(records: Sequence[Record]) -> Evidence | NotApplicable:
@@ -678,7 +708,9 @@ def in_order(found: Evidence | NotApplicable) -> pd.DataFrame | NotApplicable:
         {
             "measure": name,
             "half of its way after (million tokens)": values[f"tokens_{key}"] / 1e6,
-            "before the attention, of runs": f"{values[f'share_{key}_first']:.0%}" if key != "sink" else "",
+            "came before the attention in (share of runs)": f"{values[f'share_{key}_first']:.0%}"
+            if key != "sink"
+            else "",
         }
         for key, name in names.items()
     ]

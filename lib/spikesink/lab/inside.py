@@ -1,6 +1,6 @@
 """The claims about finished models, put to one of our own: the same functions, the same rules."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from spikesink import amplifier, claims, collapse, lifecycle, sinks
 from spikesink.across import SHORT
 from spikesink.claims import RULES, Evidence, NotApplicable, brief
+from spikesink.lab.data import Backcopy, held_out
+from spikesink.lab.measures import WINDOWS, known
 from spikesink.lab.model import Decoder
 from spikesink.trace import trace_windows
 from spikesink.weights import weights_of
@@ -111,16 +113,46 @@ def gates(models: Mapping[str, Decoder], tokens: Int[Tensor, "n length"]) -> pd.
     for name, model in models.items():
         scores = sinks.score(model, tokens).at.mean(0)  # layer, head
         columns[f"{name}: attention"] = [", ".join(f"{at:.2f}" for at in layer) for layer in scores.tolist()]
-        hooks = [GATE.format(layer) for layer in range(len(scores))]
-        _, seen = model.run_with_cache(tokens, names_filter=hooks)
-        if seen:
-            gates = [seen[hook].expand(*tokens.shape, *seen[hook].shape[-2:]) for hook in hooks]  # a static one is one
-            columns[f"{name}: gate"] = [", ".join(_opened(gate[:, 1:])) for gate in gates]
+        if opened := _opened(model, tokens):
+            columns[f"{name}: gate"] = [", ".join(_ends(gate[:, 1:].flatten(0, 1))) for gate in opened]
     return pd.DataFrame(columns).rename_axis("layer")
 
 
-def _opened(gate: Float[Tensor, "window position head channel"]) -> list[str]:
-    ends = gate.mean(-1).flatten(0, 1).quantile(torch.tensor([0.5, 0.05, 0.95]), dim=0)
+@torch.inference_mode()
+def when_idle(models: Mapping[str, Decoder], task: Backcopy) -> pd.DataFrame:
+    """By layer of models of Bigram-Backcopy, what each head gives position 0, and what its gate lets through (medians):
+    of queries that have nothing to copy, and in brackets of triggers.
+
+    Args:
+        models: by name, of as many layers each.
+        task: what they were trained on.
+    """
+    columns = {}
+    for name, model in models.items():
+        found = known(model, task)["heads"]  # layer, head, [triggers, others]
+        columns[f"{name}: attention"] = [_both((other, trigger) for trigger, other in layer) for layer in found]
+        tokens = held_out(task, WINDOWS, bos=model.config.bos)
+        trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))[:, 2:]
+        if opened := _opened(model, tokens):
+            medians = [[gate[:, 2:][at].median(0).values.tolist() for at in (~trigger, trigger)] for gate in opened]
+            columns[f"{name}: gate"] = [_both(zip(*layer, strict=True)) for layer in medians]
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def _both(pairs: Iterable[tuple[float, float]]) -> str:
+    return ", ".join("{:.2f} ({:.2f})".format(*pair) for pair in pairs)
+
+
+def _opened(model: Decoder, tokens: Int[Tensor, "n length"]) -> list[Float[Tensor, "n length head"]]:
+    """What the gates of each layer let through, the mean over a head's channels; nothing of a model without gates."""
+    hooks = [GATE.format(layer) for layer in range(model.anatomy.n_layers)]
+    _, seen = model.run_with_cache(tokens.to(model.cfg.device), names_filter=hooks)
+    # A static gate is the same for all tokens, and one per token for all heads.
+    return [seen[hook].mean(-1).expand(*tokens.shape, -1).cpu() for hook in hooks if hook in seen]
+
+
+def _ends(gate: Float[Tensor, "token head"]) -> list[str]:
+    ends = gate.quantile(torch.tensor([0.5, 0.05, 0.95]), dim=0)
     return ["{:.2f} ({:.2f} to {:.2f})".format(*of) for of in ends.T.tolist()]
 
 

@@ -56,10 +56,13 @@ Point = tuple[str, float, float, str]  # name, x, y, colour
 def family(records: Sequence[Record], name: str) -> Figure:
     """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models.
 
-    Squares are what others are set beside: filled the base, open a variant that others are variants of.
+    Lines join the seeds of a variant. Squares are what others are set beside: filled the base, open a variant that
+    others are variants of; diamonds are the same by late queries. Where the paper has a sink ratio alone it is a tick
+    at the left.
     """
     fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
-    here, there, only_sink = [], [(BASE, paper.TRAINED_BASE[1], paper.TRAINED_BASE[0], "black")], []
+    here, there = [], [(BASE, paper.TRAINED_BASE[1], paper.TRAINED_BASE[0], "black")]
+    ticks, only_said = [], []
     named = by_name(of_family(records, name))
     for variant, rows in {**named, **beside_late(named)}.items():
         ends = [at_the_end(record) for record in rows]
@@ -68,18 +71,28 @@ def family(records: Sequence[Record], name: str) -> Figure:
         theirs_is = paper.TRAINED_AS.get(variant, variant)
         if isinstance(sink, float) and spike is not None:
             there.append((theirs_is, spike, sink, SPIKE))
+        elif isinstance(sink, float):
+            ticks.append((theirs_is, sink))
         elif sink is not None:
-            said = brief(sink) if isinstance(sink, float) else sink
-            only_sink.append(f"{theirs_is}: {said}")
+            only_said.append(f"{theirs_is}: {sink}")
     for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
-        for variant, x, y, colour in points:
+        for variant in dict.fromkeys(point[0] for point in points):
+            x, y, (colour, *_) = zip(*[point[1:] for point in points if point[0] == variant], strict=True)
             looks = {"mfc": "white", "mew": 1.5} if _is_beside(variant) and variant != BASE else {"mec": "white"}
-            ax.plot(x, y, marker="s" if _is_beside(variant) else "o", color=colour, lw=0, ms=7, **looks)
+            marker = "o" if not _is_beside(variant) else "D" if variant.endswith(LATE) else "s"
+            order = np.argsort(x)
+            ax.plot(np.take(x, order), np.take(y, order), marker=marker, color=colour, lw=0.5, ms=7, **looks)
         _plane(ax)
         ax.set_title(title, fontsize=11)
         _leaders(ax, points)
-    if only_sink:
-        theirs.set_xlabel("largest activation\n(sink ratio alone: " + _wrapped("; ".join(only_sink)) + ")")
+    for name, sink in ticks:
+        theirs.plot(0, sink, marker="_", color=SPIKE, ms=14, mew=2, transform=theirs.get_yaxis_transform())
+        theirs.text(0.03, sink, name, color=SPIKE, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
+    if ticks or only_said:
+        alone = "at the left: a sink ratio alone" if ticks else ""
+        words = "; ".join(only_said)
+        said = "; ".join(part for part in (alone, f"sink ratio, {words}" if words else "") if part)
+        theirs.set_xlabel(f"largest activation\n({_wrapped(said)})")
     return fig
 
 
@@ -322,7 +335,7 @@ def dormant(curves: pd.DataFrame) -> Figure:
             ax.plot(run["step"], 100 * run["attention_other"], color=SINK, lw=1.8)
             ax.plot(run["step"], 100 * run["attention_trigger"], color=ORDINARY, lw=1.2)
         each = f" ({', '.join(f'{share:.0%}' for share in held[name])})" if len(held[name]) > 1 else ""
-        ax.set_title(f"{name}: {held[name].mean():.0%} of idle attention{each}", fontsize=11)
+        ax.set_title(f"{name}: {held[name].mean():.0%} at position 0 when idle{each}", fontsize=11)
         ax.set(xlabel="step", ylabel="attention to position 0 (%)", ylim=(0, 118))
         for colour, text, height in ((SINK, "queries with nothing to copy", 0.98), (ORDINARY, "triggers", 0.91)):
             ax.text(0.02, height, text, color=colour, transform=ax.transAxes, va="top", fontsize=9)
