@@ -257,6 +257,7 @@ def test_a_claim_of_several_parts_is_judged_where_each_has_some_support():
         claim = claims.judge("TR5", found, "09")
         assert (claim.verdict, found.measured["n_differ"]) == (verdict, 0)
         assert found.measured["unsupported"] == (["sinks that stay"] if verdict == "n/a" else [])
+        assert ("reason" in found.measured) == (verdict == "n/a")
         if verdict == "n/a":
             assert claim.measured["reason"].endswith(
                 "of the others 5 go the paper's way and none another; among the 5 is none of the sinks that stay"

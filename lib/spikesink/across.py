@@ -480,11 +480,11 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
         f"project); looked at on {data['windows'][0]} held-out windows of {data['windows'][1]} tokens, late queries on "
         "longer ones. Changes are against the base, or what a variant is said to be of, with 95% intervals over seeds.",
     ]
-    told: dict[str, str] = {}  # by its rule, the claim that it stands under
-    for key, claim in _in_order(data["claims"]):
+    found = dict(_in_order(data["claims"]))
+    before = claims.said_before({key: claim["rule"] for key, claim in found.items()})
+    for key, claim in found.items():
         variants = claim["measured"].get("variants", ())
-        rule = f"As for {told[claim['rule']]}" if claim["rule"] in told else f"Holds where {claim['rule']}"
-        told.setdefault(claim["rule"], key)
+        rule = f"As for {before[key]}" if key in before else f"Holds where {claim['rule']}"
         measured = {name: value for name, value in claim["measured"].items() if not name.startswith("variants")}
         lines += [
             "",

@@ -813,6 +813,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"the ledger {path} is damaged ({error}); remove it and run its notebooks again.") from None
 
 
+def said_before(texts: Mapping[str, str]) -> dict[str, str]:
+    """Of texts by name, those that an earlier one says as well: the name of the first that does."""
+    first = {text: name for name, text in reversed(texts.items())}
+    return {name: first[text] for name, text in texts.items() if first[text] != name}
+
+
 def mean_of(values: Sequence[float]) -> str:
     """A mean as a table shows it, with the least and the most where there are several; nothing of none."""
     ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""

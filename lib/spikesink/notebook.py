@@ -45,10 +45,9 @@ class Ledger:
         judged = {key: claims.judge(key, value, self.notebook) for key, value in evidence.items()}
         claims.record(self.folder, self.header, judged)
         lines = ["| claim | verdict | measured | control |", "|---|---|---|---|"]
-        told: dict[str, str] = {}
+        before = claims.said_before({key: claim.rule for key, claim in judged.items()})
         for key, claim in judged.items():
-            rule = f"the rule of {told[claim.rule]}" if claim.rule in told else claim.rule
-            told.setdefault(claim.rule, key)
+            rule = f"the rule of {before[key]}" if key in before else claim.rule
             name = claims.escape(f"**{key}** {claim.statement}<br>*{rule}*")
             held = claims.held_by(key, claim.measured, claim.control)
             verdict = f"**{claim.verdict}**" + (f"<br>of {', '.join(held)} too" if held else "")

@@ -371,15 +371,13 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
     asked = [(f"{one.name}: {of.measure}", of) for one in found for of in (one.sink, one.spike) if of.outcome]
     said = [(name, of.outcome) for name, of in asked]
     outcomes = {what: [name for name, outcome in said if outcome == what] for what in (AGREES, DIFFERS, UNDECIDED)}
-    kinds: dict[str, list[str | None]] = {}
-    for _, of in asked:
-        kinds.setdefault(of.kind, []).append(of.outcome)
+    supported = {of.kind for _, of in asked if of.outcome == AGREES}
     measured = {
         "variants": _rows(records, found),
         **outcomes,
         **{f"n_{what}": len(names) for what, names in outcomes.items()},
         "n_reported": len(said),
-        "unsupported": [kind for kind, of in kinds.items() if AGREES not in of],
+        "unsupported": list(dict.fromkeys(of.kind for _, of in asked if of.kind not in supported)),
     }
     sinks = [of for _, of in asked if of.measure == "sink"]
     for epsilon in (EPSILON, *EPSILONS):
@@ -391,7 +389,7 @@ def family_evidence(records: Sequence[Record], family: str, task: Sequence[Recor
         measured["reason"] = f"the base's own seeds count as changes in {alarms} of {looks} looks"
     elif missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
         measured["reason"] = f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it"
-    elif not outcomes[DIFFERS] and (2 * len(outcomes[AGREES]) < len(said) or measured["unsupported"]):
+    elif not outcomes[DIFFERS] and not RULES[_claim(family)].holds(measured):
         measured["reason"] = _why_open([of for _, of in asked], measured["unsupported"])
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
@@ -434,10 +432,14 @@ def in_words(records: Sequence[Record], family: str) -> str:
     )
     absent = [name for name, of in FAMILY.items() if of == family and name not in by_name(records)]
     parts += [f"*not trained yet*: {', '.join(absent)}"] if absent else []
-    claim = next(claim for claim, of in CLAIMS.items() if of == family)
+    claim = _claim(family)
     verdict = judge(claim, found, "").verdict
     why = f": {found.measured['reason']}" if "reason" in found.measured else ""
     return f"**{claim}** {RULES[claim].statement} **{verdict}**{why}. {'; '.join(parts)}."
+
+
+def _claim(family: str) -> str:
+    return next(claim for claim, of in CLAIMS.items() if of == family)
 
 
 def _bracketed(change: str) -> str:
@@ -472,10 +474,10 @@ def corners(records: Sequence[Record]) -> dict[str, list[str] | float]:
     base = means_of(BASE, named[BASE])
     means = pd.DataFrame([base, *map(vars, found)])[["sink_ratio", "over_median", "max_activation"]]
     values = means.to_numpy().T
-    raw, together = (float(_correlation(values[0], of)) for of in (values[2], values[1]))
+    together, raw = (_correlation(values[0], of) for of in values[1:])
     interval = list(_resampled(values[:2], _correlation)[0]) if len(means) >= LEAST_VARIANTS else [-1.0, 1.0]
-    found = {"together": together, "together_interval": interval, "together_raw": raw}
-    return alone | found | {"medians": base["over_median"]}
+    rho = {"together": together, "together_interval": interval, "together_raw": raw}
+    return alone | rho | {"medians": base["over_median"]}
 
 
 def _among_the_base(records: Sequence[Record]) -> dict[str, float | int | list[float]]:

@@ -89,12 +89,11 @@ def table(chains: Mapping[str, Mapping[str, Evidence | NotApplicable]]) -> pd.Da
     """
     rows = {}
     for name, found in chains.items():
-        told: dict[str, str] = {}
+        before = claims.said_before({key: no.reason for key, no in found.items() if isinstance(no, NotApplicable)})
         for claim_id, evidence in found.items():
             row = rows.setdefault(claim_id, {"claim": RULES[claim_id].statement, "rule": RULES[claim_id].words})
             if isinstance(evidence, NotApplicable):
-                row[name] = f"n/a: {told.get(evidence.reason, evidence.reason)}"
-                told.setdefault(evidence.reason, f"as {claim_id}")
+                row[name] = f"n/a: {f'as {before[claim_id]}' if claim_id in before else evidence.reason}"
             else:
                 row[name] = _words(claim_id, evidence)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("id")

@@ -88,11 +88,10 @@ def family(records: Sequence[Record], name: str) -> Figure:
     for name, sink in ticks:
         theirs.plot(0, sink, marker="_", color=SPIKE, ms=14, mew=2, transform=theirs.get_yaxis_transform())
         theirs.text(0.03, sink, name, color=SPIKE, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
-    if ticks or only_said:
-        alone = "at the left: a sink ratio alone" if ticks else ""
-        words = "; ".join(only_said)
-        said = "; ".join(part for part in (alone, f"sink ratio, {words}" if words else "") if part)
-        theirs.set_xlabel(f"largest activation\n({_wrapped(said)})")
+    said = ["at the left: a sink ratio alone"] if ticks else []
+    said += [f"sink ratio, {'; '.join(only_said)}"] if only_said else []
+    if said:
+        theirs.set_xlabel(f"largest activation\n({_wrapped('; '.join(said))})")
     return fig
 
 
