@@ -7,7 +7,9 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from spikesink import across, claims, paper, plots
 from spikesink.across import NOT_LOOKED_INTO, NOT_MEASURED
@@ -103,6 +105,28 @@ def test_a_page_of_pictures_puts_a_verdict_under_the_notebook_that_reached_it(fi
     assert "- X-OWN1 Mine \\| alone. **differs**\n" in step_up
     assert "![01-writes](01-writes.png)" in step_up
     assert bench == "11\n\n![11-panel](11-panel.png)\n"  # no claim is from it, and no notebook beside it: its number
+
+
+def test_pictures_stand_under_the_headings_of_their_notebook_and_in_its_order(tmp_path):
+    notebook = new_notebook()
+    for number, cells in enumerate((["b", "a"], ["c"])):
+        notebook.cells.append(new_markdown_cell(f"# title\n\n## Part {number}\n\nprose\n"))
+        notebook.cells += [new_code_cell(f'ledger.save(\n    drawn(),\n    "01-{name}",\n)') for name in cells]
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "01_first.ipynb")
+    folder = tmp_path / "figures" / "some"
+    folder.mkdir(parents=True)
+    for name in ("01-a", "01-b", "01-old", "02-alone"):
+        (folder / f"{name}.png").touch()
+    _, *parts = "\n".join(across.gallery(folder, {"claims": {}})).split("\n## ")
+    assert parts[0].split("\n\n") == [
+        "[01 first](../../notebooks/01_first.ipynb)",
+        "### Part 0",
+        "![Part 0](01-b.png)",
+        "![Part 0](01-a.png)",
+        "![01-old](01-old.png)\n",
+    ]
+    assert parts[1] == "02\n\n![02-alone](02-alone.png)"
 
 
 def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_over():

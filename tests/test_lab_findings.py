@@ -169,6 +169,7 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     table = findings.table(rows, "context")
     assert table.loc["only the longest", "sink ratio"] == pytest.approx(0.30)
     assert table.loc["only the longest, late queries", "sink ratio"] == pytest.approx(0.15), "what it is set beside"
+    assert "only the longest, late queries" not in findings.table(rows, "context", "spike").index
     more = [record(name, 0, 0.3, 100.0) for name in ("half as long", "contexts from 1/4 on")]
     scattered = [replace(r, final=r.final | {"max_activation": 100.0 * 3.0**r.config.seed}) for r in few]
     said = findings.family_evidence([*scattered, *more], "context").measured["reason"]
@@ -286,7 +287,7 @@ def test_a_family_that_fails_for_open_changes_alone_is_not_judged():
     claim = claims.judge("TR5", found, "09")
     assert claim.verdict == "n/a"
     n = found.measured["n_undecided"]
-    seeds = f"({n} for as many seeds do not tell them from chance)"
+    seeds = f"({n} that so few seeds do not tell from chance)"
     assert claim.measured["reason"].startswith(f"{n} of 6 changes stay open {seeds}; of the")
     assert f"**n/a**: {claim.measured['reason']}. *significantly" in findings.in_words(scattered, "gates")
     assert claim.measured["variants"], "what was measured stands there all the same"
@@ -535,7 +536,7 @@ def test_a_familys_picture_names_every_variant_here_and_in_the_paper(family):
     assert [len(line.get_xdata()) for line in fig.axes[0].lines] == [len(seeds) for seeds in joined]
     for variant in VARIANTS:
         assert (variant.name in said) == (variant.family == family)
-    named = {name: paper.TRAINED_AS.get(name, name) for name in reported}
+    named = {name: f"{name} ({paper.TRAINED_AS[name]})" if name in paper.TRAINED_AS else name for name in reported}
     assert all(any(named[name] in text for text in said) for name, (sink, _) in reported.items() if sink is not None)
 
 
@@ -583,10 +584,13 @@ def test_the_table_of_variants_has_one_row_each_with_intervals():
     assert list(table.index) == [BASE, *(v.name for v in VARIANTS if v.family == "gates")]
     assert table.loc["gate per head", "seeds"] == 3
     assert table.loc["gate per head", "attention"] == pytest.approx(0.2)
-    assert table.loc["gate per head", "times elsewhere"] == pytest.approx(10)
-    assert table.loc["gate per head", "paper: sink"] == "down"
+    assert table.loc["gate per head", "paper"] == "down"
     assert table.loc[BASE, "sink ratio"] == pytest.approx(0.32)
     assert table.loc[BASE, "change"] == "", "the base is not compared with itself"
+    of_spikes = findings.table(made_up(), "gates", "spike")
+    assert list(of_spikes.index) == list(table.index)
+    assert of_spikes.loc["gate per head", "times elsewhere"] == pytest.approx(10)
+    assert list(of_spikes["paper"]) == ["", "down", "down", "", ""], "what it says of activations, not of sinks"
 
 
 def test_where_nothing_was_trained_it_says_so():
@@ -740,3 +744,53 @@ def test_who_waits_is_listed_a_number_a_seed():
     assert table["nothing to copy"].to_dict() == {BASE: "90%, 80%", "gate per head": "5%"}
     assert table["triggers"].tolist()[0] == "1%, 1%"
     assert isinstance(findings.waiting([], "gates"), NotApplicable)
+
+
+def waiting(**waits: tuple[float, ...]) -> list[Record]:
+    """Runs of Bigram-Backcopy whose idle queries leave position 0 that much, a number a seed; _ stands for a space."""
+    found = []
+    for name, shares in waits.items():
+        for seed, share in enumerate(shares):
+            ends = {"attention_other": share, "attention_trigger": share / 10}
+            found.append(record(name.replace("_", " "), seed, 0.3, 1.0, **ends))
+    return found
+
+
+def test_to_leave_position_0_less_is_to_do_so_in_every_seed_and_what_chance_makes_is_told():
+    rows = waiting(
+        base=(0.9, 0.4),
+        gate_per_head=(0.1, 0.39),  # below both of the base
+        gate_per_channel=(0.1, 0.41),  # one is not
+        only_the_longest=(0.6, 0.3, 0.6),
+        half_as_long=(0.31,),  # below the base, not below what it is set beside
+        sandwich=(0.0,),  # what it is set beside is not trained
+    )
+    late = record("contexts from 1/2 on", 0, 0.3, 1.0, attention_other=0.0, attention_trigger=0.0)
+    found = findings.wait_less([*rows, late])
+    assert found["less"] == ["gate per head"]
+    assert set(found["judged"]) == {"gate per head", "gate per channel", "only the longest", "half as long"}
+    assert found["by_chance"] == pytest.approx(1 / 6 + 1 / 6 + 1 / 10 + 1 / 4, abs=0.01)
+    assert found["as_many"] == pytest.approx(1 - 0.5, abs=0.1), "several are set beside the same runs"
+    picture = plots.waiting([*rows, late])
+    assert any(text.startswith("1 of 4 variants leave position 0 less in every seed") for text in texts(picture))
+    names = [label.get_text().split(" (")[0] for label in picture.axes[0].get_yticklabels()]
+    for marker, measure in (("o", "attention_other"), ("|", "attention_trigger")):
+        drawn = [line for line in picture.axes[0].lines if line.get_marker() == marker]
+        for name, line in zip(names, drawn, strict=True):
+            shares = [r.final[measure] for r in [*rows, late] if r.name == name]
+            assert line.get_xdata() / 100 == pytest.approx(shares)
+    open_ = [line.get_markerfacecolor() == "white" for line in picture.axes[0].lines if line.get_marker() == "o"]
+    assert [name for name, is_open in zip(names, open_, strict=True) if is_open] == ["contexts from 1/2 on"]
+    assert isinstance(findings.wait_less(rows[:2]), NotApplicable)
+    assert "make ablations trains them" in " ".join(texts(plots.waiting([])))
+
+
+def test_gates_that_read_are_set_beside_none_and_a_static_one_within_a_seed():
+    rows = waiting(base=(0.9, 0.30), static_gate=(0.8, 0.9), gate_per_head=(0.1, 0.35), gate_per_token=(0.2, 0.1))
+    found = findings.gates_by_seed(rows)
+    # A seed's four values can be dealt in six ways, with 0, 1, 2, 2, 3, 4 pairs the other way; here they are 0 and 1.
+    assert (found["pairs"], found["less"]) == (8, 7)
+    assert found["by_chance"] == pytest.approx(3 / 36), "0 and 0, 0 and 1, 1 and 0"
+    worse = findings.gates_by_seed(waiting(base=(0.1,), gate_per_head=(0.9,)))
+    assert worse == {"pairs": 1, "less": 0, "by_chance": 1.0}
+    assert isinstance(findings.gates_by_seed(rows[:2]), NotApplicable)

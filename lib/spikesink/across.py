@@ -4,6 +4,7 @@
 written by hand, in `reasons.md` beside them, with placeholders for numbers that the ledgers hold.
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -315,17 +316,23 @@ def _put(folder: Path, lines: Sequence[str]) -> Path:
 
 
 def gallery(folder: Path, data: Mapping[str, Any]) -> list[str]:
-    """The lines of a page of all pictures of a model, by notebook, with the verdicts that each notebook reached."""
-    pictures, verdicts = defaultdict(list), defaultdict(list)
-    for path in sorted(folder.glob("[0-9][0-9]-*.png")):
-        pictures[path.name[:2]].append(f"![{path.stem}]({path.name})")
+    """The lines of a page of all pictures of a model, by notebook, with the verdicts that each notebook reached.
+
+    Pictures stand under the notebook's own headings and in its order, if it lies beside the figures.
+    """
+    verdicts = defaultdict(list)
     for key, claim in _in_order(data["claims"]):
         reason = f": {escape(claim['measured']['reason'])}" if claim["verdict"] == "n/a" else ""
         verdicts[claim["notebook"]].append(
             f"- {escape(key)} {escape(claim['statement'])} **{claim['verdict']}**{reason}"
         )
-    stems = {path.stem[:2]: path.stem for path in (folder.parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb")}
-    stems |= {stem[:2]: stem for stem in verdicts}
+    notebooks = sorted((folder.parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    stems = {stem[:2]: stem for stem in (*[path.stem for path in notebooks], *verdicts)}
+    headings = {name: heading for path in notebooks for name, heading in _headings(path).items()}
+    drawn = {path.stem for path in folder.glob("[0-9][0-9]-*.png")}
+    pictures = defaultdict(list)
+    for name in [*(name for name in headings if name in drawn), *sorted(drawn - set(headings))]:
+        pictures[name[:2]].append(name)
     lines = [
         f"# {TRAINED if folder.name == claims.LAB else folder.name}: the pictures",
         "",
@@ -336,8 +343,25 @@ def gallery(folder: Path, data: Mapping[str, Any]) -> list[str]:
         stem = stems.get(number)
         lines += ["", f"## [{stem.replace('_', ' ')}](../../notebooks/{stem}.ipynb)" if stem else f"## {number}"]
         lines += ["", *verdicts[stem]] if stem in verdicts else []
-        lines += [line for picture in shown for line in ("", picture)]
+        above = None
+        for name in shown:
+            heading = headings.get(name)
+            lines += ["", f"### {heading}"] if heading not in (None, above) else []
+            lines += ["", f"![{heading or name}]({name}.png)"]
+            above = heading
     return lines
+
+
+def _headings(notebook: Path) -> dict[str, str]:
+    """The pictures that a notebook saves, in its order, and for each the heading that it stands under."""
+    found, heading = {}, ""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            heading = ([heading, *re.findall(r"^##+ (.+)$", source, flags=re.MULTILINE)])[-1]
+        else:
+            found |= dict.fromkeys(re.findall(r'"(\d\d-[\w-]+)"', source), heading)
+    return found
 
 
 def draw(figures: Path) -> Path:

@@ -85,12 +85,12 @@ TRAINED_VARIANTS: dict[str, dict[str, tuple[float | str | None, float | None]]] 
 }
 # What its models are, where they stand for a variant whose name says what ours is.
 TRAINED_AS = {
-    "d_head / 4, 4 times as many": "heads of 8, 512 of them",
-    "d_head x 2, half as many": "heads of 256, 16 of them",
-    "d_head / 8": "heads of 8, 32 of them",
-    "half as long": "up to 256 tokens of 4,096",
-    "contexts from 1/4 on": "from 1,024 on",
-    "contexts from 1/2 on": "from 2,048 on",
+    "d_head / 4, 4 times as many": "512 of 8",
+    "d_head x 2, half as many": "16 of 256",
+    "d_head / 8": "32 of 8",
+    "half as long": "256 of 4,096 tokens",
+    "contexts from 1/4 on": "1,024 of 4,096",
+    "contexts from 1/2 on": "2,048 of 4,096",
 }
 
 

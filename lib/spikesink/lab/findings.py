@@ -1,5 +1,6 @@
 """What the records of a tier say: each variant beside its base, with an interval, and beside what the paper finds."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
 SIMULATED = 20_000  # times that the base's seeds are drawn anew
 AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
-SHOWN = {  # in a family's table, by what it is called there
+SHOWN = {  # in a family's tables, by what it is called there
     "seeds": "seeds",
     "loss": "loss",
     "sink ratio": "sink_ratio",
@@ -37,8 +38,10 @@ SHOWN = {  # in a family's table, by what it is called there
     "times elsewhere": "over_elsewhere",
 }
 OTHERS = f"change at {', '.join(f'{epsilon:g}' for epsilon in EPSILONS)}"
-COLUMNS = ["variant", "seeds", "loss", "sink ratio", "change", OTHERS, "paper: sink", "at this loss", "attention"]
-COLUMNS += ["largest activation", "factor", "paper: spike", "medians", "times elsewhere"]
+COLUMNS = {  # of the table of sinks, and of that of activations
+    "sink": ["seeds", "loss", "sink ratio", "change", "paper", OTHERS, "at this loss", "attention"],
+    "spike": ["seeds", "largest activation", "factor", "paper", "medians", "times elsewhere"],
+}
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 FAMILY = {variant.name: variant.family for variant in VARIANTS}
 OF = {variant.name: variant.of for variant in VARIANTS}
@@ -319,29 +322,35 @@ def centre(records: Sequence[Record]) -> tuple[float, float]:
     return row["over_median"], row["sink_ratio"]
 
 
-def table(records: Sequence[Record], family: str | None = None) -> pd.DataFrame | NotApplicable:
-    """A family (or all) as a tidy table: the base, then each variant with its changes, and what the paper says."""
+def table(records: Sequence[Record], family: str | None = None, measure: str = "sink") -> pd.DataFrame | NotApplicable:
+    """A family (or all) as a tidy table: the base, then each variant with its changes, and what the paper says.
+
+    Args:
+        records: of one tier.
+        family: one of `families.FAMILIES`, or None for all of them.
+        measure: "sink" (sink ratios and attention) or "spike" (largest activations).
+    """
     found = compared(records, family)
     if not found or BASE not in by_name(records):
         return NotApplicable(NO_RECORDS)
     rows = [
         {"variant": means["name"]} | {shown: means[key] for shown, key in SHOWN.items()}
         for means in _beside(records, found)
+        if measure == "sink" or not means["late"]  # late queries know of other sinks, not of other activations
     ]
     rows += [
         {
             "variant": one.title,
             "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
-            "paper: sink": one.sink.paper or "",
+            "paper": getattr(one, measure).paper or "",
             OTHERS: ", ".join(f"{of.value:+.2f}" for of in one.sink.others),
             "at this loss": mean_of(one.sink_at_loss),
             "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
-            "paper: spike": one.spike.paper or "",
             **{shown: getattr(one, name) for shown, name in SHOWN.items()},
         }
         for one in found
     ]
-    return pd.DataFrame(rows, columns=COLUMNS).set_index("variant").fillna("")
+    return pd.DataFrame(rows, columns=["variant", *COLUMNS[measure]]).set_index("variant").fillna("")
 
 
 def family_evidence(records: Sequence[Record], family: str, task: Sequence[Record] = ()) -> Evidence | NotApplicable:
@@ -410,7 +419,7 @@ def _why_open(asked: Sequence[Change], unsupported: Sequence[str]) -> str:
     causes = {
         "for want of sinks in what they are set beside": few,
         "for thresholds of a sink contradict one another": contradicted,
-        "for as many seeds do not tell them from chance": len(open_) - few - contradicted,
+        "that so few seeds do not tell from chance": len(open_) - few - contradicted,
     }
     said = ", ".join(f"{number} {cause}" for cause, number in causes.items() if number)
     rest = f"of the others {agree} go the paper's way and none another"
@@ -791,6 +800,63 @@ def waiting(records: Sequence[Record], family: str) -> pd.DataFrame | NotApplica
         for name, of in by_name(of_family(records, family)).items()
     ]
     return pd.DataFrame(rows).set_index("variant") if rows else NotApplicable(NO_RECORDS)
+
+
+def wait_less(records: Sequence[Record]) -> dict[str, list[str] | int | float] | NotApplicable:
+    """Of Bigram-Backcopy, variants that leave position 0 less in each seed than what they are set beside in any.
+
+    By the head that waits most. (Not put to models that were not trained on most of the queries that count.)
+    Control: the same of chance, runs dealt anew. Most are set beside the same runs, so that it makes many or none.
+
+    Returns:
+        `less`, their names; `judged`, of which; `by_chance`, how many are expected to; and `as_many`, the share of
+        draws with as many or more.
+    """
+    named = {name: rows for name, rows in by_name(records).items() if not _is_late(rows[0])}
+    waits = {name: [record.final["attention_other"] for record in rows] for name, rows in named.items()}
+    judged = [name for name in waits if OF.get(name) in waits]
+    if not judged:
+        return NotApplicable(NO_RECORDS)
+    rng = np.random.default_rng(0)
+    dealt = {name: rng.random((SIMULATED, len(mine))) for name, mine in waits.items()}
+    less = [name for name in judged if max(waits[name]) < min(waits[OF[name]])]
+    by_chance = sum(dealt[name].max(1) < dealt[OF[name]].min(1) for name in judged)
+    return {
+        "less": less,
+        "judged": judged,
+        "by_chance": float(np.mean(by_chance)),
+        "as_many": float(np.mean(by_chance >= len(less))),
+    }
+
+
+def gates_by_seed(records: Sequence[Record]) -> dict[str, int | float] | NotApplicable:
+    """Of Bigram-Backcopy: do gates that read their input leave position 0 less than none or a constant one?
+
+    By the head that waits most, and within a seed, which is the same batches for all of them.
+    Control: chance, exactly: a seed's values dealt to its runs in every way (a one-sided Mann-Whitney test in strata).
+
+    Returns:
+        `pairs` of a gate that reads and one that does not, in how many the first leaves `less`, and `by_chance`, how
+        often there would be as many.
+    """
+    pairs, more, ways = 0, 0, np.ones(1)
+    rows = of_family(records, "gates")
+    for seed in sorted({record.config.seed for record in rows}):
+        waits = [
+            (r.config.gate not in ("none", "static"), r.final["attention_other"]) for r in rows if r.config.seed == seed
+        ]
+        values = [value for _, value in sorted(waits, reverse=True)]  # those that read come first
+        reading = sum(reads for reads, _ in waits)
+        over = [
+            sum(values[i] > values[j] for i in mine for j in set(range(len(values))) - set(mine))
+            for mine in itertools.combinations(range(len(values)), reading)
+        ]
+        pairs += reading * (len(values) - reading)
+        more += over[0]
+        ways = np.convolve(ways, np.bincount(over))
+    if not pairs:
+        return NotApplicable(NO_RECORDS)
+    return {"pairs": pairs, "less": pairs - more, "by_chance": float(ways[: more + 1].sum() / ways.sum())}
 
 
 def curves(runs: Mapping[str, Iterable[Run]]) -> pd.DataFrame:

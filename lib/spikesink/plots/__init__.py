@@ -8,7 +8,7 @@ from spikesink.plots.across import verdicts
 from spikesink.plots.amplifier import alignment, gains, gates, shared_directions, spectra
 from spikesink.plots.collapse import collapse_of_size, collapsing, cosines, depth, implicit, learned_scale
 from spikesink.plots.firsttoken import fork, instead, vocabulary
-from spikesink.plots.lab import changes, decoupling, dormant, emergence, family, following_loss, growing
+from spikesink.plots.lab import changes, decoupling, dormant, emergence, family, following_loss, growing, waiting
 from spikesink.plots.lifecycle import (
     across_models,
     cancellation,
@@ -91,6 +91,7 @@ __all__ = [
     "streaming",
     "verdicts",
     "vocabulary",
+    "waiting",
     "waterfall",
     "where_it_goes",
 ]

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from scipy.optimize import linear_sum_assignment
 
 from spikesink import paper
-from spikesink.claims import brief
+from spikesink.claims import NotApplicable, brief
 from spikesink.lab.families import BASE
 from spikesink.lab.findings import (
     AGREES,
@@ -31,6 +32,7 @@ from spikesink.lab.findings import (
     means_of,
     of_family,
     settled,
+    wait_less,
 )
 from spikesink.lab.records import Record
 from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
@@ -44,6 +46,8 @@ FAMILY_COLOURS = dict(
     )
 )
 FAMILY_MARKERS = dict(zip(FAMILY_COLOURS, "osD^vP", strict=True))
+# Of the variants of one family; but for the yellow, in which a name cannot be read.
+VARIANT_COLOURS = [colour for i, colour in enumerate(sns.color_palette("colorblind").as_hex()) if i != 8]
 
 
 MARKS = {"up": "+", "down": "\N{MINUS SIGN}", "stays": "=", paper.AT_LEAST: "\N{GREATER-THAN OR EQUAL TO}"}
@@ -68,11 +72,11 @@ def family(records: Sequence[Record], name: str) -> Figure:
         ends = [at_the_end(record) for record in rows]
         here += [(variant, end["max_activation"], end["sink_ratio"], _colour(variant)) for end in ends]
     for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
-        theirs_is = paper.TRAINED_AS.get(variant, variant)
+        theirs_is = variant + (f" ({paper.TRAINED_AS[variant]})" if variant in paper.TRAINED_AS else "")
         if isinstance(sink, float) and spike is not None:
-            there.append((theirs_is, spike, sink, SPIKE))
+            there.append((theirs_is, spike, sink, _colour(variant)))
         elif isinstance(sink, float):
-            ticks.append((theirs_is, sink))
+            ticks.append((theirs_is, sink, _colour(variant)))
         elif sink is not None:
             only_said.append(f"{theirs_is}: {sink}")
     for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
@@ -85,9 +89,9 @@ def family(records: Sequence[Record], name: str) -> Figure:
         _plane(ax)
         ax.set_title(title, fontsize=11)
         _leaders(ax, points)
-    for name, sink in ticks:
-        theirs.plot(0, sink, marker="_", color=SPIKE, ms=14, mew=2, transform=theirs.get_yaxis_transform())
-        theirs.text(0.03, sink, name, color=SPIKE, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
+    for name, sink, colour in ticks:
+        theirs.plot(0, sink, marker="_", color=colour, ms=14, mew=2, transform=theirs.get_yaxis_transform())
+        theirs.text(0.03, sink, name, color=colour, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
     said = ["at the left: a sink ratio alone"] if ticks else []
     said += [f"sink ratio, {'; '.join(only_said)}"] if only_said else []
     if said:
@@ -101,7 +105,9 @@ def _is_beside(variant: str) -> bool:
 
 
 def _colour(variant: str) -> str:
-    return "black" if _is_beside(variant) else SPIKE
+    """Black for what others are set beside, and within a family one of its own for each of the others."""
+    of_family = [name for name, family in FAMILY.items() if family == FAMILY.get(variant)]
+    return "black" if _is_beside(variant) else VARIANT_COLOURS[of_family.index(variant)]
 
 
 def _wrapped(text: str) -> str:
@@ -341,6 +347,48 @@ def dormant(curves: pd.DataFrame) -> Figure:
     learned.set(xlabel="step", ylabel="loss on copied tokens (nats)")
     learned.set_ylim(bottom=0)
     learned.legend(fontsize=9)
+    return fig
+
+
+@styled
+def waiting(records: Sequence[Record]) -> Figure:
+    """09: Bigram-Backcopy, all variants: attention to position 0 of the head that waits there most, a point a seed.
+
+    Dots are queries that have nothing to copy (open where the model was not trained on most of them), ticks triggers,
+    at the height of their dot; shaded from the least to the most of the base.
+    """
+    found, named = wait_less(records), by_name(records)
+    if isinstance(found, NotApplicable):
+        return absent(found.reason)
+    fig, ax = figure(size=(9, 0.33 * len(named) + 1.6))
+    for row, (name, of) in enumerate(named.items()):
+        heights = row + 0.22 * np.array([record.config.seed - 1 for record in of])
+        idle, triggers = ([100 * record.final[f"attention_{kind}"] for record in of] for kind in ("other", "trigger"))
+        colour = "black" if name == BASE else SINK if name in found["less"] else ORDINARY
+        filled = "white" if of[0].config.skipped else colour
+        ax.plot(idle, heights, marker="o", lw=0, ms=5, mfc=filled, color=colour)
+        ax.plot(triggers, heights, marker="|", lw=0, ms=6, mew=1.2, color=colour)
+        if name == BASE:
+            ax.axvspan(min(idle), max(idle), color=ORDINARY, alpha=0.12, lw=0)
+    names = list(named)
+    firsts = [row for row in range(1, len(names)) if FAMILY.get(names[row]) != FAMILY.get(names[row - 1])]
+    for row in firsts:
+        ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
+        ax.text(
+            1.01, row, FAMILY[names[row]], transform=ax.get_yaxis_transform(), va="center", fontsize=9, style="italic"
+        )
+    titles = [name + (f" (against {OF[name]})" if OF.get(name, BASE) != BASE else "") for name in names]
+    ax.set_yticks(range(len(names)), titles, fontsize=9)
+    ax.set(xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
+    ax.set_xlabel(
+        "attention to position 0 (%), in the head where idle queries give it most: of queries with nothing to copy\n"
+        "(dots; open: not trained on most of them) and of triggers (ticks)"
+    )
+    above(
+        fig,
+        f"{len(found['less'])} of {len(found['judged'])} variants leave position 0 less in every seed (blue); "
+        f"by chance {found['by_chance']:.1f}, as many or more in {found['as_many']:.0%} of cases",
+    )
     return fig
 
 
