@@ -502,7 +502,8 @@ def _trained(data: Mapping[str, Any], written: Mapping[str, str]) -> list[str]:
         "",
         f"{data['spec']}, on the text `{data['text']}` (`packages`: the Python source of what is installed with this "
         f"project); looked at on {data['windows'][0]} held-out windows of {data['windows'][1]} tokens, late queries on "
-        "longer ones. Changes are against the base, or what a variant is said to be of, with 95% intervals over seeds.",
+        "longer ones. Changes are against the base, or what a variant is said to be of, with 95% intervals over seeds; "
+        "[09](../notebooks/09_trained.ipynb) says what each column is, and which way the paper goes.",
     ]
     found = dict(_in_order(data["claims"]))
     before = claims.said_before({key: claim["rule"] for key, claim in found.items()})
