@@ -554,7 +554,7 @@ RULES: dict[str, Rule] = {
 
 _TRAINED = (
     "of the changes that the paper reports, at least half go its way here significantly (95% intervals over seeds), at "
-    "least one of each kind (sinks and activations, those that move and those that stay), and none significantly "
+    "least one of each kind (sinks and activations, those that rise, fall and stay), and none significantly "
     "another way, nor surely stays where the paper's does not; a value stays within 0.05 (sink ratio) or a factor 1.5 "
     "(largest activation), a static gate's sink ratio is lower by 0.06 at most; sink ratios at ε = 0.2 and 0.4 must "
     "not contradict what 0.3 says (of late queries there is 0.3 alone), and what is below 0.1 has no sinks to lose; "

@@ -81,9 +81,10 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """What the paper says of it, without the way: of sinks or activations, that they move or stay."""
+        """What the paper says of it: of sinks or activations, that they rise, fall or stay."""
         what = "sinks" if self.measure == "sink" else "activations"
-        return f"{what} that {'stay' if self.paper in ('stays', paper.AT_LEAST) else 'move'}"
+        way = {"up": "rise", "down": "fall"}.get(self.paper, "stay")
+        return f"{what} that {way}"
 
     @property
     def contradicted(self) -> bool:
@@ -680,7 +681,7 @@ def spike_first(records: Sequence[Record]) -> Evidence | NotApplicable:
     mark of a spike while all entries grow. Control: the largest entry elsewhere, as a multiple of the median; and its
     size.
     """
-    rows = [record for record in records if record.final["sink_ratio"] >= SOME_SINKS]
+    rows = [record for record in records if at_the_end(record)["sink_ratio"] >= SOME_SINKS]
     if len(rows) < LEAST_VARIANTS:
         return NotApplicable(f"fewer than {LEAST_VARIANTS} runs end with sinks; make ablations TIER=text trains them")
     sink, size = (np.array([half_way(record, measure) for record in rows]) for measure in ("attention", "max_first"))

@@ -251,6 +251,9 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     points.sort(key=lambda point: point[1])
     ax.set(xlabel="largest activation, in medians of the stream", ylabel="")
     ax.text(0, 1.01, "sink ratio", transform=ax.transAxes, ha="right")  # clear of the lines on the left
+    ax.yaxis.set_zorder(4)  # numbers over the lines to names on the left
+    for number in ax.get_yticklabels():
+        number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     _leaders(ax, points[: len(points) // 2], "left", 9)
     _leaders(ax, points[len(points) // 2 :], "right", 9)
     ax.legend(fontsize=9, loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.08))
@@ -386,7 +389,7 @@ def waiting(records: Sequence[Record]) -> Figure:
     )
     above(
         fig,
-        f"{len(found['less'])} of {len(found['judged'])} variants leave position 0 less in every seed (blue); "
+        f"{len(found['less'])} of {len(found['judged'])} variants: all seeds below any they are set beside (blue); "
         f"by chance {found['by_chance']:.1f}, as many or more in {found['as_many']:.0%} of cases",
     )
     return fig
