@@ -105,8 +105,8 @@ VARIANTS = (
     Variant("normalization", "sandwich + QK norm", "norm", _is("sandwich_qk"), LARGE),
     Variant("normalization", "DynamicTanh", "norm", _is("dynamic_tanh"), LARGE, headline=True),
     Variant("normalization", "QK norm", "norm", _is("qk")),
-    # This one, the static gate and contexts from 1/4 and 1/2 on have three seeds, for one run alone decided what their
-    # family is asked of them, or left it open.
+    # This one, the static gate and contexts from 1/4 and 1/2 on have three seeds, for one run alone decided what is
+    # asked of them, or left it open.
     Variant("heads", "d_head / 4, 4 times as many", "heads", _heads(1 / 4, 4), headline=True, kept=False),
     Variant("heads", "d_head / 2, twice as many", "heads", _heads(1 / 2, 2)),
     Variant("heads", "d_head x 2, half as many", "heads", _heads(2, 1 / 2)),

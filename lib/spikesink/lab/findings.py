@@ -26,7 +26,7 @@ LATE = ", late queries"  # what is added to the name of a variant that is seen f
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
 LEAST_VARIANTS = 5  # to say something of all of them
 RESAMPLES = 2000
-SIMULATED = 20_000  # times that the base's seeds are drawn anew
+SIMULATED = 20_000  # times that seeds are drawn anew, for what chance makes
 AGREES, DIFFERS, UNDECIDED = "agree", "differ", "undecided"
 SHOWN = {  # in a family's tables, by what it is called there
     "seeds": "seeds",
@@ -137,7 +137,12 @@ class Compared:
     @property
     def title(self) -> str:
         """The name, with what it is compared with where that is not the base."""
-        return self.name if OF[self.name] == BASE else f"{self.name} (against {OF[self.name]}{LATE * self.late})"
+        return titled(self.name, self.late)
+
+
+def titled(name: str, late: bool = False) -> str:
+    """A variant's name, with what it is compared with (by late queries?) where that is not the base."""
+    return name if OF.get(name, BASE) == BASE else f"{name} (against {OF[name]}{LATE * late})"
 
 
 def _band(measure: str) -> float:
@@ -803,7 +808,7 @@ def waiting(records: Sequence[Record], family: str) -> pd.DataFrame | NotApplica
     return pd.DataFrame(rows).set_index("variant") if rows else NotApplicable(NO_RECORDS)
 
 
-def wait_less(records: Sequence[Record]) -> dict[str, list[str] | int | float] | NotApplicable:
+def wait_less(records: Sequence[Record]) -> dict[str, list[str] | float] | NotApplicable:
     """Of Bigram-Backcopy, variants that leave position 0 less in each seed than what they are set beside in any.
 
     By the head that waits most. (Not put to models that were not trained on most of the queries that count.)

@@ -32,6 +32,7 @@ from spikesink.lab.findings import (
     means_of,
     of_family,
     settled,
+    titled,
     wait_less,
 )
 from spikesink.lab.records import Record
@@ -193,10 +194,9 @@ def changes(found: Sequence[Compared]) -> Figure:
             ax.annotate(mark, (1.02, row), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=11)
         ax.annotate("paper", (1.02, 1.005), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
         ax.grid(axis="x", lw=0.4)
-    for row in rows[1:]:
-        if FAMILY[found[row].name] != FAMILY[found[row - 1].name]:
-            for ax in axes:
-                ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
+    for row in _families([one.name for one in found]):
+        for ax in axes:
+            ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
     axes[0].set_yticks(rows, [one.title for one in found], fontsize=9)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
@@ -214,6 +214,11 @@ def changes(found: Sequence[Compared]) -> Figure:
         f"{count[DIFFERS]} another, {count[UNDECIDED]} stay open",
     )
     return fig
+
+
+def _families(names: Sequence[str]) -> list[int]:
+    """The rows of variants at which another family begins, but for the first row."""
+    return [row for row in range(1, len(names)) if FAMILY.get(names[row]) != FAMILY.get(names[row - 1])]
 
 
 @styled
@@ -374,14 +379,12 @@ def waiting(records: Sequence[Record]) -> Figure:
         if name == BASE:
             ax.axvspan(min(idle), max(idle), color=ORDINARY, alpha=0.12, lw=0)
     names = list(named)
-    firsts = [row for row in range(1, len(names)) if FAMILY.get(names[row]) != FAMILY.get(names[row - 1])]
-    for row in firsts:
+    for row in _families(names):
         ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
         ax.text(
             1.01, row, FAMILY[names[row]], transform=ax.get_yaxis_transform(), va="center", fontsize=9, style="italic"
         )
-    titles = [name + (f" (against {OF[name]})" if OF.get(name, BASE) != BASE else "") for name in names]
-    ax.set_yticks(range(len(names)), titles, fontsize=9)
+    ax.set_yticks(range(len(names)), list(map(titled, names)), fontsize=9)
     ax.set(xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
     ax.set_xlabel(
         "attention to position 0 (%), in the head where idle queries give it most: of queries with nothing to copy\n"
