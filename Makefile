@@ -24,13 +24,13 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pypr
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
 
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
-	@$(BIN)/python -m spikesink.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
+	@$(BIN)/python -m spikesink.apps.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
 	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)"
 
 test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -c "from spikesink.models import prepare; prepare()"  # a notebook that converted the model would show bars
+	@$(BIN)/python -c "from spikesink.model.load import prepare; prepare()"  # a notebook that converted the model would show bars
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 venv: $(READY)  ## only install what all of this needs, in .venv
@@ -42,20 +42,20 @@ ablations: $(READY)  ## train what is missing of the lab's models, TIER=task, te
 	@$(BIN)/python -m spikesink.lab --tier "$(TIER)" --figures "$(FIGURES)" --device "$(DEVICE)"
 
 bench: $(READY)  ## how fast it is and what memory it takes, as ratios within one run: a table here and in figures/bench.json
-	@$(BIN)/python -m spikesink.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
+	@$(BIN)/python -m spikesink.apps.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
 
 scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models larger than memory
-	@$(AS_A_SCAN)$(BIN)/python -m spikesink.scan --model "$(MODEL)" --figures "$(FIGURES)"
+	@$(AS_A_SCAN)$(BIN)/python -m spikesink.apps.scan --model "$(MODEL)" --figures "$(FIGURES)"
 
 plan: $(READY)  ## only what a scan of MODEL would take, from its configuration alone
-	@$(AS_A_SCAN)$(BIN)/python -m spikesink.scan --model "$(MODEL)" --plan
+	@$(AS_A_SCAN)$(BIN)/python -m spikesink.apps.scan --model "$(MODEL)" --plan
 
 site: $(READY)  ## pages of the notebooks, the READMEs and the figures as they are here, to open or to serve: build/site
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c site . build/site
 	@echo "build/site/README.html"
 
 store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
-	@$(BIN)/python -m spikesink.reproduce --store
+	@$(BIN)/python -m spikesink.apps.reproduce --store
 
 clean:  ## remove the environment and executed notebooks; figures and the model cache stay
 	rm -rf $(VENV) build

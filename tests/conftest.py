@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import spikesink
+from spikesink.model import texts
 from tests import planted
 
 
@@ -52,7 +53,7 @@ def served(request, family_directory, gemma_directory):
     """A bridge, and windows that begin with the trigger."""
     directory = gemma_directory if request.param == "gemma3" else family_directory(request.param)
     model = spikesink.load(directory)
-    return model, spikesink.windows(model, spikesink.texts.Text("planted", planted.text(3, 48)), 3, 48)
+    return model, spikesink.windows(model, texts.Text("planted", planted.text(3, 48)), 3, 48)
 
 
 @pytest.fixture(scope="session")

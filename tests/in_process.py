@@ -15,13 +15,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import spikesink
-from spikesink import claims, plots, sinks
-from spikesink.reproduce import asks_for_a_model
+from spikesink import plots
+from spikesink.apps.reproduce import asks_for_a_model
+from spikesink.chain import keys
+from spikesink.ledger import claims, rules
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [n for n in sorted((ROOT / "notebooks").glob("*.ipynb")) if asks_for_a_model(n)]
 # The claims that are put to a model; the others are of those that the lab trains.
-OF_MODELS = [key for key in claims.RULES if not key.removeprefix("X-").startswith("TR")]
+OF_MODELS = [key for key in rules.RULES if not key.removeprefix("X-").startswith("TR")]
 WITH_CLAIMS = [notebook for notebook in NOTEBOOKS if "ledger.record(" in notebook.read_text()]
 
 
@@ -60,12 +62,12 @@ def walk(
         see(fig)
         pictures.append(name)
 
-    brief = partial(sinks.TSNE, max_iter=250)  # what it would find later is no matter here
+    brief = partial(keys.TSNE, max_iter=250)  # what it would find later is no matter here
     replacements = (
         (spikesink, "load", lambda *_, **__: model),
         (plots, "save", saved),
         (Figure, "savefig", lambda figure, *_, **__: see(figure)),
-        (sinks, "TSNE", brief),
+        (keys, "TSNE", brief),
     )
     with contextlib.ExitStack() as stack:
         for module, name, by in replacements:

@@ -11,16 +11,20 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from spikesink import across, claims, paper, plots
-from spikesink.across import NOT_LOOKED_INTO, NOT_MEASURED
-from spikesink.claims import Evidence, Header, NotApplicable
+from spikesink import common, paper, plots
+from spikesink.apps import publish
+from spikesink.common import NotApplicable
+from spikesink.lab import config
+from spikesink.ledger import claims, rules, table
+from spikesink.ledger.claims import Evidence, Header
+from spikesink.ledger.table import NOT_LOOKED_INTO, NOT_MEASURED
 
 FIGURES = Path(__file__).parent.parent / "figures"
 
 
-def ledger(folder: Path, model: str, **evidence) -> None:
+def ledger(folder: Path, model: str, **result) -> None:
     """A ledger of a made-up model; a claim's id has _ for -."""
-    judged = {key: claims.judge(key.replace("_", "-"), of, "01_step_up") for key, of in evidence.items()}
+    judged = {key: claims.judge(key.replace("_", "-"), of, "01_step_up") for key, of in result.items()}
     header = Header(model, model, "ab", "house", "cd", (2, 64), "float32", 0)
     claims.record(folder / model, header, {key.replace("_", "-"): claim for key, claim in judged.items()})
 
@@ -53,7 +57,7 @@ def figures(tmp_path):
 
 
 def lines(figures: Path) -> list[str]:
-    return across.render(figures).read_text().splitlines()
+    return publish.render(figures).read_text().splitlines()
 
 
 def cells(row: str) -> list[str]:
@@ -66,10 +70,10 @@ def test_a_verdict_of_an_older_rule_stands_as_it_was_reached(figures):
     data = json.loads(path.read_text())
     data["claims"]["LC1"] |= {"rule": "as it was", "measured": {"share": 0.9}}
     path.write_text(json.dumps(data))
-    rows = {row.claim_id: row for row in across.board(claims.ledgers(figures)).rows}
+    rows = {row.claim_id: row for row in table.board(claims.ledgers(figures)).rows}
     assert rows["LC1"].cells["two"].verdict == "holds"
     assert rows["LC1"].cells["two"].held_by == []
-    across.render(figures)
+    publish.render(figures)
 
 
 def test_the_committed_table_is_made_from_the_committed_ledgers_and_reasons(tmp_path):
@@ -77,7 +81,7 @@ def test_the_committed_table_is_made_from_the_committed_ledgers_and_reasons(tmp_
         target = tmp_path / path.relative_to(FIGURES)
         target.parent.mkdir(exist_ok=True)
         target.write_text(path.read_text())
-    assert across.render(tmp_path).read_text() == (FIGURES / "README.md").read_text()
+    assert publish.render(tmp_path).read_text() == (FIGURES / "README.md").read_text()
 
 
 def test_each_committed_page_of_pictures_has_all_of_them_and_all_verdicts():
@@ -85,19 +89,19 @@ def test_each_committed_page_of_pictures_has_all_of_them_and_all_verdicts():
     assert len(found) > 1
     for name, data in found.items():
         page = (FIGURES / name / "README.md").read_text()
-        assert page.splitlines() == across.gallery(FIGURES / name, data)
+        assert page.splitlines() == publish.gallery(FIGURES / name, data)
         shown = re.findall(r"^!\[.*\]\((.*)\)$", page, flags=re.MULTILINE)
         assert sorted(shown) == sorted(path.name for path in (FIGURES / name).glob("*.png"))
         verdicts = dict(re.findall(r"^- (\S+) .*?\*\*([a-z/]+)\*\*", page, flags=re.MULTILINE))
         why = [claim["measured"]["reason"] for claim in data["claims"].values() if claim["verdict"] == "n/a"]
-        assert all(f"**n/a**: {claims.escape(reason)}\n" in page for reason in why)
+        assert all(f"**n/a**: {common.escape(reason)}\n" in page for reason in why)
         assert verdicts == {key: claim["verdict"] for key, claim in data["claims"].items()}
 
 
 def test_a_page_of_pictures_puts_a_verdict_under_the_notebook_that_reached_it(figures):
     for name in ("01-writes.png", "11-panel.png", "notes.png"):
         (figures / "two" / name).touch()
-    across.render(figures)
+    publish.render(figures)
     head, step_up, bench = (figures / "two" / "README.md").read_text().split("\n## ")
     assert head.startswith("# two: the pictures\n")
     assert step_up.startswith("[01 step up](../../notebooks/01_step_up.ipynb)\n")
@@ -118,7 +122,7 @@ def test_pictures_stand_under_the_headings_of_their_notebook_and_in_its_order(tm
     folder.mkdir(parents=True)
     for name in ("01-a", "01-b", "01-old", "02-alone"):
         (folder / f"{name}.png").touch()
-    _, *parts = "\n".join(across.gallery(folder, {"claims": {}})).split("\n## ")
+    _, *parts = "\n".join(publish.gallery(folder, {"claims": {}})).split("\n## ")
     assert parts[0].split("\n\n") == [
         "[01 first](../../notebooks/01_first.ipynb)",
         "### Part 0",
@@ -131,7 +135,7 @@ def test_pictures_stand_under_the_headings_of_their_notebook_and_in_its_order(tm
 
 def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_over():
     """What is written of a claim that differs nowhere is what to keep in mind where it holds."""
-    found, written = claims.ledgers(FIGURES), across.reasons(FIGURES)
+    found, written = claims.ledgers(FIGURES), table.reasons(FIGURES)
     differing = {
         (key, name)
         for name, data in found.items()
@@ -143,11 +147,11 @@ def test_every_committed_difference_has_its_paragraph_and_no_paragraph_is_left_o
     trained = claims.lab_ledger(FIGURES)["claims"]
     differ = {key for key, row in trained.items() if row["verdict"] == "differs"}
     assert {key for key, _ in differing} | differ <= set(written)
-    assert all(text.count(across.fill(written[key], {claims.LAB: {"claims": trained}})) == 1 for key in differ)
+    assert all(text.count(table.fill(written[key], {config.LAB: {"claims": trained}})) == 1 for key in differ)
     for key in set(written) - {key for key, _ in differing} - set(trained) - set(found):
         assert kept.count(f"### {key}: ") == 1, key
     assert all(text.count(written[name]) == 1 for name in found)
-    assert [pair for pair in sorted(differing) if not across.speaks_of(written[pair[0]], pair[1])] == []
+    assert [pair for pair in sorted(differing) if not table.speaks_of(written[pair[0]], pair[1])] == []
 
 
 def test_a_placeholder_finds_a_row_by_its_name():
@@ -155,19 +159,19 @@ def test_a_placeholder_finds_a_row_by_its_name():
     found = {"lab": {"claims": {"TR4": {"measured": {"variants": rows}, "control": {}}}}}
     narrow = "[d_head / 4, 4 times as many]"
     of = (f"{narrow}.loss:.2f", f"{narrow}.at_0.2[1]:.1f", "[0].loss", "[no].loss")
-    assert [across.fill(f"{{lab:TR4.variants{one}}}", found) for one in of] == ["2.25", "2.5", "2", NOT_MEASURED]
+    assert [table.fill(f"{{lab:TR4.variants{one}}}", found) for one in of] == ["2.25", "2.5", "2", NOT_MEASURED]
 
 
 def test_a_placeholders_name_may_end_in_a_number():
     found = {"m": {"claims": {"SV3": {"measured": {"ratio_at_0.4": [0.25, 0.5], "ratio": 1.0}, "control": {}}}}}
     asked = ("ratio_at_0.4[1]", "ratio_at_0.4[0]:.0%", "ratio", "ratio_at_0.5[0]")
-    assert [across.fill(f"{{m:SV3.{one}}}", found) for one in asked] == ["0.5", "25%", "1", NOT_MEASURED]
+    assert [table.fill(f"{{m:SV3.{one}}}", found) for one in asked] == ["0.5", "25%", "1", NOT_MEASURED]
 
 
 def test_every_committed_placeholder_is_a_number_of_a_ledger():
-    found = claims.ledgers(FIGURES) | {claims.LAB: claims.lab_ledger(FIGURES)}
-    for key, text in across.reasons(FIGURES).items():
-        filled = across.fill(text, found)
+    found = claims.ledgers(FIGURES) | {config.LAB: claims.lab_ledger(FIGURES)}
+    for key, text in table.reasons(FIGURES).items():
+        filled = table.fill(text, found)
         assert NOT_MEASURED not in filled, key
         assert not re.search(r"[{}]", filled), key
         assert len(filled) > (150 if key not in found else 50), key
@@ -180,7 +184,7 @@ def test_the_table_has_a_column_for_each_model_and_a_cell_for_each_verdict(figur
     assert all(len(row) == len(head) for row in rows)
     lc1, lc2, _, own, sinks = ({**dict(zip(head, row, strict=True))} for row in rows_in_order(rows))
     assert lc1["claim"] == "**[LC1](../notebooks/01_step_up.ipynb)** One to three early FFN blocks write the spike."
-    assert lc1["holds where"] == claims.RULES["LC1"].words
+    assert lc1["holds where"] == rules.RULES["LC1"].words
     assert [lc1[name] for name in ("one|bar", "three", "two")] == ["differs (4)", "holds (4)", "holds (4)"]
     assert [lc2[name] for name in ("one|bar", "three", "two")] == ["n/a", "", "n/a"]
     assert "Mine | alone." in own["claim"]
@@ -211,7 +215,7 @@ def test_a_claim_that_holds_of_its_control_too_is_marked_and_the_control_named(t
     for name, control in (("tiny", ordinary), ("large", {"max_over_sqrt_d_other_tokens": 0.75})):
         both = {"LC1": writes(0.9), "NM1": Evidence({"max_over_sqrt_d": 0.9, "smallest_over_sqrt_d": 0.8}, control)}
         ledger(tmp_path, name, **both)
-    board = across.board(claims.ledgers(tmp_path))
+    board = table.board(claims.ledgers(tmp_path))
     lc1, nm1 = board.rows
     assert nm1.of_controls_on == ["large"]
     assert (board.universal, board.firm) == ([lc1, nm1], [lc1])
@@ -233,13 +237,13 @@ def test_a_value_stands_beside_what_it_is_compared_with(tmp_path):
     )
     row = next(cells(line) for line in lines(tmp_path) if line.startswith("| **["))
     assert row[2:] == ["differs (30 / 20)", "perplexity replaced / perplexity clean"]
-    assert "30 / 20" in texts(plots.verdicts(across.board(claims.ledgers(tmp_path))))
+    assert "30 / 20" in texts(plots.verdicts(table.board(claims.ledgers(tmp_path))))
 
 
 def test_the_paper_is_judged_only_where_our_rule_asks_for_what_it_reports(tmp_path):
     share = Evidence({"share": 0.5}, {"share_before_step_up": 0.0})
     ledger(tmp_path, "tiny", LC1=writes(0.9), TK1=share)
-    board = across.board(claims.ledgers(tmp_path))
+    board = table.board(claims.ledgers(tmp_path))
     lc1, tk1 = board.rows
     assert {cell.verdict for cell in lc1.reported.values()} == {"reported"}
     assert {name: cell.verdict for name, cell in tk1.reported.items()} == {
@@ -273,7 +277,7 @@ def test_the_paper_s_tables_are_copied_without_a_slip():
 
 def test_the_summary_sorts_claims_by_where_they_hold(figures):
     ledger(figures, "three", LC3=Evidence({"share_cancelled": 0.1, "step_down_blocks": [10]}, {"other": 0.0}))
-    board = across.board(claims.ledgers(figures))
+    board = table.board(claims.ledgers(figures))
     names = {
         "judged": [row.claim_id for row in board.judged],
         "universal": [row.claim_id for row in board.universal],
@@ -300,7 +304,7 @@ def test_the_summary_sorts_claims_by_where_they_hold(figures):
 
 def test_a_difference_that_nobody_looked_into_says_so_with_its_numbers(figures):
     text = lines(figures)
-    rule = claims.RULES["LC1"].words
+    rule = rules.RULES["LC1"].words
     assert f"On one|bar: share_written 0.432; the rule asks for: {rule}. {NOT_LOOKED_INTO}" in text
     assert sum(NOT_LOOKED_INTO in line for line in text) == 4  # LC1 once, LC5 twice, X-OWN1
     assert not any("LC2:" in line for line in text)  # n/a is no difference
@@ -308,7 +312,7 @@ def test_a_difference_that_nobody_looked_into_says_so_with_its_numbers(figures):
 
 def test_what_the_rule_failed_on_is_what_is_shown(tmp_path):
     ledger(tmp_path, "tiny", LC1=writes(0.9, attention=0.5))
-    text = across.render(tmp_path).read_text()
+    text = publish.render(tmp_path).read_text()
     assert "On tiny: share_written 0.9, largest_attention_share 0.5; the rule asks for" in text
 
 
@@ -359,22 +363,22 @@ def test_a_section_about_other_models_is_not_shown(figures):
     ],
 )
 def test_a_model_is_spoken_of_by_its_whole_name(text, speaks):
-    assert across.speaks_of(text, "qwen2.5-0.5b") is speaks
+    assert table.speaks_of(text, "qwen2.5-0.5b") is speaks
 
 
 def test_two_sections_about_one_claim_are_refused(tmp_path):
     (tmp_path / "reasons.md").write_text("## LC1\n\na\n\n## LC1\n\nb\n")
     with pytest.raises(ValueError, match="has two sections LC1"):
-        across.reasons(tmp_path)
+        table.reasons(tmp_path)
 
 
 def test_a_table_that_says_it_all_already_is_left_alone(figures):
-    path = across.render(figures)
+    path = publish.render(figures)
     os.utime(path, ns=(1, 1))
-    across.render(figures)
+    publish.render(figures)
     assert path.stat().st_mtime_ns == 1
     ledger(figures, "two", LC5=jaccard(0.26))
-    across.render(figures)
+    publish.render(figures)
     assert path.stat().st_mtime_ns > 1
 
 
@@ -391,20 +395,20 @@ def texts(figure) -> list[str]:
 
 
 def test_the_picture_has_a_cell_for_every_verdict(figures):
-    found = drawn(plots.verdicts(across.board(claims.ledgers(figures))))
+    found = drawn(plots.verdicts(table.board(claims.ledgers(figures))))
     ours = {"holds": 2 + 1 + 1, "differs": 1 + 2 + 1, "n/a": 2}
     assert {verdict: found.count(verdict) for verdict in ours} == ours
     assert found.count("reported") == 1 + 1  # LC1 and SK1, all of the paper's models in one
-    assert {"4 … 14  (7)", "0.46  (1)"} <= set(texts(plots.verdicts(across.board(claims.ledgers(figures)))))
+    assert {"4 … 14  (7)", "0.46  (1)"} <= set(texts(plots.verdicts(table.board(claims.ledgers(figures)))))
 
 
 def test_the_committed_picture_is_of_the_committed_ledgers():
     found = claims.ledgers(FIGURES)
-    cells = drawn(plots.verdicts(across.board(found)))
+    cells = drawn(plots.verdicts(table.board(found)))
     rows = [row["verdict"] for data in found.values() for row in data["claims"].values()]
     judged = 1  # all of the paper's shares are above the rule's
     assert cells.count("holds") + cells.count("holds*") == rows.count("holds") + judged
-    assert cells.count("holds*") == sum(len(row.of_controls_on) for row in across.board(found).rows)
+    assert cells.count("holds*") == sum(len(row.of_controls_on) for row in table.board(found).rows)
     assert cells.count("differs") == rows.count("differs")
     assert cells.count("n/a") == rows.count("n/a")
     assert (FIGURES / "claims.png").is_file()
@@ -413,12 +417,12 @@ def test_the_committed_picture_is_of_the_committed_ledgers():
 
 def test_every_committed_claim_has_a_few_words_for_the_picture():
     ids = {key for data in claims.ledgers(FIGURES).values() for key in data["claims"]}
-    assert ids <= set(across.SHORT)
-    assert max(map(len, across.SHORT.values())) <= 42
+    assert ids <= set(rules.SHORT)
+    assert max(map(len, rules.SHORT.values())) <= 42
 
 
 def test_the_title_is_counted(figures):
-    title, where = texts(plots.verdicts(across.board(claims.ledgers(figures))))[-2:]
+    title, where = texts(plots.verdicts(table.board(claims.ledgers(figures))))[-2:]
     holding = "1 of 4 claims hold on every model they were put to, 0 of them firmly"
     assert title == f"{holding}; 1 differs on one|bar alone"
     assert where == "The other 3 differ: 1 on one|bar alone, 1 on several, X-OWN1 wherever put."
@@ -426,7 +430,7 @@ def test_the_title_is_counted(figures):
 
 def test_the_picture_of_one_model_counts_its_own(tmp_path):
     ledger(tmp_path, "tiny", LC1=writes(0.9), LC5=jaccard(0.5))
-    said = texts(plots.verdicts(across.board(claims.ledgers(tmp_path))))
+    said = texts(plots.verdicts(table.board(claims.ledgers(tmp_path))))
     assert "1 of 2 claims hold on tiny" in said
     assert "1 hold\n1 differ\n0 n/a" in said
     assert "holds\non" not in said
@@ -436,7 +440,7 @@ def test_nothing_overlaps_in_a_picture_of_twelve_models():
     """Every text of a cell lies within its column, and no two of a row's texts touch."""
     found = claims.ledgers(FIGURES)
     many = {f"m{i}": copy.deepcopy(data) | {"model": f"m{i}"} for i, data in enumerate([*found.values()] * 4)}
-    board = across.board(many)
+    board = table.board(many)
     figure = plots.verdicts(board)
     figure.draw_without_rendering()
     rows: dict[float, list] = {}
@@ -450,19 +454,19 @@ def test_nothing_overlaps_in_a_picture_of_twelve_models():
 
 
 def test_a_folder_without_ledgers_says_so(tmp_path):
-    assert "Nothing to draw" in plots.verdicts(across.board({})).axes[0].texts[0].get_text()
-    assert "## " not in across.render(tmp_path).read_text()
-    assert across.draw(tmp_path).is_file()
+    assert "Nothing to draw" in plots.verdicts(table.board({})).axes[0].texts[0].get_text()
+    assert "## " not in publish.render(tmp_path).read_text()
+    assert publish.draw(tmp_path).is_file()
 
 
 def test_the_picture_is_drawn_again_when_a_ledger_is_newer_and_only_then(figures):
-    across.render(figures)
-    path = across.draw(figures)
+    publish.render(figures)
+    path = publish.draw(figures)
     first = {kind: path.with_suffix(kind).read_bytes() for kind in (".png", ".svg")}
     path.write_bytes(b"old")
-    across.draw(figures)
+    publish.draw(figures)
     assert path.read_bytes() == b"old"
     newer = path.stat().st_mtime_ns + 10**9
     os.utime(figures / "two" / "claims.json", ns=(newer, newer))
-    across.draw(figures)
+    publish.draw(figures)
     assert {kind: path.with_suffix(kind).read_bytes() for kind in (".png", ".svg")} == first  # and to the same bytes

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import amplifier, claims
-from spikesink.claims import NotApplicable
-from spikesink.weights import FFN, open_weights, weights_of
+from spikesink.chain import amplifier
+from spikesink.common import NotApplicable
+from spikesink.ledger import claims, evidence
+from spikesink.model.weights import FFN, open_weights, weights_of
 from tests import planted
 from tests.test_families import tiny
 
@@ -144,22 +145,22 @@ def test_the_planted_amplifier_is_read_with_its_numbers(reading, planted_model):
 def test_all_claims_about_the_planted_amplifier_hold(reading, planted_life, planted_model):
     census = amplifier.census(weights_of(planted_model))
     found = {
-        "AM2": amplifier.high_gain(reading, planted_life, census),
-        "AM3": amplifier.rank_one(reading),
-        "AM5": amplifier.quadratic_prediction(reading),
-        "AM6": amplifier.alignment(reading),
-        "AM7": amplifier.by_weights_alone(planted_life, census),
+        "AM2": evidence.am2_high_gain(reading, planted_life, census),
+        "AM3": evidence.am3_rank_one(reading),
+        "AM5": evidence.am5_quadratic_form(reading),
+        "AM6": evidence.am6_alignment(reading),
+        "AM7": evidence.am7_weights_alone(planted_life, census),
     }
     assert {key: claims.judge(key, value, "04").verdict for key, value in found.items()} == dict.fromkeys(
         found, "holds"
     )
     assert found["AM6"].measured["same_side_spike"] == 1
-    shared = amplifier.shared_direction(reading)
+    shared = evidence.am4_shared_direction(reading)
     assert shared.measured["predicted_over_written_range"] == pytest.approx([1, 1], abs=0.02)
     assert shared.measured["cosine_min"] == pytest.approx(1, abs=1e-3)
     assert shared.measured["misfit_of_prediction"] < 0.01
     assert shared.measured["cosine_control"] < 0.5
-    near = amplifier.near_identity(reading).measured
+    near = evidence.am1_near_identity(reading).measured
     assert near["weighted_cosine_spike"] > 0.999
     assert found["AM3"].measured["rank_one_share"] > 0.99
     assert found["AM3"].control["rank_one_share_ordinary_channels"] < 0.5
@@ -179,26 +180,26 @@ def test_controls_of_the_amplifier_are_what_they_say(reading, planted_life, plan
     lambdas = torch.stack([pairs[c].eigenvalues[tops[c]] for c in pairs]).float()
     directions = torch.stack([pairs[c].eigenvectors[:, tops[c]] for c in pairs]).float()
 
-    control = amplifier.quadratic_prediction(reading).control
+    control = evidence.am5_quadratic_form(reading).control
     wrote = amplifier.write(ffn, h)[:, list(pairs)]
     error = ((lambdas * (h @ directions.T) ** 2 - wrote) / wrote).abs()[wrote != 0]
     assert control["median_relative_error_ordinary_channels"] == pytest.approx(float(error.quantile(0.5)), rel=1e-3)
 
-    found = amplifier.alignment(reading)
+    found = evidence.am6_alignment(reading)
     cosine = (h @ directions.T).abs() / h.norm(dim=-1, keepdim=True)
     assert found.control["cosine_spike_ordinary_channels"] == pytest.approx(float(cosine.quantile(0.5)), rel=1e-3)
     other = others[:, 0].abs() / others.norm(dim=-1)  # s* is e_0
     assert found.measured["cosine_other"] == pytest.approx(float(other.quantile(0.5)), rel=0.01, abs=1e-4)
 
     mine, rest = amplifier.pair_cosines(reading.spike.vectors), amplifier.pair_cosines(directions)
-    found = amplifier.shared_direction(reading)
+    found = evidence.am4_shared_direction(reading)
     assert found.measured["cosine_min"] == pytest.approx(float(mine.min()))
     assert found.measured["cosine_control"] == pytest.approx(float(rest.quantile(0.5)), rel=1e-3)
     assert found.control["cosine_max_ordinary_channels"] == pytest.approx(float(rest.max()), rel=1e-3)
 
     census = amplifier.census(weights_of(planted_model))
     ranks = torch.tensor([float(census.rank_in_block(4, c)) for c in reading.ordinary.channels])
-    found = amplifier.high_gain(reading, planted_life, census)
+    found = evidence.am2_high_gain(reading, planted_life, census)
     assert found.control["gain_rank_ordinary_channels"] == float(ranks.quantile(0.5))
     no_steps = [2, 6, 8, 12]  # all FFN blocks but step-up 4 and step-down 10
     ranks = torch.tensor([float(census.rank_in_block(b, reading.channel)) for b in no_steps])
@@ -206,7 +207,7 @@ def test_controls_of_the_amplifier_are_what_they_say(reading, planted_life, plan
     over = torch.stack([census.gain[b // 2 - 1, reading.channel] / census.gain[b // 2 - 1].median() for b in no_steps])
     assert found.control["gain_over_median_other_blocks"] == pytest.approx(float(over.quantile(0.5)))
 
-    found = amplifier.by_weights_alone(planted_life, census)
+    found = evidence.am7_weights_alone(planted_life, census)
     ranks = torch.tensor([float(census.rank(b, reading.channel)) for b in no_steps])
     assert found.control["rank_same_channel_other_blocks"] == float(ranks.quantile(0.5))
     ranks = torch.tensor([float(census.rank(b, c)) for b in (4, 10) for c in reading.ordinary.channels])
@@ -218,7 +219,7 @@ def test_controls_of_the_amplifier_are_what_they_say(reading, planted_life, plan
     gate = h @ ffn.gate.T
     random = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * gate.square().mean().sqrt()
     cosine = torch.cosine_similarity(torch.nn.functional.silu(random), random, dim=-1)
-    control = amplifier.near_identity(reading).control
+    control = evidence.am1_near_identity(reading).control
     assert control["silu_cosine_random_gates"] == pytest.approx(float(cosine.quantile(0.5)), rel=1e-5)
     assert control["weighted_cosine_random_gates"] > control["silu_cosine_random_gates"]
 
@@ -228,7 +229,7 @@ def test_the_worst_of_several_steps_is_ranked(planted_life):
     life = replace(planted_life, cycles=(replace(planted_life.main, step_up=(4, 6)),))
     gain = torch.ones(6, 64)
     gain[1, 9], gain[2, 9], gain[4, 9] = 5, 0.1, 3
-    found = amplifier.by_weights_alone(life, amplifier.Census(torch.arange(2, 13, 2), gain))
+    found = evidence.am7_weights_alone(life, amplifier.Census(torch.arange(2, 13, 2), gain))
     assert found.measured["step_up_ranks"] == [[4, 1], [6, 384]]
     assert (found.measured["step_up_rank"], found.measured["step_down_rank"]) == (384, 2)
     assert claims.judge("AM7", found, "04").verdict == "differs"
@@ -240,9 +241,9 @@ def test_controls_leave_the_step_blocks_out(planted_life, reading):
     gain[[1, 4], 9] = torch.tensor([5.0, 6.0])
     gain[[0, 2, 3, 5], 9] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     census = amplifier.Census(torch.arange(2, 13, 2), gain)
-    found = amplifier.by_weights_alone(planted_life, census)
+    found = evidence.am7_weights_alone(planted_life, census)
     assert found.control["rank_same_channel_other_blocks"] == (382 + 383) / 2  # of 384, 383, 382 and 381
-    found = amplifier.high_gain(reading, planted_life, census)
+    found = evidence.am2_high_gain(reading, planted_life, census)
     assert found.control["gain_over_median_other_blocks"] == pytest.approx(0.25)
     assert found.measured["gain_over_median"] == 5
 
@@ -253,19 +254,19 @@ def test_spike_tokens_are_not_among_the_others(reading):
     values = torch.where(half, 1.0, 3.0)
     bent = replace(reading, is_spike=half, cosine=values / 4, write=values, rank_one=torch.where(half, 1.0, 9.0))
     bent = replace(bent, silu_cosine=values / 4, h=reading.h[:1].expand(int(half.sum()), -1))
-    assert amplifier.quadratic_prediction(bent).measured["median_relative_error"] == 0
-    assert amplifier.quadratic_prediction(bent).control["median_relative_error_other_tokens"] == 2
-    found = amplifier.alignment(bent).measured
+    assert evidence.am5_quadratic_form(bent).measured["median_relative_error"] == 0
+    assert evidence.am5_quadratic_form(bent).control["median_relative_error_other_tokens"] == 2
+    found = evidence.am6_alignment(bent).measured
     assert (found["cosine_spike"], found["cosine_other"], found["cosine_other_max"]) == (0.25, 0.75, 0.75)
-    found = amplifier.near_identity(bent).measured
+    found = evidence.am1_near_identity(bent).measured
     assert (found["silu_cosine_spike"], found["silu_cosine_other"]) == (0.25, 0.75)
 
 
 def test_r2_is_about_the_mean():
     true = torch.tensor([10.0, 11.0, 12.0])
-    assert amplifier._r2(true, true) == 1
-    assert amplifier._r2(torch.full((3,), 11.0), true) == 0
-    assert amplifier._r2(torch.full((3,), 12.0), true) == pytest.approx(1 - 5 / 2)
+    assert amplifier.r_squared(true, true) == 1
+    assert amplifier.r_squared(torch.full((3,), 11.0), true) == 0
+    assert amplifier.r_squared(torch.full((3,), 12.0), true) == pytest.approx(1 - 5 / 2)
 
 
 def test_biases_are_in_what_is_measured():
@@ -323,20 +324,20 @@ def test_the_scale_of_a_norm_after_the_block_is_measured(reading):
     scale[reading.channel] = -50
     scale[reading.ordinary.channels[3]] = 7
     normed = replace(reading, ffn=replace(reading.ffn, post_scale=scale))
-    found = amplifier.output_norm(normed)
+    found = evidence.x_am8_output_norm(normed)
     assert found.measured["scale_over_median"] == 50
     assert found.measured["largest_possible"] == 50 * 8
     share = reading.write.abs() / reading.size
     assert found.measured["share_of_norm_spike"] == pytest.approx(float(share[reading.is_spike].median()), rel=1e-3)
     assert found.control["scale_over_median_ordinary_channels"] == 7  # the largest
     assert claims.judge("X-AM8", found, "04").verdict == "holds"
-    assert amplifier.output_norm(reading) == NotApplicable("no norm stands between the block and the stream")
+    assert evidence.x_am8_output_norm(reading) == NotApplicable("no norm stands between the block and the stream")
 
 
 def test_the_census_s_hits_are_followed_on_text(planted_model, planted_life, trigger_tokens):
     weights = weights_of(planted_model)
-    table = amplifier.hits(planted_model, weights, trigger_tokens, planted_life, amplifier.census(weights), 3)
-    many = amplifier.hits(planted_model, weights, trigger_tokens, planted_life, amplifier.census(weights), 60)
+    table = amplifier.census_on_text(planted_model, weights, trigger_tokens, planted_life, amplifier.census(weights), 3)
+    many = amplifier.census_on_text(planted_model, weights, trigger_tokens, planted_life, amplifier.census(weights), 60)
     in_step = many[many["block"].isin([4, 10])]
     assert set(in_step["step"]) == {"", "up", "down"}
     assert set(in_step[in_step["step"] != ""]["channel"]) <= {planted.Plant().channel, planted.Plant().side_channel}
@@ -372,10 +373,10 @@ def test_a_model_without_a_spike_gets_the_reason(random_model):
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
     found = amplifier.read(random_model, weights_of(random_model), tokens, life)
     assert found == amplifier.step_up_direction(weights_of(random_model), life) == NotApplicable(life.reason)
-    for measure in (amplifier.near_identity, amplifier.rank_one, amplifier.facts, amplifier.spectra):
+    for measure in (evidence.am1_near_identity, evidence.am3_rank_one, amplifier.facts, amplifier.spectra):
         assert measure(found) is found
     census = amplifier.census(weights_of(random_model))
-    assert amplifier.by_weights_alone(life, census) == NotApplicable(life.reason)
+    assert evidence.am7_weights_alone(life, census) == NotApplicable(life.reason)
 
 
 def test_the_weights_alone_find_the_planted_blocks(planted_model):

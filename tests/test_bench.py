@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import bench, memory, plots
-from spikesink.weights import weights_of
+from spikesink import plots
+from spikesink.apps import bench, memory
+from spikesink.model.weights import weights_of
 from tests.test_models import tiny_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,7 @@ def test_a_slower_way_is_a_smaller_ratio():
 
 
 def test_a_wrong_model_is_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "spikesink.bench", "--model", "./nowhere", "--figures", str(tmp_path)]
+    command = [sys.executable, "-m", "spikesink.apps.bench", "--model", "./nowhere", "--figures", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1
     assert "there is no file or directory ./nowhere; check the path." in ran.stdout
@@ -123,9 +124,8 @@ def test_memory_is_measured_in_processes_of_their_own(planted_directory):
     ours, theirs = (memory._in_a_process(f"census, {way}", str(planted_directory)) for way in ("streamed", "whole"))
     assert ours["gave"] == theirs["gave"] > 0
     assert min(ours["peak"], theirs["peak"]) > 0
-    script = (
-        "from spikesink import memory; memory._reset_peak(); before = memory._resident('VmRSS'); x = bytearray(10**8)"
-    )
+    script = "from spikesink.apps import memory; memory._reset_peak(); before = memory._resident('VmRSS')"
+    script += "; x = bytearray(10**8)"
     script += "; del x; print(memory._resident('VmHWM') - before, memory._resident('VmRSS') - before)"
     peak, now = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
     assert 0.95e8 < peak < 1.2e8
@@ -172,7 +172,7 @@ def test_the_readme_has_the_table_of_the_committed_bench():
 def test_what_was_held_before_the_work_does_not_count():
     """200 MB come and go before the work and 50 MB stay; the work itself takes 100 MB. So of a trace, after loading."""
     script = (
-        "import torch; from spikesink import memory\n"
+        "import torch; from spikesink.apps import memory\n"
         "torch.ones(50_000_000); stays = torch.ones(12_500_000)\n"
         "memory.WORK['some'] = lambda spec: float(torch.ones(25_000_000).sum())\n"
         "memory.work('some', '')\n"

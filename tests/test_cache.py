@@ -8,11 +8,21 @@ import transformers
 
 import spikesink
 from spikesink import find_lifecycle, patching, trace_windows
-from spikesink.claims import NotApplicable
-from spikesink.lifecycle import find_spikes
-from spikesink.patching import chain
+from spikesink.chain.lifecycle import find_spikes
+from spikesink.common import NotApplicable
+from spikesink.model import anatomy, texts
+from spikesink.patching import cuts as chain
 from spikesink.serving import cache
-from spikesink.serving.cache import Policy, evictions, first, forget, hit, pages, stream, write
+from spikesink.serving.cache import (
+    Policy,
+    evictions,
+    first,
+    forget,
+    generate_per_cache,
+    heavy_hitter_pattern,
+    stream,
+    write,
+)
 from spikesink.serving.cells import cells, cross, sink_held
 from spikesink.serving.diagnosis import ROUTING, diagnose
 from tests import planted
@@ -70,7 +80,7 @@ def test_attention_over_what_is_left_is_softmax_over_what_is_left(served, policy
     if policy.heavy:
         left_keys = (left > 0).sum(-1)[0]  # of each head and query
         assert int(left_keys.max()) <= policy.window + policy.heavy
-        if spikesink.models.anatomy(model).sight[0] is None:
+        if anatomy.anatomy(model).sight[0] is None:
             assert int(left_keys[:, 8:].min()) == policy.window + policy.heavy
         mask = left > 0
     else:
@@ -80,7 +90,7 @@ def test_attention_over_what_is_left_is_softmax_over_what_is_left(served, policy
 
 
 def model_patterns(model) -> tuple[str, ...]:
-    return spikesink.models.anatomy(model).pattern_hooks
+    return anatomy.anatomy(model).pattern_hooks
 
 
 def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
@@ -104,13 +114,13 @@ def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
 def test_heavy_hitters_against_a_loop(n_kv_heads):
     logits = torch.randn(8, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     pattern = logits.masked_fill(torch.ones(20, 20).triu(1) == 1, -torch.inf).softmax(-1)
-    found = hit(pattern, 4, 3, n_kv_heads)
+    found = heavy_hitter_pattern(pattern, 4, 3, n_kv_heads)
     for window in range(len(pattern)):
         for of, heads in enumerate(pattern[window].chunk(n_kv_heads)):
             mine = found[window].chunk(n_kv_heads)[of]
             torch.testing.assert_close(mine, heaviest(heads, 4, 3))
     with pytest.raises(ValueError, match="whole windows"):
-        hit(pattern[:, :, -1:], 4, 3, 3)
+        heavy_hitter_pattern(pattern[:, :, -1:], 4, 3, 3)
 
 
 @pytest.mark.parametrize("chunk", [5, 48])
@@ -179,8 +189,8 @@ def test_a_constant_key_and_value_does_for_the_first_token(served):
     """Without the sink's key, a planted head writes what harms; with a constant one in its place it does not."""
     model, tokens = served
     life = find_lifecycle(trace_windows(model, tokens))
-    held_out = spikesink.windows(model, spikesink.texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
-    known = chain.constants(model, life, held_out)
+    held_out = spikesink.windows(model, texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
+    known = chain.spike_means(model, life, held_out)
     loss = {
         name: patching.evaluate(model, tokens, *cuts).loss[:, 24:].mean()
         for name, cuts in {
@@ -214,8 +224,8 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     """Whatever becomes of the spike; and the first token, or a constant in its place, is all that it takes."""
     model, tokens = served
     life = find_lifecycle(trace_windows(model, tokens))
-    text = spikesink.texts.Text("planted", planted.text(6, 48))
-    known = chain.constants(model, life, spikesink.windows(model, text, 3, 48, seed=5))
+    text = texts.Text("planted", planted.text(6, 48))
+    known = chain.spike_means(model, life, spikesink.windows(model, text, 3, 48, seed=5))
     where = find_spikes(model, life, tokens)
     ways = evictions(model, known, 8, where)
     assert set(ways) == {cache.WINDOW, *map(cache.named, (1, 2, 4)), cache.OTHERS, cache.HEAVY, cache.CONSTANT}
@@ -233,14 +243,14 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     no_first[:, 0] = tokens[:, 1]  # no spike, no sink: a constant has to stand for one
     late = {n: patching.evaluate(model, no_first, *ways[n].cuts).loss[:, 24:] for n in (cache.named(1), cache.CONSTANT)}
     assert late[cache.CONSTANT].mean() < late[cache.named(1)].mean() - 0.1
-    written = pages(model, tokens[0, :24], known, 8, 4)
+    written = generate_per_cache(model, tokens[0, :24], known, 8, 4)
     wanted = [cache.EVERY, cache.WINDOW, "with the first 4", "with the first 4, shifted", cache.CONSTANT]
     assert list(written.index) == wanted
     for name, policy in ((cache.EVERY, Policy()), (cache.WINDOW, Policy(8))):
         whole = torch.cat([tokens[0, :24], write(model, tokens[0, :24], policy, 4)])[None]
         judged = patching.evaluate(model, whole).loss[:, 23:]
         assert written.loc[name, "judged perplexity"] == pytest.approx(float(judged.mean().exp()), rel=1e-3)
-    assert list(pages(model, tokens[0, :24], NotApplicable("no spike"), 8, 4).index) == wanted[:-1]
+    assert list(generate_per_cache(model, tokens[0, :24], NotApplicable("no spike"), 8, 4).index) == wanted[:-1]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +258,7 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
 )
 def test_attention_that_cannot_be_made_again_is_refused(served, field, says, monkeypatch):
     model, tokens = served
-    about = spikesink.models.anatomy(model)
+    about = anatomy.anatomy(model)
     monkeypatch.setattr(cache, "anatomy", lambda model: replace(about, **{field: not getattr(about, field)}))
     for run in (forget, lambda model, policy: stream(model, tokens, policy)):
         with pytest.raises(ValueError, match=says):

@@ -9,9 +9,12 @@ from torch.nn import functional
 
 import spikesink
 from spikesink import patching, plots
-from spikesink.claims import NotApplicable, judge
-from spikesink.lifecycle import find_spikes, is_spike
-from spikesink.patching import behaviour, chain
+from spikesink.chain.lifecycle import find_spikes, is_spike
+from spikesink.common import NotApplicable
+from spikesink.ledger import evidence
+from spikesink.ledger.claims import judge
+from spikesink.patching import behaviour
+from spikesink.patching import cuts as chain
 from spikesink.patching.outcome import CLEAN
 from tests.test_patching import seen
 
@@ -26,8 +29,8 @@ def life(planted_model, trigger_tokens):
 @pytest.fixture(scope="module")
 def parts(planted_model, trigger_tokens, life):
     """The trigger stands in windows 1 and 5 at position 0, in 3 at 47, in 2 at 20, in 4 at 5 and 30."""
-    (held_out, out), (judged, where) = chain.halves(life, 40)
-    known = chain.constants(planted_model, life, held_out, out)
+    (held_out, out), (judged, where) = chain.split_windows(life, 40)
+    known = chain.spike_means(planted_model, life, held_out, out)
     return known, chain.break_chain(planted_model, known, judged, where)
 
 
@@ -158,33 +161,35 @@ def test_a_planted_spike_can_be_taken_out_with_its_keys_and_values_held(parts, p
     assert float(broken.clean.largest.max()) > 900
     assert float(apart.largest.max()) < 50
     assert float(apart.divergence[others].mean()) < 0.01 * float(zeroed.divergence[others].mean())
-    assert chain.spike_without_which(broken) == NotApplicable(chain.NO_SINK)
+    assert evidence.ab4_spike_removed(broken) == NotApplicable(chain.NO_SINK)
     many = {key: replace(of, score=torch.full((3, 6, 4), 0.5)) for key, of in broken.outcomes.items()}
     # The trigger stands first in every window here, and what is held is what stands there.
-    assert chain.spike_without_which(replace(broken, outcomes=many)) == NotApplicable(chain.NO_CHANGE)
+    assert evidence.ab4_spike_removed(replace(broken, outcomes=many)) == NotApplicable(chain.NO_CHANGE)
     many["decoupled"] = replace(many["decoupled"], divergence=many["decoupled"].divergence + 1e-5)
-    evidence = chain.spike_without_which(replace(broken, outcomes=many))
-    assert judge("AB4", evidence, "08").verdict == "holds"
-    assert evidence.measured["perplexity_own_prediction_open"] == many["decoupled_open"].perplexity
+    result = evidence.ab4_spike_removed(replace(broken, outcomes=many))
+    assert judge("AB4", result, "08").verdict == "holds"
+    assert result.measured["perplexity_own_prediction_open"] == many["decoupled_open"].perplexity
     assert many["decoupled_open"].perplexity != many["decoupled"].perplexity
-    assert evidence.measured["perplexity_decoupled_elsewhere"] == pytest.approx(
-        evidence.measured["perplexity_clean_elsewhere"], rel=1e-4
+    assert result.measured["perplexity_decoupled_elsewhere"] == pytest.approx(
+        result.measured["perplexity_clean_elsewhere"], rel=1e-4
     )
 
 
 def test_evidence_is_what_the_outcomes_say(parts):
     broken = parts[1]
     of = broken.outcomes
-    zeroing = chain.zeroing_breaks(broken)
+    zeroing = evidence.ab1_zeroing_breaks(broken)
     assert zeroing.measured["perplexity_zeroed"] == of["zeroed"].perplexity
     assert zeroing.control["perplexity_other_position"] == of["other_position"].perplexity
-    assert chain.step_up_makes_the_sink(broken) == chain.sink_without_which(broken) == NotApplicable(chain.NO_SINK)
+    assert (
+        evidence.ab3_step_up_makes_the_sink(broken) == evidence.ab5_sink_removed(broken) == NotApplicable(chain.NO_SINK)
+    )
     # The planted model has no sinks, so its scores are made here: windows 3, layers 6, heads 4.
     scores = {CLEAN: torch.full((3, 6, 4), 0.5), "skipped": torch.zeros(3, 6, 4), "masked": torch.zeros(3, 6, 4)}
     scores["masked"][:, :2] = 0.4
     scores["skipped"][0, 0, 0] = 0.9
     broken = replace(broken, outcomes={k: replace(o, score=scores.get(k, scores[CLEAN])) for k, o in of.items()})
-    step = chain.step_up_makes_the_sink(broken)
+    step = evidence.ab3_step_up_makes_the_sink(broken)
     assert step.measured["step_up_blocks"] == [4]
     assert (step.measured["sink_ratio_clean"], step.control["sink_ratio_other_blocks"]) == (1, 1)
     assert step.measured["sink_ratio_skipped"] == pytest.approx(1 / 72)
@@ -192,7 +197,7 @@ def test_evidence_is_what_the_outcomes_say(parts):
     assert step.measured["most_attended_other_key_skipped"] == pytest.approx(float(keys.max()))
     assert step.measured["largest_at_spike_tokens_clean"] == broken.at_spikes(CLEAN)
     assert step.measured["largest_at_spike_tokens_skipped"] < 50
-    unsunk = chain.sink_without_which(broken)
+    unsunk = evidence.ab5_sink_removed(broken)
     assert unsunk.measured["sink_ratio_unsunk"] == pytest.approx(1 / 3)
     assert unsunk.measured["sink_ratio_unsunk_on_the_plateau"] == 0
     assert unsunk.measured["sink_ratio_clean_on_the_plateau"] == 1
@@ -203,14 +208,14 @@ def test_evidence_is_what_the_outcomes_say(parts):
     assert unsunk.control["perplexity_other_tokens_masked"] == of["masked_elsewhere"].perplexity
     assert unsunk.control["perplexity_ordinary_key"] == of["ordinary_key"].perplexity
     # Nor does a dead spike cost this model much; where it does not, the claims that need that have nothing to say.
-    assert isinstance(chain.wrong_places_do_nothing(broken), NotApplicable)
+    assert isinstance(evidence.ab6_wrong_places(broken), NotApplicable)
     assert (
         "could do harm"
-        in chain.mean_does_not(replace(broken, outcomes=broken.outcomes | {"another_way": broken.clean})).reason
+        in evidence.ab2_mean_does_not(replace(broken, outcomes=broken.outcomes | {"another_way": broken.clean})).reason
     )
     assert (
         "what stands there"
-        in chain.mean_does_not(
+        in evidence.ab2_mean_does_not(
             replace(
                 broken,
                 outcomes=broken.outcomes
@@ -224,11 +229,11 @@ def test_evidence_is_what_the_outcomes_say(parts):
     )
     worse = {key: replace(of[key], loss=of[key].loss + 1) for key in ("zeroed", "another_way")}
     broken = replace(broken, outcomes=broken.outcomes | worse)
-    mean = chain.mean_does_not(broken)
+    mean = evidence.ab2_mean_does_not(broken)
     assert mean.measured["perplexity_mean"] == of["mean"].perplexity
     assert mean.measured["perplexity_whole_vector"] == of["whole"].perplexity
     assert mean.control["perplexity_random_direction"] == pytest.approx(math.e * of["another_way"].perplexity, rel=1e-5)
-    wrong = chain.wrong_places_do_nothing(broken)
+    wrong = evidence.ab6_wrong_places(broken)
     assert wrong.measured["perplexity_random_channels"] == of["random_channels"].perplexity
     assert wrong.measured["perplexity_other_position"] == of["other_position"].perplexity
     assert wrong.measured["perplexity_clean_elsewhere"] == pytest.approx(
@@ -254,12 +259,12 @@ def test_doses_do_not_run_anew_what_is_known(parts, planted_model, monkeypatch):
     spike = broken.targets.spike
     sizes = [float(of.largest[spike].quantile(0.5)) for of in found.outcomes]
     assert sizes[1:] == pytest.approx([500, 1000, 3000], rel=0.05)
-    evidence = chain.dose_and_response(found)
-    assert evidence.measured["perplexities"] == [of.perplexity for of in found.outcomes]
-    assert evidence.measured["perplexities_elsewhere"][0] == pytest.approx(
+    result = evidence.ab7_dose_response(found)
+    assert result.measured["perplexities"] == [of.perplexity for of in found.outcomes]
+    assert result.measured["perplexities_elsewhere"][0] == pytest.approx(
         float(found.outcomes[0].loss[~spike[:, :-1]].mean().exp())
     )
-    assert set(evidence.control) == {"perplexity_random_channels_0", "perplexity_random_channels_3"}
+    assert set(result.control) == {"perplexity_random_channels_0", "perplexity_random_channels_3"}
 
 
 def test_the_map_finds_the_block_that_makes_the_spike(parts, planted_model):
@@ -303,17 +308,17 @@ def test_generation_goes_on_without_the_spike(planted_model, trigger_tokens, lif
 def test_where_nothing_spikes_there_is_nothing_to_cut(random_model):
     tokens = spikesink.windows(random_model, "house", 4, 24)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
-    (held_out, out), (judged, where) = chain.halves(life, 12)
+    (held_out, out), (judged, where) = chain.split_windows(life, 12)
     assert judged.shape == where.shape == (2, 12)
-    known = chain.constants(random_model, life, held_out, out)
+    known = chain.spike_means(random_model, life, held_out, out)
     broken = chain.break_chain(random_model, known, judged, where)
     nothing = [
         known,
         broken,
         chain.doses(random_model, broken),
         chain.block_map(random_model, known, judged, where),
-        chain.zeroing_breaks(broken),
-        chain.links(broken),
+        evidence.ab1_zeroing_breaks(broken),
+        chain.cut_table(broken),
         behaviour.behaviour(random_model, life, broken),
     ]
     assert all(isinstance(of, NotApplicable) and "100 medians" in of.reason for of in nothing)
@@ -325,7 +330,7 @@ def test_where_nothing_spikes_there_is_nothing_to_cut(random_model):
 
 def test_windows_without_a_spike_on_one_side_say_so(planted_model, trigger_tokens, life, parts):
     none = torch.zeros(2, 48, dtype=torch.bool)
-    held = chain.constants(planted_model, life, trigger_tokens[:2], none)
+    held = chain.spike_means(planted_model, life, trigger_tokens[:2], none)
     assert held == NotApplicable("no token of the windows that means are taken of spikes; measure more windows")
     judged = chain.break_chain(planted_model, parts[0], trigger_tokens[:2], none)
     assert judged == NotApplicable("no token of the windows to judge on spikes; measure more windows")
@@ -402,13 +407,13 @@ def test_one_window_has_no_interval_and_can_be_recorded(planted_model, trigger_t
     where = is_spike(life, life.main)
     broken = chain.break_chain(planted_model, parts[0], trigger_tokens[2:3], where[2:3])
     dosed = chain.doses(planted_model, broken, (0, 1, 2))
-    zeroing, dose = chain.zeroing_breaks(broken), chain.dose_and_response(dosed)
+    zeroing, dose = evidence.ab1_zeroing_breaks(broken), evidence.ab7_dose_response(dosed)
     assert "interval_clean" not in zeroing.measured
     assert "lows" not in dose.measured
     for key, found in (("AB1", zeroing), ("AB7", dose)):
         assert judge(key, found, "08").verdict in ("holds", "differs")
-    assert set(chain.links(broken)["95% interval"]) == {""}
+    assert set(chain.cut_table(broken)["95% interval"]) == {""}
     for fig in (plots.broken_chain(broken), plots.dose_response(dosed)):
         fig.draw_without_rendering()
-    both = chain.zeroing_breaks(parts[1]).measured
+    both = evidence.ab1_zeroing_breaks(parts[1]).measured
     assert both["interval_clean"] == list(parts[1].clean.interval())

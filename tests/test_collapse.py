@@ -8,11 +8,13 @@ import torch
 from torch.nn import functional
 
 import spikesink
-from spikesink import collapse
-from spikesink.claims import Evidence, NotApplicable
-from spikesink.firsttoken import normalise
-from spikesink.lifecycle import is_spike, plateau_layers
-from spikesink.weights import weights_of
+from spikesink.chain import collapse
+from spikesink.chain.lifecycle import is_spike, plateau_layers
+from spikesink.common import NotApplicable
+from spikesink.ledger import evidence
+from spikesink.ledger.claims import Evidence
+from spikesink.model.anatomy import normalise
+from spikesink.model.weights import weights_of
 from tests.test_families import tiny
 
 
@@ -129,19 +131,19 @@ def test_the_cosine_without_the_spike_channels_leaves_just_those_out(parts, stre
 def test_a_planted_spike_collapses_and_other_tokens_do_not(parts, planted_model):
     """The spike of 1000 with a side channel of -250: |h~|^2 is shared 16 to 1, so the largest entry is 0.97 sqrt(d)."""
     found = parts[1]
-    bounded = collapse.bounded(found)
+    bounded = evidence.nm1_bounded(found)
     assert bounded.measured["max_over_sqrt_d"] == pytest.approx(1 / math.sqrt(1 + 1 / 16), abs=1e-3)
-    sparse = collapse.sparse(found, weights_of(planted_model))
+    sparse = evidence.nm2_sparse(found, weights_of(planted_model))
     assert sparse.measured["participation_after"] == pytest.approx(17**2 / (16**2 + 1), rel=1e-3)
     assert sparse.measured["participation_before"] == pytest.approx(float(found.spike.participation[3]))
     assert sparse.control["participation_after_other_tokens"] > 20
-    constant = collapse.constant(found)
+    constant = evidence.nm3_constant(found)
     assert constant.measured["cosine_after"] > 0.9999
     assert abs(constant.measured["cosine_other_tokens"]) < 0.6
     assert constant.measured["degrees_after"] == pytest.approx(
         math.degrees(math.acos(constant.measured["cosine_after"])), abs=1e-6
     )
-    depth = collapse.constant_over_depth(found)
+    depth = evidence.nm4_constant_over_depth(found)
     assert depth.measured["cosine_of_the_two_least_alike"] > 0.999
     assert depth.measured["cosine_over_depth"] > depth.control["cosine_over_depth_other_tokens"]
     assert (depth.measured["first_layer"], depth.measured["last_layer"]) == (2, 4)
@@ -187,12 +189,12 @@ def test_perplexity_is_transformers_own_and_its_own_vector_changes_nothing(parts
     assert float(done.loss[0]) == pytest.approx(float(own), rel=1e-5)
     assert float(done.moved[0].abs().max()) == 0
     assert float(done.moved[1].max()) < float(done.moved[2].max()) / 50
-    assert "makes no use of what stands there" in collapse.implicit_parameter(done).reason
+    assert "makes no use of what stands there" in evidence.nm5_implicit_parameter(done).reason
     needed = replace(done, loss=done.loss + torch.tensor([0.0, 0.0, 0.02]))
-    evidence = collapse.implicit_parameter(needed)
-    assert evidence.measured["perplexity_replaced"] == pytest.approx(evidence.measured["perplexity_clean"], rel=1e-3)
-    assert evidence.measured["n_tokens_replaced"] == 6
-    assert evidence.control["attention_moved_other_tokens_mean"] > 5 * evidence.measured["attention_moved"]
+    result = evidence.nm5_implicit_parameter(needed)
+    assert result.measured["perplexity_replaced"] == pytest.approx(result.measured["perplexity_clean"], rel=1e-3)
+    assert result.measured["n_tokens_replaced"] == 6
+    assert result.control["attention_moved_other_tokens_mean"] > 5 * result.measured["attention_moved"]
 
 
 @pytest.mark.filterwarnings("ignore:A forward hook edited")
@@ -227,7 +229,10 @@ def test_where_it_does_not_apply_the_reason_is_given(parts, random_model, plante
     none = collapse.collapse(random_model, tokens, life)
     assert isinstance(none, NotApplicable)
     assert (
-        collapse.bounded(none) == collapse.constant(none) == collapse.replace(random_model, tokens, life, none) == none
+        evidence.nm1_bounded(none)
+        == evidence.nm3_constant(none)
+        == collapse.replace(random_model, tokens, life, none)
+        == none
     )
     assert collapse.scale_at_spike(weights_of(random_model), life) == NotApplicable(life.reason)
     # Windows 1 and 5 spike and are odd; without the even ones' triggers a half has nothing to lend.
@@ -241,12 +246,12 @@ def test_where_it_does_not_apply_the_reason_is_given(parts, random_model, plante
     one = trigger_tokens[1:2]
     life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, one))
     found = collapse.collapse(planted_model, one, life)
-    assert "no two spike tokens of different windows" in collapse.constant(found).reason
+    assert "no two spike tokens of different windows" in evidence.nm3_constant(found).reason
     with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
         collapse.collapse(planted_model, odd, life)
     with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
         collapse.replace(planted_model, one.flip(1), life, found)
-    assert isinstance(collapse.bounded(found), Evidence)
+    assert isinstance(evidence.nm1_bounded(found), Evidence)
     post = spikesink.load(tiny("olmo2", tmp_path))
     posted = replace(life, trace=replace(life.trace, anatomy=spikesink.anatomy(post)))
     assert "not through a norm" in collapse.collapse(post, one, posted).reason
@@ -310,7 +315,7 @@ def test_each_measure_is_taken_at_its_point(parts):
         found, other=replace(found.other, largest=points / 100, participation=points + 50, cosine=points / 130)
     )
     found = replace(found, after=replace(found.after, cosine=points / 15))
-    bounded, constant = collapse.bounded(found), collapse.constant(found)
+    bounded, constant = evidence.nm1_bounded(found), evidence.nm3_constant(found)
     assert bounded.measured == pytest.approx({"max_over_sqrt_d": 9 / 20, "smallest_over_sqrt_d": 4 / 40})
     assert bounded.control["max_over_sqrt_d_before"] == pytest.approx(3 / 20)
     assert bounded.control["max_over_sqrt_d_other_tokens"] == pytest.approx(6 / 100)
@@ -332,7 +337,7 @@ def test_each_measure_is_taken_at_its_point(parts):
         def norm_scale(self, layer):
             return torch.full((64,), 0.1).index_fill(0, torch.tensor(layer), 1000.0)
 
-    sparse = collapse.sparse(found, Scales())
+    sparse = evidence.nm2_sparse(found, Scales())
     assert sparse.measured["participation_before"] == 4
     assert sparse.measured["participation_lowest_before"] == 1
     assert sparse.measured["participation_after"] == 7
@@ -346,7 +351,7 @@ def test_each_measure_is_taken_at_its_point(parts):
 
 def test_depths_are_compared_pair_by_pair(parts):
     found = parts[1]
-    depth = collapse.constant_over_depth(found)
+    depth = evidence.nm4_constant_over_depth(found)
     channels = list(found.cycle.channels)
     for key, group, left_out in (
         ("cosine_over_depth", found.spike, []),
@@ -362,12 +367,12 @@ def test_depths_are_compared_pair_by_pair(parts):
 def test_attention_counts_in_the_plateaus_layers(parts):
     moved = torch.arange(18.0).view(3, 6) / 100
     done = collapse.Replaced(range(2, 5), 6, torch.tensor([1.0, 1.0, 2.0]), moved, moved + 0.1)
-    found = collapse.implicit_parameter(done)
+    found = evidence.nm5_implicit_parameter(done)
     assert found.measured["attention_moved"] == pytest.approx(0.09)
     assert found.control["attention_moved_other_tokens_mean"] == pytest.approx(0.15)
     assert found.measured["attention_to_spike_clean"] == pytest.approx(0.13)
     blind = replace(done, moved=moved / 0, to_spike=moved / 0)
-    assert "attention_moved" not in collapse.implicit_parameter(blind).measured
+    assert "attention_moved" not in evidence.nm5_implicit_parameter(blind).measured
 
 
 def test_the_spike_is_set_against_the_root_mean_square_of_the_others(parts):

@@ -8,6 +8,7 @@ import torch
 
 import spikesink
 from spikesink import patching
+from spikesink.model import anatomy
 from spikesink.serving.context import OTHER, lengthen, needles
 from tests.test_cache import FEW
 
@@ -31,8 +32,8 @@ def test_every_length_is_as_a_run_of_that_length(served, chunk):
     losses = [wanted.loss[:, a:b].mean() for a, b in ((0, 9), (9, 20), (20, 47))]
     assert found.perplexities == pytest.approx([float(loss.exp()) for loss in losses], rel=1e-4)
     _, cache = model.run_with_cache(tokens)
-    sight = spikesink.models.anatomy(model).sight
-    for layer, name in enumerate(spikesink.models.anatomy(model).pattern_hooks):
+    sight = anatomy.anatomy(model).sight
+    for layer, name in enumerate(anatomy.anatomy(model).pattern_hooks):
         last = min(20, sight[layer] or 20)
         if last > 9:
             for place, of in ((0, found.late), (OTHER, found.other)):

@@ -22,11 +22,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import spikesink
-from spikesink import amplifier, claims, collapse, firsttoken, notebook, patching, plots, reproduce, scan, sinks, texts
-from spikesink.claims import Evidence, NotApplicable
-from spikesink.models import LoadError, prepare
-from spikesink.texts import Text, TextError
-from spikesink.weights import Weights, weights_of
+from spikesink import patching, plots
+from spikesink.apps import notebook, reproduce, scan
+from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
+from spikesink.common import NotApplicable
+from spikesink.ledger import claims, evidence
+from spikesink.ledger.claims import Evidence
+from spikesink.model import texts
+from spikesink.model.load import LoadError, prepare
+from spikesink.model.texts import Text, TextError
+from spikesink.model.weights import Weights, weights_of
 from tests import planted
 from tests.test_models import tiny_gguf
 
@@ -350,7 +355,7 @@ TRACE = {
     "floats": (lambda w: spikesink.trace_windows(w.model, w.tokens.float()), ValueError, IDS),
     "truth values": (lambda w: sinks.score(w.model, w.tokens > 3), ValueError, IDS),
     "nothing": (lambda w: spikesink.find_spikes(w.model, w.life, None), ValueError, IDS),
-    "an array": (lambda w: firsttoken.one_static_map(w.model, w.weights, w.tokens.numpy()), ValueError, IDS),
+    "an array": (lambda w: evidence.tk2_static_map(w.model, w.weights, w.tokens.numpy()), ValueError, IDS),
     "one window without a batch": (
         lambda w: firsttoken.looking(w.model, w.weights.anatomy, w.tokens[0], 4, 9),
         ValueError,
@@ -432,7 +437,7 @@ NOT_FINITE = {
         "the embedding of token 5 is not finite; get the model again.",
     ),
     "NaN past the layers that TK2 would compare": (
-        lambda w: firsttoken.one_static_map(spikesink.load(w.poisoned(DOWN, NAN)), w.weights, w.tokens),
+        lambda w: evidence.tk2_static_map(spikesink.load(w.poisoned(DOWN, NAN)), w.weights, w.tokens),
         FloatingPointError,
         f"the residual stream or what attention adds to it is not finite in float32, because the weight {DOWN} is not; "
         "get the model again.",
@@ -472,12 +477,12 @@ MEASURES = {
         OTHER_WINDOWS,
     ),
     "other windows, hits": (
-        lambda w: amplifier.hits(w.model, w.weights, w.tokens[1:], w.life, amplifier.census(w.weights)),
+        lambda w: amplifier.census_on_text(w.model, w.weights, w.tokens[1:], w.life, amplifier.census(w.weights)),
         ValueError,
         OTHER_WINDOWS,
     ),
     "shorter windows, delimiters": (
-        lambda w: firsttoken.delimiters(w.model, w.weights, w.tokens[:, :20], w.life, w.life.main),
+        lambda w: evidence.tk4_delimiters(w.model, w.weights, w.tokens[:, :20], w.life, w.life.main),
         ValueError,
         OTHER_WINDOWS,
     ),
@@ -502,7 +507,7 @@ MEASURES = {
         OTHER_MODEL,
     ),
     "another model, sinks": (
-        lambda w: sinks.look(spikesink.load(w.other(layers=3)), w.tokens, w.life, NONE),
+        lambda w: keys.read_attention(spikesink.load(w.other(layers=3)), w.tokens, w.life, NONE),
         ValueError,
         OTHER_MODEL,
     ),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spikesink.patching import chain
-from spikesink.serving import diagnosis
+from spikesink.ledger import evidence
+from spikesink.patching import cuts
 from tests import in_process, planted, spiking
 from tests.test_families import FAMILIES, MORE, build, n_experts, tiny
 
@@ -44,7 +44,7 @@ def test_where_a_measure_does_not_apply_it_says_why(walked):
         if gate is None:
             reason = f"the FFN of this {family} model has no gate, so it is no quadratic form"
             expected |= dict.fromkeys(OF_THE_FFN, reason)
-    expected |= dict.fromkeys(("SV2", "SV3"), diagnosis.SHORT)
+    expected |= dict.fromkeys(("SV2", "SV3"), evidence.serving.SHORT)
     if family == "gpt_oss":
         expected["SV2"] = "a learned logit takes part in the attention of this gpt_oss model, beside its keys"
     if family == "opt":
@@ -81,6 +81,6 @@ def test_a_spike_in_any_other_family_passes_every_measure(family, tmp_path):
     assert form == (family in ("gemma2", "gemma3", "olmo2", "olmo"))
     assert (reasons["TK1"] is None) == (family not in ("opt", "gpt_oss", "deepseek_v3"))
     # In the windows that are judged the trigger may stand first alone, and what is held is what stands there.
-    assert (reasons["AB4"] in (None, chain.NO_CHANGE)) == (family not in ("gpt_oss", "deepseek_v3"))
+    assert (reasons["AB4"] in (None, cuts.NO_CHANGE)) == (family not in ("gpt_oss", "deepseek_v3"))
     if form:
         assert measured["AM2"]["gain_rank"] == 1

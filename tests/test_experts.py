@@ -8,9 +8,10 @@ import transformers
 from torch.nn import functional
 
 import spikesink
-from spikesink import amplifier, claims, experts
-from spikesink.claims import NotApplicable
-from spikesink.weights import weights_of
+from spikesink.chain import amplifier, experts
+from spikesink.common import NotApplicable
+from spikesink.ledger import claims, evidence
+from spikesink.model.weights import weights_of
 from tests import planted, spiking
 from tests.test_families import GROUPED, tiny
 
@@ -95,7 +96,7 @@ def test_what_each_expert_writes_is_what_the_model_s_own_code_makes_of_it(name, 
     torch.testing.assert_close(found.weight[spikes], chosen, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.write, chosen * torch.stack(writes, dim=1), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found.own, out.flatten(0, 1)[spikes, spiking.CHANNEL], rtol=1e-4, atol=1e-3)
-    together = experts.one_writer(found).measured["share_of_all_experts"]
+    together = evidence.x_mx2_one_writer(found).measured["share_of_all_experts"]
     assert together == pytest.approx(float((found.write.sum(1) / found.own).mean()))
     assert (together == pytest.approx(1, abs=1e-4)) != shares
     ordinary = life.trace.channels[life.trace.ordinary]
@@ -139,7 +140,7 @@ def test_where_there_is_no_census_it_says_why(name, reason, tmp_path):
     life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
     routing = experts.route(model, weights, tokens, life)
     assert isinstance(routing, NotApplicable)
-    assert experts.same_choice(routing) == experts.one_writer(routing) == routing
+    assert evidence.x_mx1_same_choice(routing) == evidence.x_mx2_one_writer(routing) == routing
 
 
 def test_no_routing_without_a_router_that_can_be_seen_or_of_other_windows(planted_model, trigger_tokens):
@@ -172,7 +173,7 @@ def by_hand(**changed) -> experts.Routing:
 
 
 def test_the_choice_and_the_writer_by_hand():
-    chosen, written = experts.same_choice(by_hand()), experts.one_writer(by_hand())
+    chosen, written = evidence.x_mx1_same_choice(by_hand()), evidence.x_mx2_one_writer(by_hand())
     assert chosen.measured["expert"] == written.measured["expert"] == "1"
     assert chosen.measured["share_of_spike_tokens"] == 1
     assert chosen.measured["share_of_other_tokens"] == 0.5
@@ -185,5 +186,5 @@ def test_the_choice_and_the_writer_by_hand():
     assert written.control == {"gain_rank_ordinary_channels": 2}
     assert claims.judge("X-MX1", chosen, "04").verdict == claims.judge("X-MX2", written, "04").verdict == "holds"
     other = by_hand(gain=torch.tensor([9.0, 8, 2]), weight=torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]]))
-    assert claims.judge("X-MX1", experts.same_choice(other), "04").verdict == "differs"
-    assert claims.judge("X-MX2", experts.one_writer(other), "04").verdict == "differs"
+    assert claims.judge("X-MX1", evidence.x_mx1_same_choice(other), "04").verdict == "differs"
+    assert claims.judge("X-MX2", evidence.x_mx2_one_writer(other), "04").verdict == "differs"

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 import spikesink
-from spikesink import claims, firsttoken
-from spikesink.claims import NotApplicable
-from spikesink.weights import open_weights, weights_of
+from spikesink.chain import firsttoken
+from spikesink.common import NotApplicable
+from spikesink.ledger import claims, evidence
+from spikesink.model.weights import open_weights, weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
 from tests.test_weights import GATED
@@ -117,12 +118,12 @@ def test_the_probe_finds_the_planted_trigger_and_nothing_else(size, tmp_path, tr
     counts[trigger] = 401
     assert found.block == spike.step_up_layers[0] * 2 + 2
     assert found.threshold == pytest.approx(0.1 * abs(life.main.value))
-    evidence = firsttoken.nearly_any(found, counts, NotApplicable("not looked for"))
-    assert evidence.measured["spiking"] == 1
-    assert evidence.measured["share"] == 1 / 400
-    assert evidence.measured["share_of_text"] == pytest.approx(401 / 800)
-    assert evidence.control == {"share_before_step_up": 0.0}
-    assert claims.judge("TK1", evidence, "05").verdict == "differs"
+    result = evidence.tk1_nearly_any(found, counts, NotApplicable("not looked for"))
+    assert result.measured["spiking"] == 1
+    assert result.measured["share"] == 1 / 400
+    assert result.measured["share_of_text"] == pytest.approx(401 / 800)
+    assert result.control == {"share_before_step_up": 0.0}
+    assert claims.judge("TK1", result, "05").verdict == "differs"
 
 
 def test_where_every_token_but_some_is_a_trigger_those_are_the_exceptions(tmp_path, trigger_tokens):
@@ -135,9 +136,9 @@ def test_where_every_token_but_some_is_a_trigger_those_are_the_exceptions(tmp_pa
     assert sorted(found.exceptions().tolist()) == [7, 300]
     counts = torch.ones(400, dtype=torch.long)
     elsewhere = claims.Evidence({"share_elsewhere": 0.25}, {})
-    evidence = firsttoken.nearly_any(found, counts, elsewhere)
-    assert evidence.measured["spiking"] == 398
-    assert evidence.control["share_after_a_text"] == 0.25
+    result = evidence.tk1_nearly_any(found, counts, elsewhere)
+    assert result.measured["spiking"] == 398
+    assert result.control["share_after_a_text"] == 0.25
     counts[300] = 2
     assert firsttoken.quiet_tokens(found, counts).tolist() == [300, 7]
     table = firsttoken.exceptions_table(found, model.tokenizer.decode)
@@ -162,19 +163,19 @@ def test_exceptions_and_quiet_tokens_come_in_order():
 def test_first_token_attention_is_static(family, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     shake(model)
-    evidence = firsttoken.one_static_map(model, weights_of(model), spikesink.windows(model, "house", 3, 24))
-    assert evidence.measured["max_relative_error"] < 1e-5
-    assert evidence.control["median_relative_error_later_positions"] > 100 * evidence.measured["max_relative_error"]
-    assert evidence.measured["layers"] == 3
+    result = evidence.tk2_static_map(model, weights_of(model), spikesink.windows(model, "house", 3, 24))
+    assert result.measured["max_relative_error"] < 1e-5
+    assert result.control["median_relative_error_later_positions"] > 100 * result.measured["max_relative_error"]
+    assert result.measured["layers"] == 3
 
 
 def test_a_planted_trigger_spikes_wherever_it_stands(planted_model, planted_probe, trigger_tokens, trigger):
     """It needs no first place, and the measure says so: a claim that this model does not meet."""
     weights = weights_of(planted_model)
-    evidence = firsttoken.not_elsewhere(planted_model, weights, planted_probe, trigger_tokens, positions=(1, 9))
-    assert evidence.measured["share_elsewhere"] == evidence.control["share_at_position_0"] == 1
-    assert evidence.measured["share_by_position"] == [[1, 1.0], [9, 1.0]]
-    assert claims.judge("TK3", evidence, "05").verdict == "differs"
+    result = evidence.tk3_not_elsewhere(planted_model, weights, planted_probe, trigger_tokens, positions=(1, 9))
+    assert result.measured["share_elsewhere"] == result.control["share_at_position_0"] == 1
+    assert result.measured["share_by_position"] == [[1, 1.0], [9, 1.0]]
+    assert claims.judge("TK3", result, "05").verdict == "differs"
     table = firsttoken.try_word(planted_model, weights, planted_probe, planted.TRIGGER, trigger_tokens)
     assert table["spikes there"].tolist() == ["yes"]
     assert table["spikes there, windows"].tolist() == ["6 of 6"]
@@ -188,9 +189,9 @@ def test_on_the_default_model_the_first_place_is_what_counts(default_model):
     weights = weights_of(default_model)
     drawn = torch.arange(500, 540)
     found = firsttoken.probe(weights, life, drawn)
-    evidence = firsttoken.not_elsewhere(default_model, weights, found, tokens, n=24, positions=(2, 16))
-    assert evidence.control["share_at_position_0"] == 1
-    assert evidence.measured["share_elsewhere"] <= 0.05
+    result = evidence.tk3_not_elsewhere(default_model, weights, found, tokens, n=24, positions=(2, 16))
+    assert result.control["share_at_position_0"] == 1
+    assert result.measured["share_elsewhere"] <= 0.05
     fork = firsttoken.fork_of_probe(default_model, weights, life, found, tokens, n=16)
     assert fork.first.shape == fork.later.shape == (life.main.step_up[-1] + 1, 16)
     assert torch.equal(fork.first[0], fork.later[0])  # the same embeddings
@@ -257,16 +258,16 @@ def test_spiking_delimiters_are_counted_and_their_attention_measured(tmp_path):
     tokens = spikesink.windows(model, "house", 6, 48)
     tokens[0, :2] = comma  # copies: the second one computes what the first does
     life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
-    evidence = firsttoken.delimiters(model, weights_of(model), tokens, life, life.main)
+    result = evidence.tk4_delimiters(model, weights_of(model), tokens, life, life.main)
     ours = tokens == comma
     ours[0, :2] = ours[:, 0] = False
-    assert evidence.measured["n_spiking_delimiters"] == int(ours.sum()) > 0
-    assert evidence.measured["n_spiking_words"] == 0
+    assert result.measured["n_spiking_delimiters"] == int(ours.sum()) > 0
+    assert result.measured["n_spiking_words"] == 0
     seen = firsttoken.looking(model, spikesink.anatomy(model), tokens, 4, 9)
-    assert evidence.measured["self_attention_delimiters"] == pytest.approx(float(seen.own[ours].mean()), rel=1e-5)
+    assert result.measured["self_attention_delimiters"] == pytest.approx(float(seen.own[ours].mean()), rel=1e-5)
     scale = model.blocks[0].ln1.weight
     expected = torch.cosine_similarity(hf_model.model.embed_tokens.weight[comma], scale, dim=0)
-    assert evidence.measured["scale_cosine_delimiters"] == pytest.approx(float(expected), rel=1e-4)
+    assert result.measured["scale_cosine_delimiters"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_every_group_of_tokens_is_measured_alike(tmp_path):
@@ -283,7 +284,7 @@ def test_every_group_of_tokens_is_measured_alike(tmp_path):
     tokens[1, :2] = ids["Ġthe"]  # the second one only copies the first
     life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
     assert life.main.step_up == (4, 6)
-    evidence = firsttoken.delimiters(model, weights_of(model), tokens, life, life.main)
+    result = evidence.tk4_delimiters(model, weights_of(model), tokens, life, life.main)
 
     spiking = (tokens == ids[","]) | (tokens == ids["Ġthe"])
     kinds = [[firsttoken.is_delimiter(model.tokenizer.decode([t])) for t in window] for window in tokens.tolist()]
@@ -308,7 +309,7 @@ def test_every_group_of_tokens_is_measured_alike(tmp_path):
                 value, weight = value + float(own[here, position].mean()), weight + 1
         return value / weight
 
-    found = {**evidence.measured, **evidence.control}
+    found = {**result.measured, **result.control}
     for key, expected in {
         "self_attention_delimiters": matched("delimiters", "delimiters"),
         "self_attention_other": matched("other", "delimiters"),
@@ -333,8 +334,8 @@ def test_a_spike_of_two_steps_and_negative_sign_is_probed_after_the_last(tmp_pat
     assert (found.block, found.sign) == (6, -1)
     assert float(found.value[trigger]) == pytest.approx(1000, rel=1e-3)
     assert found.threshold == pytest.approx(0.1 * abs(life.main.value))
-    evidence = firsttoken.not_elsewhere(model, weights, found, trigger_tokens, positions=(3,))
-    assert evidence.measured["share_elsewhere"] == evidence.control["share_at_position_0"] == 1
+    result = evidence.tk3_not_elsewhere(model, weights, found, trigger_tokens, positions=(3,))
+    assert result.measured["share_elsewhere"] == result.control["share_at_position_0"] == 1
 
 
 @pytest.mark.parametrize("family", ["granite", "gemma2", "phi3", "stablelm"])
@@ -362,7 +363,7 @@ def test_a_residual_multiplier_counts_for_biases_and_for_any_ffn(bias, tmp_path)
 def test_rounding_is_no_finding(planted_directory):
     model = spikesink.load(planted_directory, dtype="bfloat16")
     tokens = spikesink.windows(model, "house", 2, 16)
-    assert "float32" in firsttoken.one_static_map(model, weights_of(model), tokens).reason
+    assert "float32" in evidence.tk2_static_map(model, weights_of(model), tokens).reason
 
 
 def test_the_largest_error_of_all_windows_counts(planted_model, trigger_tokens, monkeypatch):
@@ -373,15 +374,15 @@ def test_the_largest_error_of_all_windows_counts(planted_model, trigger_tokens, 
     bent[:, 0] += 1  # only the trigger has an entry in channel 0
     monkeypatch.setattr(type(weights), "attention", lambda self, layer: replace(attention, value=bent))
     one_layer = replace(weights, anatomy=replace(weights.anatomy, n_layers=1))
-    found = firsttoken.one_static_map(planted_model, one_layer, trigger_tokens)
+    found = evidence.tk2_static_map(planted_model, one_layer, trigger_tokens)
     assert found.measured["max_relative_error"] > 0.1
 
 
 def test_no_spiking_delimiter_is_a_reason(planted_model, planted_life, trigger_tokens):
     weights = weights_of(planted_model)
-    found = firsttoken.delimiters(planted_model, weights, trigger_tokens, planted_life, planted_life.main)
+    found = evidence.tk4_delimiters(planted_model, weights, trigger_tokens, planted_life, planted_life.main)
     assert found == NotApplicable("no delimiter spikes, except where it has nothing but copies of itself before it")
-    found = firsttoken.delimiters(planted_model, weights, trigger_tokens, planted_life, None)
+    found = evidence.tk4_delimiters(planted_model, weights, trigger_tokens, planted_life, None)
     assert found == NotApplicable("there is no smaller cycle")
 
 
@@ -393,7 +394,7 @@ def test_what_spikes_instead_is_told_with_its_place(planted_model, planted_probe
     )
     assert [int(looked.tokens[0, 0]) for looked in seen[1:]] == [60, 50]
     assert torch.equal(seen[1].tokens[:, 1:], trigger_tokens[:, 1:])
-    table = firsttoken.instead(seen, names, planted_probe, planted_model.tokenizer.decode)
+    table = firsttoken.first_replaced_table(seen, names, planted_probe, planted_model.tokenizer.decode)
     # The trigger stands at positions 20, 47, 5 and 30 of three of the six windows; what stands first changes nothing.
     copies = [int(looked.copies.sum()) - 6 for looked in seen]
     assert table["later spikes"].tolist() == [f"4 of {6 * 47 - n}" for n in copies]
@@ -427,10 +428,10 @@ def test_where_the_paths_part_is_told():
 def test_special_tokens_that_spike_anywhere_are_named(planted_directory, planted_probe, trigger_tokens):
     model = spikesink.load(planted_directory)
     weights = weights_of(model)
-    found = firsttoken.not_elsewhere(model, weights, planted_probe, trigger_tokens, positions=(1, 9))
+    found = evidence.tk3_not_elsewhere(model, weights, planted_probe, trigger_tokens, positions=(1, 9))
     assert found.measured["special_tokens_that_spike_anywhere"] == []  # the trigger is no special token yet
     model.tokenizer.add_special_tokens({"sep_token": planted.TRIGGER})
-    found = firsttoken.not_elsewhere(model, weights, planted_probe, trigger_tokens, positions=(1, 9))
+    found = evidence.tk3_not_elsewhere(model, weights, planted_probe, trigger_tokens, positions=(1, 9))
     assert found.measured["special_tokens"] == 1
     assert found.measured["special_tokens_that_spike_anywhere"] == [planted.TRIGGER]
 
@@ -441,11 +442,11 @@ def test_a_model_without_a_spike_gets_the_reason(random_model):
     weights = weights_of(random_model)
     found = firsttoken.probe(weights, life)
     assert isinstance(found, NotApplicable)
-    assert firsttoken.nearly_any(found, torch.ones(400), found) is found
-    assert firsttoken.not_elsewhere(random_model, weights, found, tokens) is found
+    assert evidence.tk1_nearly_any(found, torch.ones(400), found) is found
+    assert evidence.tk3_not_elsewhere(random_model, weights, found, tokens) is found
     assert firsttoken.fork_of_probe(random_model, weights, life, found, tokens) is found
     assert firsttoken.replace_first(random_model, weights, found, tokens, torch.ones(400)) == (found, [])
-    assert firsttoken.delimiters(random_model, weights, tokens, life, life.main) == NotApplicable(life.reason)
+    assert evidence.tk4_delimiters(random_model, weights, tokens, life, life.main) == NotApplicable(life.reason)
 
 
 def test_bad_requests_are_named(planted_model, planted_probe, trigger_tokens):

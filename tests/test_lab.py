@@ -17,11 +17,12 @@ from filelock import FileLock
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from spikesink import find_lifecycle, patching, sinks, trace_windows
+from spikesink import find_lifecycle, patching, trace_windows
+from spikesink.chain import sinks
 from spikesink.lab import data, families, records, run
 from spikesink.lab.config import BOS, Config, ConfigError, doubled
 from spikesink.lab.data import Backcopy
-from spikesink.lab.measures import closely, late
+from spikesink.lab.measures import late, measure_trained
 from spikesink.lab.model import Decoder, DynamicTanh, Gate, RMSNorm
 from spikesink.lab.train import (
     CHECKPOINT,
@@ -699,7 +700,7 @@ def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, 
 @torch.inference_mode()
 def test_a_trained_model_is_looked_at_closely():
     model, task = planted_decoder(), Backcopy()
-    found = closely(model, task, 5)
+    found = measure_trained(model, task, 5)
     tokens = data.held_out(task, 5)
     score = sinks.score(model, tokens)
     assert found["sink_ratios"] == {f"{e:g}": pytest.approx(score.ratio(e)) for e in (0.2, 0.4)}
@@ -711,8 +712,8 @@ def test_a_trained_model_is_looked_at_closely():
     assert found["other_first"]["sink_ratio"] == there.sink_ratio
     assert found["other_first"]["max_first"] == pytest.approx(float(there.largest[:, 0].median()))
     assert float(patching.evaluate(model, tokens).largest[:, 0].median()) > 2 * found["other_first"]["max_first"]
-    assert "other_first" not in closely(Decoder(replace(SMALL, bos=False)), task, 5)
-    assert "late" not in closely(Decoder(replace(SMALL, lengths=(64, 64))), task, 5)
+    assert "other_first" not in measure_trained(Decoder(replace(SMALL, bos=False)), task, 5)
+    assert "late" not in measure_trained(Decoder(replace(SMALL, lengths=(64, 64))), task, 5)
 
 
 @torch.inference_mode()

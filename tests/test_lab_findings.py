@@ -10,17 +10,23 @@ import torch
 from matplotlib.text import Text
 from scipy import stats
 
-from spikesink import across, claims, paper, plots
-from spikesink.claims import Evidence, NotApplicable
-from spikesink.lab import families, findings, inside, records
+from spikesink import paper, plots
+from spikesink.apps import publish
+from spikesink.apps.notebook import open_lab_ledger
+from spikesink.common import NotApplicable
+from spikesink.lab import config as config_
+from spikesink.lab import families, findings, records
 from spikesink.lab.config import Config
 from spikesink.lab.data import BOS, Backcopy
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS
 from spikesink.lab.findings import Change
+from spikesink.lab.measures import backcopy_truth
 from spikesink.lab.model import Decoder
 from spikesink.lab.records import Record
-from spikesink.lab.train import Run, known
-from spikesink.notebook import open_lab_ledger
+from spikesink.lab.train import Run
+from spikesink.ledger import claims, evidence
+from spikesink.ledger.claims import Evidence
+from spikesink.ledger.evidence import inside
 from tests.test_lab import SMALL, planted_decoder
 
 
@@ -28,7 +34,7 @@ def texts(fig) -> list[str]:
     return [text.get_text() for text in fig.findobj(Text)]
 
 
-RECORDS = Path(__file__).parent.parent / "figures" / claims.LAB
+RECORDS = Path(__file__).parent.parent / "figures" / config_.LAB
 ON_CURVES = 0.06  # what the loss on the windows of a curve is more than that on all
 BASE_SINKS, BASE_SPIKES = (0.30, 0.32, 0.34), (100.0, 110.0, 121.0)
 
@@ -172,7 +178,7 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     assert "only the longest, late queries" not in findings.table(rows, "context", "spike").index
     more = [record(name, 0, 0.3, 100.0) for name in ("half as long", "contexts from 1/4 on")]
     scattered = [replace(r, final=r.final | {"max_activation": 100.0 * 3.0**r.config.seed}) for r in few]
-    said = findings.family_evidence([*scattered, *more], "context").measured["reason"]
+    said = evidence.tr_family([*scattered, *more], "context").measured["reason"]
     assert "stay open (2 for want of sinks in what they are set beside, " in said
     assert "only the longest, late queries" in texts(plots.family(rows, "context"))
     assert "contexts from 1/2 on" not in texts(plots.decoupling(findings.compared(rows), findings.centre(rows)))
@@ -215,7 +221,7 @@ def test_directions_are_read_off_the_papers_numbers():
 
 def test_a_familys_evidence_lists_what_agrees_and_what_does_not():
     rows = gates(head=0.5)
-    found = findings.family_evidence(rows, "gates")
+    found = evidence.tr_family(rows, "gates")
     assert found.measured["agree"] == [
         "gate per channel: sink",
         "gate per channel: spike",
@@ -226,7 +232,7 @@ def test_a_familys_evidence_lists_what_agrees_and_what_does_not():
     counts = [found.measured[f"sinks_{what}_at_{at}"] for what in ("agree", "differ") for at in ("0.2", "0.3", "0.4")]
     assert counts == [2, 2, 2, 1, 1, 1], "all are alike, in these"
     other = [replace(r, final=r.final | {"sink_ratios": {"0.2": 0.32, "0.4": r.final["sink_ratio"]}}) for r in rows]
-    counts = findings.family_evidence(other, "gates").measured
+    counts = evidence.tr_family(other, "gates").measured
     assert [counts[f"sinks_agree_at_{at}"] for at in ("0.2", "0.3", "0.4")] == [1, 2, 2], "by 0.2 all sinks stay"
     assert [counts[f"sinks_differ_at_{at}"] for at in ("0.2", "0.3", "0.4")] == [3, 1, 1]
     assert counts["agree"] == ["gate per channel: spike", "gate per head: spike"]
@@ -254,7 +260,7 @@ def test_a_claim_of_several_parts_is_judged_where_each_has_some_support():
         ([record("static gate", 0, 0.30, 100.0)], "n/a"),
         (three("static gate", 0.36, 90.0), "holds"),
     ):
-        found = findings.family_evidence([*there, *static], "gates")
+        found = evidence.tr_family([*there, *static], "gates")
         claim = claims.judge("TR5", found, "09")
         assert (claim.verdict, found.measured["n_differ"]) == (verdict, 0)
         assert found.measured["unsupported"] == (["sinks that stay"] if verdict == "n/a" else [])
@@ -287,7 +293,7 @@ def test_a_family_that_fails_for_open_changes_alone_is_not_judged():
         replace(r, final=r.final | {"sink_ratio": 0.2 * r.config.seed + 0.05, "max_activation": 4.0**r.config.seed})
         for r in rows
     ]
-    found = findings.family_evidence(scattered, "gates")
+    found = evidence.tr_family(scattered, "gates")
     assert found.measured["n_differ"] == 0
     assert 2 * found.measured["n_agree"] < found.measured["n_reported"]
     claim = claims.judge("TR5", found, "09")
@@ -295,9 +301,9 @@ def test_a_family_that_fails_for_open_changes_alone_is_not_judged():
     n = found.measured["n_undecided"]
     seeds = f"({n} that so few seeds do not tell from chance)"
     assert claim.measured["reason"].startswith(f"{n} of 6 changes stay open {seeds}; of the")
-    assert f"**n/a**: {claim.measured['reason']}. *significantly" in findings.in_words(scattered, "gates")
+    assert f"**n/a**: {claim.measured['reason']}. *significantly" in evidence.in_words(scattered, "gates")
     assert claim.measured["variants"], "what was measured stands there all the same"
-    assert "reason" not in findings.family_evidence(gates(head=0.5), "gates").measured
+    assert "reason" not in evidence.tr_family(gates(head=0.5), "gates").measured
 
 
 def gates(head: float) -> list[Record]:
@@ -309,21 +315,21 @@ def gates(head: float) -> list[Record]:
 def test_a_base_whose_seeds_differ_more_than_variants_do_raises_false_alarms():
     wild = [record(BASE, i, s, 100.0) for i, s in enumerate((0.1, 0.1, 0.9))]
     calm = [r for v in ("gate per channel", "gate per head", "gate per token", "static gate") for r in three(v, 0.2, 9)]
-    few = findings.family_evidence(wild + calm, "gates")
+    few = evidence.tr_family(wild + calm, "gates")
     assert few.control["changes_among_base_seeds"] == 3, "of the sinks, each beside the two others"
     said = claims.judge("TR5", few, "09").measured["reason"]
     assert said == "the base's own seeds count as changes in 3 of 6 looks"
     assert few.control["chance_of_as_many"] < 0.05
     alone = [record(name, 0, 0.1, 9.0) for name in ("gate per channel", "gate per head", "gate per token")]
     alone.append(record("static gate", 0, 0.1, 9.0))
-    assert "of" not in findings.family_evidence(wild + alone, "gates").control, "nothing to tell the seeds apart by"
+    assert "of" not in evidence.tr_family(wild + alone, "gates").control, "nothing to tell the seeds apart by"
 
 
 def test_false_alarms_are_as_many_as_chance_makes():
-    assert findings._chance_of_as_many(0, 3, [4, 5]) == 1
-    one = findings._chance_of_as_many(1, 3, [1000])
+    assert evidence.trained._chance_of_as_many(0, 3, [4, 5]) == 1
+    one = evidence.trained._chance_of_as_many(1, 3, [1000])
     assert one == pytest.approx(0.12, abs=0.01), "three looks that hang together"
-    two, three = (findings._chance_of_as_many(alarms, 3, [4, 5]) for alarms in (2, 3))
+    two, three = (evidence.trained._chance_of_as_many(alarms, 3, [4, 5]) for alarms in (2, 3))
     assert 1 - findings.LEVEL < two < 0.12, "two of six are no wonder"
     assert three < two
 
@@ -360,33 +366,33 @@ def test_the_plane_of_all_is_in_medians_of_the_stream():
 
 
 def test_without_records_or_second_seeds_there_is_no_verdict():
-    assert isinstance(findings.family_evidence([], "gates"), NotApplicable)
+    assert isinstance(evidence.tr_family([], "gates"), NotApplicable)
     lone = [r for r in gates(0.1) if r.config.seed == 0]
-    assert "no variant that has spike and sinks has a second seed" in findings.family_evidence(lone, "gates").reason
+    assert "no variant that has spike and sinks has a second seed" in evidence.tr_family(lone, "gates").reason
     some = [r for r in gates(0.1) if r.name not in ("static gate", "gate per token")]
-    found = findings.family_evidence(some, "gates")
+    found = evidence.tr_family(some, "gates")
     assert claims.judge("TR5", found, "09").verdict == "n/a"
     assert "not all is trained yet: gate per token, static gate" in found.measured["reason"]
     assert found.measured["n_agree"] == 4, "what was measured stands there all the same"
-    assert findings.family_evidence(base(), "gates").reason == findings.NO_RECORDS
+    assert evidence.tr_family(base(), "gates").reason == findings.NO_RECORDS
 
 
 def test_a_family_is_summed_up_in_a_sentence():
-    said = findings.in_words(gates(head=0.5), "gates")
+    said = evidence.in_words(gates(head=0.5), "gates")
     assert "*significantly another way*: gate per head (sink)" in said
     assert said.startswith("**TR5** A gate that reads its input takes sinks and spikes away; a static one does not. **")
     assert "**differs**" in said
     assert said.endswith("*left open*: static gate (sink).")
     flat = [replace(r, final=r.final | {"max_elsewhere": r.final["max_first"]}) for r in gates(head=0.5)]
     flat = [after if after.name == "gate per head" else r for r, after in zip(gates(head=0.5), flat, strict=True)]
-    said = findings.in_words(flat, "gates")
+    said = evidence.in_words(flat, "gates")
     assert said.endswith("*position 0 below twice the rest, so that the activation is no spike's*: gate per head.")
     some = [r for r in gates(0.02) if r.name != "static gate"]
-    assert findings.in_words(some, "gates").endswith("; *not trained yet*: static gate.")
-    assert "*significantly another way*: none" in findings.in_words(some, "gates")
-    assert findings.in_words(base(), "gates") == findings.NO_RECORDS
+    assert evidence.in_words(some, "gates").endswith("; *not trained yet*: static gate.")
+    assert "*significantly another way*: none" in evidence.in_words(some, "gates")
+    assert evidence.in_words(base(), "gates") == findings.NO_RECORDS
     apart = [*base(), *three("QK norm", 0.0, 90.0), record("sandwich", 0, 0.0, 9.0)]
-    assert "sandwich," not in findings.in_words(apart, "normalization").split("*not trained yet*: ")[1]
+    assert "sandwich," not in evidence.in_words(apart, "normalization").split("*not trained yet*: ")[1]
 
 
 def test_the_corners_hold_what_goes_alone():
@@ -416,7 +422,7 @@ def test_the_sink_that_follows_the_loss_has_the_stronger_correlation():
     spikes = [300.0, 100.0, 500.0, 200.0, 400.0]
     rows = [record(n, 0, s, a, loss=2.5 - s) for n, s, a in zip(names, sinks, spikes, strict=True)]
     others = [record(v.name, 0, 0.3, 10.0 * i + 10) for i, v in enumerate(VARIANTS) if v.family == "gates"]
-    found = findings.follows_loss([record(BASE, 0, 0.6, 250.0, loss=1.9), *rows, *others])
+    found = evidence.x_tr7_follows_loss([record(BASE, 0, 0.6, 250.0, loss=1.9), *rows, *others])
     assert found.measured["spearman_sink"] == pytest.approx(-1)
     assert abs(found.measured["spearman_spike"]) < 0.5
     low, high = found.measured["stronger_by_interval"]
@@ -433,7 +439,7 @@ def test_more_variants_tell_two_correlations_apart():
     def of(sinks: list[float], spikes: list[float]):
         rows = zip(names, sinks, spikes, strict=True)
         made = [record(n, 0, s, a, loss=2 + i / 10) for i, (n, s, a) in enumerate(rows)]
-        return claims.judge("X-TR7", findings.follows_loss(made + others), "09")
+        return claims.judge("X-TR7", evidence.x_tr7_follows_loss(made + others), "09")
 
     falling = [1 - i / 10 for i in range(10)]
     assert of(falling, spikes).verdict == "holds"
@@ -448,14 +454,14 @@ def test_more_variants_tell_two_correlations_apart():
 def test_models_with_another_loss_are_no_control_of_what_follows_the_loss():
     rows = [record(v.name, 0, 0.3, 10.0 * i + 10) for i, v in enumerate(VARIANTS) if v.family != "context"]
     more = [record("contexts from 1/2 on", 0, 0.9, 9.0), record("only the longest", 0, 0.3, 10.0)]
-    found = findings.follows_loss([*base(), *rows, *more]).control["n_variants_other_families"]
-    assert found == findings.follows_loss([*base(), *rows]).control["n_variants_other_families"] + 1
+    found = evidence.x_tr7_follows_loss([*base(), *rows, *more]).control["n_variants_other_families"]
+    assert found == evidence.x_tr7_follows_loss([*base(), *rows]).control["n_variants_other_families"] + 1
 
 
 def test_half_way_is_where_half_of_the_way_to_the_last_value_is_first_reached():
     rows = base() + three("gate per head", 0.3, 10.0)
-    found, batch = findings.spike_first(rows), rows[0].config.batch
-    table = findings.in_order(found)
+    found, batch = evidence.x_tr8_spike_first(rows), rows[0].config.batch
+    table = evidence.in_order(found)
     assert table.iloc[:, 0].tolist() == [found.measured[f"tokens_{of}"] / 1e6 for of in ("sink", "spike", "size")] + [
         found.control["tokens_elsewhere"] / 1e6
     ]
@@ -465,16 +471,18 @@ def test_half_way_is_where_half_of_the_way_to_the_last_value_is_first_reached():
     assert found.measured["share_spike_first"] == found.control["share_elsewhere_first"] == 1
     assert found.measured["share_together"] == 0
     assert claims.judge("X-TR8", found, "09").verdict == "holds"
-    assert claims.held_by("X-TR8", found.measured, found.control), "what is elsewhere outgrows the median as early"
+    assert claims.passing_controls("X-TR8", found.measured, found.control), (
+        "what is elsewhere outgrows the median as early"
+    )
     late = [replace(r, curve=r.curve | {"max_elsewhere": [0.1, 0.2, 0.4, 9.0]}) for r in rows]
-    found = findings.spike_first(late)
+    found = evidence.x_tr8_spike_first(late)
     assert found.control["tokens_elsewhere"] == 40 * batch
     assert found.control["share_elsewhere_first"] == 0
     together = [
         replace(r, curve=r.curve | {"max_elsewhere": [0.1, 0.5, 0.5, 0.1], "max_first": [0.1, 0.5, 0.9, 1.0]})
         for r in rows
     ]
-    found = findings.spike_first(together)
+    found = evidence.x_tr8_spike_first(together)
     assert found.measured["share_size_first"] == 1, "the whole stream grows"
     assert found.measured["share_spike_first"] == 0, "and position 0 is no multiple of the rest yet"
     assert claims.judge("X-TR8", found, "09").verdict == "differs"
@@ -486,19 +494,22 @@ def test_half_way_is_where_half_of_the_way_to_the_last_value_is_first_reached():
     dip = rows[0].curve | {"max_first": [1.2, 0.5, 1.5, 1.9], "max_elsewhere": [1.0] * 4}
     assert findings.half_way(replace(rows[0], curve=dip), "max_first", "max_elsewhere") == 40 * batch, "down is not up"
     late = [replace(r, curve=r.curve | {"attention": [0.1, 0.2, 0.2, 0.2]}) for r in rows]
-    assert findings.spike_first(late).measured["share_size_first"] == 0
-    assert isinstance(findings.spike_first([record(BASE, i, 0.05, 1.0) for i in range(9)]), NotApplicable)
+    assert evidence.x_tr8_spike_first(late).measured["share_size_first"] == 0
+    assert isinstance(evidence.x_tr8_spike_first([record(BASE, i, 0.05, 1.0) for i in range(9)]), NotApplicable)
     no_sinks = {"loss": 2.5, "sink_ratio": 0.05, "attention": 0.1}  # of the queries that it is judged by
     judged_late = record("contexts from 1/4 on", 0, 0.3, 1.0, late=no_sinks)
-    assert findings.spike_first([*rows, judged_late]).measured["runs"] == findings.spike_first(rows).measured["runs"]
+    assert (
+        evidence.x_tr8_spike_first([*rows, judged_late]).measured["runs"]
+        == evidence.x_tr8_spike_first(rows).measured["runs"]
+    )
 
 
 def test_idle_heads_are_compared_with_themselves_before_training():
     rows = [record(BASE, 0, 0.3, 1.0, attention_other=0.9, attention_trigger=0.01, copy_loss=0.0)]
-    found = findings.dormant(rows)
+    found = evidence.x_tr9_dormant(rows)
     assert claims.judge("X-TR9", found, "09").verdict == "holds"
     assert found.control["attention_other_untrained"] == [0.05]
-    assert claims.held_by("X-TR9", found.measured, found.control) == []
+    assert claims.passing_controls("X-TR9", found.measured, found.control) == []
 
 
 @torch.inference_mode()
@@ -508,7 +519,7 @@ def test_what_is_known_of_backcopy_is_measured_as_defined():
     for block in model.blocks:
         block.attn.q.weight.zero_()  # even attention
     model.unembed.weight.zero_()  # even predictions
-    found = known(model, task)
+    found = backcopy_truth(model, task)
     rows = task.windows(0, 64, 64, held_out=True)
     trigger = task.is_trigger(rows)
     even = np.broadcast_to(1 / np.arange(1, 65), rows.shape)
@@ -676,7 +687,7 @@ def test_what_heads_and_gates_do_is_told_apart_by_whether_there_is_something_to_
     assert list(table) == ["plain: attention", "gated: attention", "gated: gate"]
     assert table["gated: gate"][0] == "0.50 (0.50), 0.00 (1.00)"
     assert set(table["gated: gate"][1:]) == {"0.50 (0.50), 0.50 (0.50)"}
-    heads = known(plain, task)["heads"]
+    heads = backcopy_truth(plain, task)["heads"]
     assert table["plain: attention"][0] == ", ".join(f"{other:.2f} ({trigger:.2f})" for trigger, other in heads[0])
     one = Decoder(replace(config, gate="token"))
     assert ", " not in inside.when_idle({"one": one}, task)["one: gate"][0], "one gate for all heads"
@@ -719,18 +730,18 @@ def test_kept_weights_are_those_of_their_records():
 def test_the_ledger_of_the_lab_is_shown_by_variants_and_counts_as_no_model(tmp_path):
     rows = gates(head=0.5)
     ledger = open_lab_ledger("09_trained", rows, tmp_path)
-    shown = ledger.record({"TR5": findings.family_evidence(rows, "gates")}).data
+    shown = ledger.record({"TR5": evidence.tr_family(rows, "gates")}).data
     assert "**TR5**" in shown
     assert "variants: 5, in a table of their own" in shown
     assert claims.ledgers(tmp_path) == {}
     assert claims.lab_ledger(tmp_path)["sha256"] == records.digest(rows)
-    text = across.render(tmp_path).read_text()
+    text = publish.render(tmp_path).read_text()
     assert "### [TR5](../notebooks/09_trained.ipynb): A gate that reads its input" in text
     assert "**differs**. Holds where of the changes" in text
     assert "| gate per head | 3 | 2.00 | 0.5 | +0.18 (" in text
     assert "differ gate per head: sink" in text
     (tmp_path / "reasons.md").write_text("# Why\n\n## TR5\n\nWith {lab:TR5.n_agree} of {lab:TR5.n_reported}.\n")
-    assert "With 4 of 6." in across.render(tmp_path).read_text()
+    assert "With 4 of 6." in publish.render(tmp_path).read_text()
 
 
 def test_whether_a_sink_is_of_the_place_or_of_the_token():

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import lifecycle
-from spikesink import trace as module
-from spikesink.claims import Evidence, NotApplicable, verdict
-from spikesink.models import Anatomy
+from spikesink.chain import lifecycle
+from spikesink.chain import trace as module
+from spikesink.common import NotApplicable
+from spikesink.ledger import evidence
+from spikesink.ledger.claims import Evidence, verdict
+from spikesink.model.anatomy import Anatomy
 from tests import planted
 
 
@@ -43,14 +45,14 @@ def test_spike_tokens_are_found_wherever_they_are(life):
 
 
 def test_claims_say_what_was_planted(life, planted_model):
-    up, down = lifecycle.step_up(life), lifecycle.step_down(life)
+    up, down = evidence.lc1_step_up(life), evidence.lc3_step_down(life)
     assert up.measured["share_written"] == pytest.approx(1, abs=0.01)
     assert up.measured["largest_attention_share"] == 0  # no attention block writes to that channel
     assert down.measured["share_cancelled"] == pytest.approx(planted.Plant.cancelled, abs=0.05)
     assert down.measured["left_at_the_end"] == pytest.approx(1 - planted.Plant.cancelled, abs=0.05)
-    assert lifecycle.plateau(life).measured["plateau_write_ratio"] == 0
-    assert lifecycle.fixed_ratios(life).measured["ratio"] == pytest.approx(planted.Plant.side_ratio, abs=1e-3)
-    tokens = lifecycle.few_tokens(life, planted_model.tokenizer.decode).measured
+    assert evidence.lc2_plateau(life).measured["plateau_write_ratio"] == 0
+    assert evidence.lc6_fixed_ratios(life).measured["ratio"] == pytest.approx(planted.Plant.side_ratio, abs=1e-3)
+    tokens = evidence.lc7_few_tokens(life, planted_model.tokenizer.decode).measured
     assert tokens["n_spike_tokens"] == 6
     assert tokens["position0_share"] == pytest.approx(2 / 6)
     assert tokens["spike_tokens"] == [planted.TRIGGER]
@@ -80,7 +82,7 @@ def test_many_small_writes_are_a_ramp(tmp_path, trigger_tokens):
     assert life.main.shape == "ramp"
     assert life.main.step_up == (2, 4, 6, 8, 10)
     assert life.main.step_down == ()
-    assert verdict("LC1", lifecycle.step_up(life).measured) == "differs"
+    assert verdict("LC1", evidence.lc1_step_up(life).measured) == "differs"
 
 
 def test_a_smaller_cycle_on_other_tokens_is_reported_too(planted_model, trigger_tokens):
@@ -103,9 +105,16 @@ def test_without_a_spike_every_claim_says_why_it_does_not_apply(random_model):
     )
     assert life.main is None
     assert life.cycles == ()
-    for measure in ("step_up", "plateau", "step_down", "few_channels", "same_channels", "fixed_ratios"):
-        assert isinstance(getattr(lifecycle, measure)(life), NotApplicable)
-    assert isinstance(lifecycle.few_tokens(life, random_model.tokenizer.decode), NotApplicable)
+    for measure in (
+        "lc1_step_up",
+        "lc2_plateau",
+        "lc3_step_down",
+        "lc4_few_channels",
+        "lc5_same_channels",
+        "lc6_fixed_ratios",
+    ):
+        assert isinstance(getattr(evidence, measure)(life), NotApplicable)
+    assert isinstance(evidence.lc7_few_tokens(life, random_model.tokenizer.decode), NotApplicable)
 
 
 def test_windows_without_a_spike_token_only_have_none(planted_model, trigger_tokens):
@@ -133,7 +142,7 @@ def test_controls_are_measured_on_tokens_and_channels_that_do_not_spike(life):
     assert 1 not in ordinary.token.tolist()
     controls = set(life.trace.channels[life.trace.ordinary].tolist())
     assert controls.isdisjoint(life.main.channels)
-    assert lifecycle.step_up(life).control["share_written_ordinary_tokens"] == pytest.approx(0, abs=1e-3)
+    assert evidence.lc1_step_up(life).control["share_written_ordinary_tokens"] == pytest.approx(0, abs=1e-3)
 
 
 def test_default_model_has_the_cycle_that_was_measured_before(default_model):
@@ -147,10 +156,10 @@ def test_default_model_has_the_cycle_that_was_measured_before(default_model):
 
 
 def test_evidence_is_finite(life, planted_model):
-    for measure in (lifecycle.step_up, lifecycle.plateau, lifecycle.step_down, lifecycle.few_channels):
-        evidence = measure(life)
-        assert isinstance(evidence, Evidence)
-        numbers = [v for values in (evidence.measured, evidence.control) for v in values.values()]
+    for measure in (evidence.lc1_step_up, evidence.lc2_plateau, evidence.lc3_step_down, evidence.lc4_few_channels):
+        result = measure(life)
+        assert isinstance(result, Evidence)
+        numbers = [v for values in (result.measured, result.control) for v in values.values()]
         assert all(torch.tensor(v, dtype=torch.float64).isfinite().all() for v in numbers)
 
 
@@ -233,7 +242,7 @@ ORDINARY = [(0, 5, {4: 0.1}), (0, 9, {4: -0.1}), (1, 5, {4: 0.1}), (1, 9, {4: 0.
 def test_step_up_is_the_sum_of_early_ffn_writes_and_no_other():
     """Blocks 2, 3 (attention), 4 and 8 (late) write 300, 200, 400 and 100: 70% of 1000 are early FFN writes."""
     spikes = [(w, 0, {2: 300.0, 3: 200.0, 4: 400.0, 8: 100.0}) for w in (0, 1)]
-    measured = lifecycle.step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
+    measured = evidence.lc1_step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
     assert measured["step_up_blocks"] == [2, 3, 4, 8]
     assert measured["share_written"] == pytest.approx(0.7)
     assert measured["largest_attention_share"] == pytest.approx(0.2)
@@ -242,9 +251,9 @@ def test_step_up_is_the_sum_of_early_ffn_writes_and_no_other():
 
 def test_an_attention_block_that_takes_away_counts_as_well():
     spikes = [(w, 0, {2: 1500.0, 3: -600.0}) for w in (0, 1)]
-    evidence = lifecycle.step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY)))
-    assert evidence.measured["largest_attention_share"] == pytest.approx(0.4)
-    assert verdict("LC1", evidence.measured) == "differs"
+    result = evidence.lc1_step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY)))
+    assert result.measured["largest_attention_share"] == pytest.approx(0.4)
+    assert verdict("LC1", result.measured) == "differs"
 
 
 def test_at_most_three_blocks_count_as_having_written_the_spike():
@@ -252,22 +261,22 @@ def test_at_most_three_blocks_count_as_having_written_the_spike():
     early = [(w, p, {2: 250.0, 4: 250.0, 6: 250.0}) for w, p, _ in spikes]
     many = [(w, p, {b: 200.0 for b in (1, 2, 3, 4, 6)}) for w, p, _ in spikes]
     shares = [
-        lifecycle.step_up(spikesink.find_lifecycle(handmade(s, ORDINARY))).measured["share_written"]
+        evidence.lc1_step_up(spikesink.find_lifecycle(handmade(s, ORDINARY))).measured["share_written"]
         for s in (spikes, early, many)
     ]
     assert shares == pytest.approx([0.84, 1.0, 0.6])
     wide = handmade([(w, 0, {2: 200.0, 4: 190.0, 6: 180.0, 8: 170.0}) for w in (0, 1)], ORDINARY)
-    assert lifecycle.step_up(spikesink.find_lifecycle(wide)).measured["share_written"] == pytest.approx(570 / 740)
+    assert evidence.lc1_step_up(spikesink.find_lifecycle(wide)).measured["share_written"] == pytest.approx(570 / 740)
 
 
 def test_a_plateau_write_counts_whatever_its_sign():
     spikes = [(w, 0, {2: 1000.0, 4: -50.0, 5: 50.0, 6: -50.0, 10: -900.0}) for w in (0, 1)]
-    measured = lifecycle.plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
+    measured = evidence.lc2_plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
     assert (measured["first_point"], measured["last_point"]) == (2, 9)
     # Blocks 3 to 9 write 0, 50, 50, 50, 0, 0, 0 in size: the median is 0; with one more it is 50 of 950.
     assert measured["plateau_write_ratio"] == 0
     spikes = [(w, 0, {2: 1000.0, 3: -50.0, 4: -50.0, 5: 50.0, 6: -50.0, 10: -900.0}) for w in (0, 1)]
-    measured = lifecycle.plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
+    measured = evidence.lc2_plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
     assert measured["plateau_write_ratio"] == pytest.approx(50 / 950)
 
 
@@ -275,11 +284,11 @@ def test_only_late_ffn_blocks_count_as_cancelling():
     """Of what blocks 6 (early), 9 (attention) and 12 take back, 100, 200 and 300 of 1000, only 12's counts."""
     spikes = [(w, 0, {2: 1000.0, 6: -100.0, 9: -200.0, 12: -300.0}) for w in (0, 1)]
     life = spikesink.find_lifecycle(handmade(spikes, [(w, p, {12: -10.0}) for w, p, _ in ORDINARY]))
-    evidence = lifecycle.step_down(life)
-    assert evidence.measured["step_down_blocks"] == [6, 9, 12]
-    assert evidence.measured["share_cancelled"] == pytest.approx(0.3)
-    assert evidence.measured["left_at_the_end"] == pytest.approx(0.4)
-    assert evidence.control["share_cancelled_ordinary_tokens"] == pytest.approx(0.01)
+    result = evidence.lc3_step_down(life)
+    assert result.measured["step_down_blocks"] == [6, 9, 12]
+    assert result.measured["share_cancelled"] == pytest.approx(0.3)
+    assert result.measured["left_at_the_end"] == pytest.approx(0.4)
+    assert result.control["share_cancelled_ordinary_tokens"] == pytest.approx(0.01)
 
 
 def test_ratios_and_jaccard_are_those_of_the_tokens():
@@ -288,8 +297,8 @@ def test_ratios_and_jaccard_are_those_of_the_tokens():
     trace.rows.top_channels[0, :] = torch.tensor([10, 11, 12])
     trace.rows.top_channels[1, :] = torch.tensor([10, 11, 15])
     life = spikesink.find_lifecycle(trace)
-    assert lifecycle.fixed_ratios(life).measured["ratio_cv"] == pytest.approx(0.5)
-    assert lifecycle.same_channels(life).measured["jaccard"] == pytest.approx(0.5)
+    assert evidence.lc6_fixed_ratios(life).measured["ratio_cv"] == pytest.approx(0.5)
+    assert evidence.lc5_same_channels(life).measured["jaccard"] == pytest.approx(0.5)
 
 
 def test_each_window_is_held_against_its_own_median():
@@ -305,9 +314,9 @@ def test_a_channel_that_is_large_on_every_token_does_not_make_them_spike_tokens(
     drawn = [(w, p, {1: 200.0}) for w, p, _ in ORDINARY]
     life = spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], drawn))
     assert life.main.is_spike.tolist() == [True, True, False, False, False, False]
-    evidence = lifecycle.few_tokens(life, str)
-    assert evidence.measured["n_spike_tokens"] == 2
-    assert evidence.measured["share_above_100_medians"] == pytest.approx(6 / 40)
+    result = evidence.lc7_few_tokens(life, str)
+    assert result.measured["n_spike_tokens"] == 2
+    assert result.measured["share_above_100_medians"] == pytest.approx(6 / 40)
 
 
 def test_the_same_tokens_later_in_the_windows_are_the_control_of_place():
@@ -315,18 +324,18 @@ def test_the_same_tokens_later_in_the_windows_are_the_control_of_place():
     trace = handmade([(0, 0, {2: 1000.0}), (1, 0, {2: 1000.0}), (1, 7, {2: 1000.0})], ORDINARY)
     trace.tokens[0, [2, 3, 19]] = 7
     trace.tokens[1, 3] = 7
-    evidence = lifecycle.few_tokens(spikesink.find_lifecycle(trace), str)
-    assert evidence.measured["position0_share"] == 1
-    assert evidence.control["n_same_tokens_elsewhere"] == 5
-    assert evidence.control["same_tokens_elsewhere_share"] == pytest.approx(0.2)
-    assert evidence.control["other_positions_share"] == pytest.approx(1 / 38)
+    result = evidence.lc7_few_tokens(spikesink.find_lifecycle(trace), str)
+    assert result.measured["position0_share"] == 1
+    assert result.control["n_same_tokens_elsewhere"] == 5
+    assert result.control["same_tokens_elsewhere_share"] == pytest.approx(0.2)
+    assert result.control["other_positions_share"] == pytest.approx(1 / 38)
 
 
 def test_a_first_token_that_occurs_nowhere_else_has_no_such_control():
-    evidence = lifecycle.few_tokens(
+    result = evidence.lc7_few_tokens(
         spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)), str
     )
-    assert set(evidence.control) == {"other_positions_share"}
+    assert set(result.control) == {"other_positions_share"}
 
 
 def test_one_outlier_does_not_set_the_size():
@@ -395,9 +404,9 @@ def test_spike_tokens_that_are_drawn_are_no_controls():
 
 def test_when_every_token_spikes_there_is_no_control_and_the_claims_say_so():
     life = spikesink.find_lifecycle(handmade([(w, p, {2: 1000.0}) for w in (0, 1) for p in (0, 1)], []))
-    for measure in (lifecycle.few_channels, lifecycle.same_channels):
+    for measure in (evidence.lc4_few_channels, evidence.lc5_same_channels):
         assert isinstance(measure(life), NotApplicable)
-    for measure in (lifecycle.step_up, lifecycle.step_down, lifecycle.fixed_ratios):
-        evidence = measure(life)
-        assert isinstance(evidence, Evidence)  # the ordinary channels are left to compare with
-        assert all(math.isfinite(v) for v in evidence.control.values())
+    for measure in (evidence.lc1_step_up, evidence.lc3_step_down, evidence.lc6_fixed_ratios):
+        result = measure(life)
+        assert isinstance(result, Evidence)  # the ordinary channels are left to compare with
+        assert all(math.isfinite(v) for v in result.control.values())

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 import spikesink
 from spikesink import plots
-from spikesink.claims import NotApplicable
+from spikesink.common import NotApplicable
+from spikesink.ledger import claims, evidence
+from spikesink.model import texts
 from spikesink.serving import cache, diagnosis, long
 from spikesink.serving.cache import Policy, Streamed
 from spikesink.serving.context import Lengths, interval_of, reach
@@ -60,7 +62,7 @@ def test_of_anything_else_it_is_measured_anew(planted_model, random_model, sourc
 
 
 def test_run_anew_each_prediction_knows_few_tokens(planted_model):
-    tokens = spikesink.texts.all_ids(planted_model, spikesink.texts.Text("planted", TEXT))[None]
+    tokens = texts.all_ids(planted_model, texts.Text("planted", TEXT))[None]
     found = long.run_afresh(planted_model, tokens, budget=16)
     assert found.shape == (1, tokens.shape[1] - 1)
     for start in (0, 4, 60, 100):
@@ -71,7 +73,7 @@ def test_run_anew_each_prediction_knows_few_tokens(planted_model):
 
 
 def test_run_anew_begins_with_bos_where_windows_do(planted_model, monkeypatch):
-    tokens = spikesink.texts.all_ids(planted_model, spikesink.texts.Text("planted", TEXT))[None]
+    tokens = texts.all_ids(planted_model, texts.Text("planted", TEXT))[None]
     without = long.run_afresh(planted_model, tokens, budget=16)
     monkeypatch.setattr(long.texts, "bos", lambda model: [7])
     found = long.run_afresh(planted_model, tokens, budget=16)
@@ -83,7 +85,7 @@ def test_run_anew_begins_with_bos_where_windows_do(planted_model, monkeypatch):
 
 
 def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted_model, tmp_path):
-    text = spikesink.texts.Text("long", planted.text(12, 64))
+    text = texts.Text("long", planted.text(12, 64))
     tokens, lengths = reach(planted_model, text)
     assert lengths == (256, 512, 640)
     assert tokens.shape == (1, 640)
@@ -91,7 +93,7 @@ def test_a_text_reaches_past_a_limit_only_where_positions_do_not_run_out(planted
     assert lengths == (256,), "300 tokens are hardly more"
     assert tokens.shape == (1, 256), "what is run is what is measured"
     tokens, _ = reach(planted_model, text)
-    assert torch.equal(tokens[0], spikesink.texts.all_ids(planted_model, text)[:640])
+    assert torch.equal(tokens[0], texts.all_ids(planted_model, text)[:640])
     learned = spikesink.load(tiny("gpt2", tmp_path))
     assert reach(learned, "house")[1] == (256, spikesink.anatomy(learned).context), "it has no positions past its limit"
 
@@ -118,7 +120,7 @@ class Short:
 
 
 def test_a_cache_is_judged_on_the_long_text():
-    found = diagnosis.needs_the_sink(a_long(2048, 0.5, 0.05), Short(), 16)
+    found = evidence.sv2_needs_the_sink(a_long(2048, 0.5, 0.05), Short(), 16)
     assert found.measured["perplexity_window"] == pytest.approx(math.exp(2.5))
     assert found.measured["perplexity_window_with_sink"] == pytest.approx(math.exp(2.05))
     assert found.measured["interval_window_over_full"] == pytest.approx(2 * [math.exp(0.5)])
@@ -130,33 +132,33 @@ def test_a_cache_is_judged_on_the_long_text():
     assert {key: found.measured[key] for key in short} == short
     assert found.control["short_heavy_hitters"] == 3
     assert not {"short_first", "short_constant"} & set(found.measured)
-    assert spikesink.claims.judge("SV2", found, "10").verdict == "holds"
+    assert claims.judge("SV2", found, "10").verdict == "holds"
     for window, first in ((0.3, 0.05), (0.5, 0.2)):
-        differs = diagnosis.needs_the_sink(a_long(2048, window, first), Short(), 16)
-        assert spikesink.claims.judge("SV2", differs, "10").verdict == "differs"
+        differs = evidence.sv2_needs_the_sink(a_long(2048, window, first), Short(), 16)
+        assert claims.judge("SV2", differs, "10").verdict == "differs"
     # Half of the pieces at 2.5 nats more, or at 0.1: the intervals reach 1.5 and 1.1.
     wide = torch.tensor([[0.0, 1.0]]).repeat_interleave(512, 1).repeat(1, 2)[:, :2047]
     for window, first, verdict in ((wide, 0.05, "n/a"), (0.5, wide / 5, "n/a"), (wide, 0.2, "differs")):
-        judged = spikesink.claims.judge("SV2", diagnosis.needs_the_sink(a_long(2048, window, first), Short(), 16), "10")
+        judged = claims.judge("SV2", evidence.sv2_needs_the_sink(a_long(2048, window, first), Short(), 16), "10")
         assert judged.verdict == verdict
         assert ("leave it open" in judged.measured.get("reason", "")) == (verdict == "n/a")
-    assert diagnosis.needs_the_sink(a_long(1000, 0.5, 0.05), Short(), 16) == NotApplicable(diagnosis.SHORT)
+    assert evidence.sv2_needs_the_sink(a_long(1000, 0.5, 0.05), Short(), 16) == NotApplicable(evidence.serving.SHORT)
 
 
 def over_lengths_verdict(lengths: Lengths) -> str:
-    found = diagnosis.over_lengths(lengths)
-    return spikesink.claims.judge("SV3", found, "10").verdict
+    found = evidence.sv3_over_lengths(lengths)
+    return claims.judge("SV3", found, "10").verdict
 
 
 def test_sinks_over_lengths_are_judged_within_the_limit():
     lengths = a_long(2048, 0, 0).lengths
-    held = diagnosis.over_lengths(lengths)
+    held = evidence.sv3_over_lengths(lengths)
     assert json.loads(json.dumps(held.measured))["lengths"] == [256, 2048]
-    assert spikesink.claims.judge("SV3", held, "10").verdict == "holds"
-    assert spikesink.claims.held_by("SV3", held.measured, held.control) == []
-    assert isinstance(diagnosis.over_lengths(a_long(2048, 0, 0, 0.1).lengths), NotApplicable)
+    assert claims.judge("SV3", held, "10").verdict == "holds"
+    assert claims.passing_controls("SV3", held.measured, held.control) == []
+    assert isinstance(evidence.sv3_over_lengths(a_long(2048, 0, 0, 0.1).lengths), NotApplicable)
     past = replace(lengths, limit=1024)
-    assert isinstance(diagnosis.over_lengths(past), NotApplicable), "within the limit it is short"
+    assert isinstance(evidence.sv3_over_lengths(past), NotApplicable), "within the limit it is short"
 
 
 def test_sinks_that_fade_are_seen_in_the_late_queries():
@@ -176,10 +178,10 @@ def test_a_layer_that_cannot_see_the_first_token_is_not_asked_about_it():
     short_sighted = replace(blind, sight=(512, None))
     assert short_sighted.throughout == [1]
     assert short_sighted.late_ratios() == [1, 1]
-    assert diagnosis.over_lengths(short_sighted).measured["n_layers"] == 1
+    assert evidence.sv3_over_lengths(short_sighted).measured["n_layers"] == 1
     assert replace(blind, sight=(512, 2048)).throughout == [1], "all of the text is far enough"
     none = replace(blind, sight=(512, 2047))
-    assert diagnosis.over_lengths(none) == NotApplicable(diagnosis.SHORT_SIGHTED)
+    assert evidence.sv3_over_lengths(none) == NotApplicable(evidence.serving.SHORT_SIGHTED)
     plots.lengths(none)
 
 

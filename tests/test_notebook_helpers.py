@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import pandas as pd
 
-from spikesink import across, claims, notebook, paper
-from spikesink.claims import Header, NotApplicable
+from spikesink import paper
+from spikesink.apps import notebook, publish
+from spikesink.common import NotApplicable
+from spikesink.ledger import claims, rules
+from spikesink.ledger.claims import Header
 
 HEADER = Header("tiny", "tiny", "ab", "house", "cd", (2, 64), "float32", 0)
 
 
 def test_prose_takes_its_numbers_from_the_evidence():
-    evidence = claims.Evidence({"share": 0.98765, "tiny": 3e-7, "none": 0.0}, {"other": 23754.4})
-    said = notebook.say("{share:.1%} {share} {tiny} {none} {other} {missing}", evidence).data
+    result = claims.Evidence({"share": 0.98765, "tiny": 3e-7, "none": 0.0}, {"other": 23754.4})
+    said = notebook.say("{share:.1%} {share} {tiny} {none} {other} {missing}", result).data
     assert said == "98.8% 0.988 < 1e-5 0 23,800 (not measurable here)"
     assert notebook.say("{share}", NotApplicable("it has none")).data == "*Not applicable here: it has none.*"
 
@@ -41,10 +44,10 @@ def test_a_model_joins_the_paper_s_table_2(tmp_path):
 
 
 def test_rules_with_bars_do_not_break_the_ledger_s_table(tmp_path):
-    evidence = claims.Evidence({"gain_rank": 1, "gain_over_median": 9.0}, {"other": 1.0})
-    shown = notebook.Ledger("04_amplifier", tmp_path / "tiny", HEADER).record({"AM2": evidence}).data
+    result = claims.Evidence({"gain_rank": 1, "gain_over_median": 9.0}, {"other": 1.0})
+    shown = notebook.Ledger("04_amplifier", tmp_path / "tiny", HEADER).record({"AM2": result}).data
     assert "\\|\\|U_k\\|\\|_F" in shown
-    across.render(tmp_path)
+    publish.render(tmp_path)
     row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if "[AM2]" in line)
     assert "\\|\\|U_k\\|\\|_F" in row
     assert row.replace("\\|", "").count("|") == 5
@@ -54,8 +57,8 @@ def test_rules_with_bars_do_not_break_the_ledger_s_table(tmp_path):
 def test_a_claim_that_holds_of_a_control_too_says_so_where_it_is_recorded(tmp_path):
     ledger = notebook.Ledger("06_rmsnorm", tmp_path / "tiny", HEADER)
     for ordinary, said in ((0.25, "| **holds** |"), (0.75, "| **holds**<br>of max_over_sqrt_d_other_tokens too |")):
-        evidence = claims.Evidence({"max_over_sqrt_d": 0.9}, {"max_over_sqrt_d_other_tokens": ordinary})
-        assert said in ledger.record({"NM1": evidence}).data
+        result = claims.Evidence({"max_over_sqrt_d": 0.9}, {"max_over_sqrt_d_other_tokens": ordinary})
+        assert said in ledger.record({"NM1": result}).data
     differs = claims.Evidence({"max_over_sqrt_d": 0.1}, {"max_over_sqrt_d_other_tokens": 0.9})
     assert "| **differs** |" in ledger.record({"NM1": differs}).data
 
@@ -63,7 +66,7 @@ def test_a_claim_that_holds_of_a_control_too_says_so_where_it_is_recorded(tmp_pa
 def test_a_rule_that_claims_share_is_told_once(tmp_path):
     none = dict.fromkeys(("TR1", "TR2", "X-TR7"), NotApplicable("nothing is trained"))
     shown = notebook.Ledger("09_trained", tmp_path / "tiny", HEADER).record(none).data.splitlines()
-    assert f"<br>*{claims.RULES['TR1'].words}* |" in shown[2]
+    assert f"<br>*{rules.RULES['TR1'].words}* |" in shown[2]
     assert shown[3].startswith("| **TR2** Sinks")
     assert "<br>*the rule of TR1* |" in shown[3]
     assert "rank correlation" in shown[4]

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
 CELLS = (
-    "import pandas as pd\nfrom spikesink.notebook import say, tidy",
+    "import pandas as pd\nfrom spikesink.apps.notebook import say, tidy",
     'say("The ratio is {ratio:.4f}.", ratio=1 / 1200)',
     'tidy(pd.DataFrame({"ratio": [1 / 1200]}, index=["a write"]))',
     'say("The ratio is {ratio:.1f}.", ratio=1 / 2)',

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import amplifier, collapse, firsttoken, models, patching, sinks
-from spikesink.models import LoadError, cache_directory, is_offloaded
-from spikesink.weights import weights_of
+from spikesink import patching
+from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
+from spikesink.model import load
+from spikesink.model.load import LoadError, cache_directory, is_offloaded
+from spikesink.model.weights import weights_of
 from tests.test_families import FAMILIES, tiny
 
 HALF = {"cpu": "120KB"}  # of the tiny models' 400 to 700 KB
@@ -67,7 +69,7 @@ def test_every_link_of_the_chain_measures_the_same_when_offloaded(spread_model, 
                 "probe": probe.value,
                 "collapse": collapsed.spike.mean,
                 "scores": sinks.score(model, trigger_tokens).at,
-                "geometry": sinks.look(model, trigger_tokens, life, collapsed).geometry.cosine["spike"],
+                "geometry": keys.read_attention(model, trigger_tokens, life, collapsed).geometry.cosine["spike"],
                 "clean": compared["clean"].loss,
                 "cut": compared["cut"].loss,
             }
@@ -152,7 +154,7 @@ def test_a_model_that_fits_is_loaded_whole(given, planted_directory, planted_mod
 
 def test_a_small_b_means_bytes_too(random_directory):
     assert is_offloaded(spikesink.load(random_directory, device="auto", max_memory={"cpu": "300kb"}))
-    assert models._budget({"cpu": "8gb"})["cpu"] == 8 * 10**9
+    assert load._budget({"cpu": "8gb"})["cpu"] == 8 * 10**9
 
 
 def test_the_budget_can_be_in_the_environment(random_directory, monkeypatch):

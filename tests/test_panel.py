@@ -7,7 +7,7 @@ import torch
 
 import spikesink
 from spikesink import patching, plots
-from spikesink.patching import panel as panels
+from spikesink.apps import panel as panels
 
 PROMPT = "The old mill stands by the weir, and the river runs to the sea."
 

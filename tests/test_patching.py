@@ -15,7 +15,8 @@ from transformer_lens.hook_points import HookPoint
 import spikesink
 from spikesink import patching
 from spikesink.patching import prefix
-from spikesink.patching.interventions import Positions, batches
+from spikesink.patching.interventions import batches
+from spikesink.patching.sites import Positions
 from tests import planted
 from tests.test_families import FAMILIES, SIZES, tiny
 from tests.test_lifecycle import ANATOMY
@@ -370,7 +371,7 @@ def test_interventions_take_effect_in_every_family(family, tmp_path):
             torch.testing.assert_close(changed[:, :3], clean[:, :3], rtol=0, atol=1e-5)
     stream = seen(model, tokens, [about.layer_hooks[2]], patching.set_to(patching.stream(4), VECTOR, 3))[0]
     assert torch.equal(stream[about.layer_hooks[2]][:, 3], VECTOR.expand(2, -1))
-    assert prefix.in_what_form(model, tokens, [1, 2]) is not None
+    assert prefix.layer_returns_tuple(model, tokens, [1, 2]) is not None
     outcomes = patching.compare(model, tokens, sites)
     for name, cut in sites.items():
         logits = seen(model, tokens, [], cut)[1][:, :-1]
@@ -380,7 +381,7 @@ def test_interventions_take_effect_in_every_family(family, tmp_path):
 
 def test_a_later_start_is_a_whole_run_bit_for_bit(random_model, tokens):
     about = spikesink.anatomy(random_model)
-    form = prefix.in_what_form(random_model, tokens, range(6))
+    form = prefix.layer_returns_tuple(random_model, tokens, range(6))
     assert form is False
     whole, logits = seen(random_model, tokens, about.layer_hooks)
     for layer in range(1, 6):
@@ -399,7 +400,7 @@ def test_where_a_later_start_gives_something_else_every_run_is_whole(random_mode
     cuts = {"late": patching.zero(patching.stream(8), 0), "early": patching.skip(1, 0)}
     quick = patching.compare(random_model, tokens, cuts)
     monkeypatch.setattr(prefix, "injected", lambda about, layer, stream: (about.layer_hooks[layer], lambda v, hook: v))
-    assert prefix.in_what_form(random_model, tokens, [4]) is None
+    assert prefix.layer_returns_tuple(random_model, tokens, [4]) is None
     whole = patching.compare(random_model, tokens, cuts)
     for key in quick:
         assert torch.equal(quick[key].loss, whole[key].loss)

@@ -12,11 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import spikesink
-from spikesink import amplifier, collapse, experts, firsttoken, patching, sinks
-from spikesink.claims import NotApplicable
-from spikesink.lifecycle import is_spike
-from spikesink.patching import chain
-from spikesink.weights import FFN, weights_of
+from spikesink import patching
+from spikesink.chain import amplifier, collapse, experts, firsttoken, sinks
+from spikesink.chain.lifecycle import is_spike
+from spikesink.common import NotApplicable
+from spikesink.model.weights import FFN, weights_of
+from spikesink.patching import cuts
 from tests import in_process, planted
 
 N, LENGTH = 6, 64
@@ -206,9 +207,9 @@ def test_without_the_step_up_there_is_no_sink_and_with_constants_there_is_no_spi
 
 
 def test_where_attention_takes_no_change_nothing_is_masked(grown):
-    known = chain.constants(grown.model, grown.life, grown.tokens)
+    known = cuts.spike_means(grown.model, grown.life, grown.tokens)
     deaf = replace(known, about=replace(known.about, edits_pattern=False))
-    able, unable = (set(chain.cuts_on(of, chain.aim(grown.spikes))) for of in (known, deaf))
+    able, unable = (set(cuts.cuts_on(of, cuts.choose_tokens(grown.spikes))) for of in (known, deaf))
     assert able - unable == {"masked", "masked_everywhere", "masked_elsewhere", "zeroed_and_masked"}
 
 

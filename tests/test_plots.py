@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import amplifier, collapse, firsttoken, plots, sinks
-from spikesink.claims import NotApplicable
+from spikesink import plots
+from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
+from spikesink.common import NotApplicable
+from spikesink.ledger import evidence
+from spikesink.model.weights import weights_of
 from spikesink.plots import style
-from spikesink.weights import weights_of
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, tri
     figure = plots.vocabulary(probe, decode, counts)
     assert title(figure) == "1 exception: “<spike>”"
     assert title(figure, 1) == "0.25% of 400 entries spike at position 0"
-    elsewhere = firsttoken.not_elsewhere(planted_model, weights, probe, trigger_tokens, positions=(1, 2))
+    elsewhere = evidence.tk3_not_elsewhere(planted_model, weights, probe, trigger_tokens, positions=(1, 2))
     found = firsttoken.fork_of_probe(planted_model, weights, life, probe, trigger_tokens, n=8)
     figure = plots.fork(found, elsewhere)
     assert title(figure).startswith("The same 8 tokens reach cosine")
@@ -66,7 +68,7 @@ def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, tri
 def sunk(parts, planted_model, trigger_tokens):
     life, weights, *_ = parts
     found = collapse.collapse(planted_model, trigger_tokens, life)
-    return life, found, sinks.look(planted_model, trigger_tokens, life, found, epsilon=0.05), weights
+    return life, found, keys.read_attention(planted_model, trigger_tokens, life, found, epsilon=0.05), weights
 
 
 def test_figures_of_the_collapse_say_what_they_show(sunk, planted_model, trigger_tokens):
@@ -101,16 +103,16 @@ def test_figures_of_the_sinks_say_what_they_show(sunk, planted_model, trigger_to
     ]
     profile = spikesink.profile(planted_model, trigger_tokens[1])
     assert len(plots.places(profile, most=20).axes[1].get_xticklabels()) == 20
-    depth = sinks.over_depth(seen, life).measured
+    depth = evidence.sk5_over_depth(seen, life).measured
     expected = f"{depth['attention_during']:.0%} of attention on the plateau, {depth['attention_before']:.0%} before"
     assert expected in title(plots.sinks_over_depth(seen.geometry, seen, life, profile))
-    rebuilt = sinks.rebuild(weights, life, found)
+    rebuilt = keys.rebuild(weights, life, found)
     figure = plots.sink_keys(seen.geometry, rebuilt, life)
     assert title(figure, 1).startswith(f"{len(rebuilt.channels)} of 64 rows: cosine ")
     assert title(plots.sink_keys(seen.geometry, NotApplicable("none"), life), 1) == ""
     figure = plots.logits(seen.geometry, seen, life)
     assert len(figure.axes[0].collections[0].get_offsets()) == 12  # heads of the plateau's three layers
-    clouds = sinks.clouds(planted_model, trigger_tokens, life, seen, [(3, 0), (3, 1)], most=60)
+    clouds = keys.clouds(planted_model, trigger_tokens, life, seen, [(3, 0), (3, 1)], most=60)
     figure = plots.queries_and_keys(clouds)
     assert [len(c.get_offsets()) for c in figure.axes[0].collections] == [
         60,

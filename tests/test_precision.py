@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import amplifier, collapse, firsttoken, patching, sinks
-from spikesink.weights import weights_of
+from spikesink import patching
+from spikesink.chain import amplifier, collapse, firsttoken, sinks
+from spikesink.ledger import evidence
+from spikesink.model.weights import weights_of
 
 # Half a unit in the last place, relative: 8 and 11 bits of mantissa.
 EPSILON = {"bfloat16": 2**-8, "float16": 2**-11}
@@ -66,5 +68,5 @@ def test_counts_stay_and_numbers_keep_the_digits_of_their_precision(dtype, exact
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_what_is_about_rounding_itself_is_not_asked_in_half_precision(dtype):
     model = spikesink.load(dtype=dtype)
-    found = firsttoken.one_static_map(model, weights_of(model), spikesink.windows(model, "house", 2, 16))
+    found = evidence.tk2_static_map(model, weights_of(model), spikesink.windows(model, "house", 2, 16))
     assert "float32" in found.reason

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 import spikesink
-from spikesink import __main__ as command
-from spikesink import lifecycle, report
+from spikesink import __main__
+from spikesink.apps import report
+from spikesink.ledger import evidence
 from spikesink.serving import cache, cells
 from spikesink.serving.cells import Crossed
 from spikesink.serving.diagnosis import IN_PART, ROUTING, UNSURE, Diagnosis, diagnoses
@@ -31,7 +32,7 @@ def made(family_directory, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     options = ["--text", text, "--n-prompts", "6", "--seq-len", "64", "--out", str(out)]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert command.main(["diagnose", str(family_directory("llama")), *options]) == 0
+        assert __main__.main(["diagnose", str(family_directory("llama")), *options]) == 0
     return json.loads((out / "report.json").read_text()), (out / "report.html").read_text(), said.getvalue()
 
 
@@ -96,7 +97,7 @@ def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp
 
     monkeypatch.setattr(report, "STAGES", {**report.STAGES, "quantization": stopped})
     options = ["--text", text, "--n-prompts", "4", "--seq-len", "32", "--out", str(tmp_path / "new" / "folder")]
-    assert command.main(["diagnose", str(random_directory), *options]) == 130
+    assert __main__.main(["diagnose", str(random_directory), *options]) == 130
     assert "what was finished is kept" in capsys.readouterr().out
     found = json.loads((tmp_path / "new" / "folder" / "report.json").read_text())
     assert list(found["sections"]) == ["spike", "sink"]
@@ -128,7 +129,7 @@ def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path
     }[wrong]
     options = ["--text", str(given["text"]), "--out", str(given["out"]), "--n-prompts", "4", "--seq-len", "32"]
     before = set(tmp_path.rglob("*"))
-    assert command.main(["diagnose", str(given["model"]), *options]) == 1
+    assert __main__.main(["diagnose", str(given["model"]), *options]) == 1
     printed = capsys.readouterr()
     said = " ".join(printed.err.split())
     assert says in said
@@ -138,10 +139,10 @@ def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path
 
 
 def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys):
-    assert command.main(["census", str(family_directory("llama")), "--top", "2"]) == 0
+    assert __main__.main(["census", str(family_directory("llama")), "--top", "2"]) == 0
     rows = re.findall(r"^ ?(\d+) +(\d+) ", capsys.readouterr().out, re.MULTILINE)
     assert {("4", "9"), ("10", "9")} == set(rows)
-    assert command.main(["probe", str(family_directory("llama")), "--entries", "400"]) == 0
+    assert __main__.main(["probe", str(family_directory("llama")), "--entries", "400"]) == 0
     said = capsys.readouterr().out
     assert "channel 9 after block 4" in said
     assert "Blocks that write it: 4; that take it back: 10." in said
@@ -152,7 +153,7 @@ def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys
 )
 def test_bad_arguments_point_to_the_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
+        __main__.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("(see --help)\n")
 
@@ -211,7 +212,7 @@ def test_controls_are_no_failures_and_remedies_stand_apart():
 
 def test_a_model_without_a_spike_is_told_what_serving_costs(random_directory, text, tmp_path, capsys):
     options = ["--text", text, "--n-prompts", "4", "--seq-len", "48", "--out", str(tmp_path), "--long"]
-    assert command.main(["diagnose", str(random_directory), *options]) == 0
+    assert __main__.main(["diagnose", str(random_directory), *options]) == 0
     found = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert found["quantization"]["weights in int4 per channel"]["cost"] > 0
     assert found["cache"]["the last ones"]["left_without_spike"] is None
@@ -226,16 +227,16 @@ def test_a_spike_of_many_blocks_is_said_to_be_one(family_directory, text, monkey
     model = spikesink.load(family_directory("llama"))
     of = report.Subject(model, text, spikesink.windows(model, text, 2, 64), 0)
     assert "come from other blocks" not in report._spike(of).prose
-    up = lifecycle.step_up(of.life)
+    up = evidence.lc1_step_up(of.life)
     few = replace(up, measured={**up.measured, "share_written": 0.43})
-    monkeypatch.setattr(lifecycle, "step_up", lambda life: few)
+    monkeypatch.setattr(evidence, "lc1_step_up", lambda life: few)
     assert "write 43% of it, the other 57% come from other blocks." in report._spike(of).prose
 
 
 def test_gains_that_a_norm_follows_are_said_to_be_without_it(family_directory, gemma_directory, capsys):
-    assert command.main(["census", str(gemma_directory)]) == 0
+    assert __main__.main(["census", str(gemma_directory)]) == 0
     assert "passes another norm" in " ".join(capsys.readouterr().out.split())
-    assert command.main(["census", str(family_directory("llama"))]) == 0
+    assert __main__.main(["census", str(family_directory("llama"))]) == 0
     assert "passes another norm" not in " ".join(capsys.readouterr().out.split())
 
 

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 import spikesink
-from spikesink import amplifier, experts, firsttoken, models, scan
-from spikesink.models import LoadError
-from spikesink.progress import progress
-from spikesink.weights import open_weights, weights_of
+from spikesink.apps import scan
+from spikesink.chain import amplifier, experts, firsttoken
+from spikesink.common import progress
+from spikesink.model import load
+from spikesink.model.load import LoadError
+from spikesink.model.weights import open_weights, weights_of
 from tests import planted
 from tests.test_experts import moe
 from tests.test_families import FAMILIES, tiny
@@ -345,7 +347,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_plan_of_the_builtin_is_the_same_from_its_header_as_from_its_twin(default_model, cache, monkeypatch):
-    monkeypatch.setattr(models, "_write_dequantized", lambda *_: pytest.fail("the file was dequantized"))
+    monkeypatch.setattr(load, "_write_dequantized", lambda *_: pytest.fail("the file was dequantized"))
     header = scan.plan()
     assert not cache.exists()
     monkeypatch.undo()
@@ -402,7 +404,7 @@ def test_resident_memory_of_a_scan_is_as_planned_and_far_below_the_model(default
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 8
     script = f"""
 import re
-from spikesink import scan
+from spikesink.apps import scan
 def peak():  # MB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 weights = scan.open_weights({str(tmp_path / "shards")!r})

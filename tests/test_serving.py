@@ -9,13 +9,16 @@ import torch
 from scipy import stats
 
 import spikesink
-from spikesink import claims, find_lifecycle, patching, plots, trace_windows
-from spikesink.claims import NotApplicable
+from spikesink import find_lifecycle, patching, plots, trace_windows
+from spikesink.chain.lifecycle import find_spikes
+from spikesink.common import NotApplicable
 from spikesink.lab import data
 from spikesink.lab.data import BOS, Backcopy
 from spikesink.lab.model import Decoder
-from spikesink.lifecycle import find_spikes
-from spikesink.patching import Outcome, chain
+from spikesink.ledger import claims
+from spikesink.ledger.evidence.serving import sv1_sets_the_scale
+from spikesink.patching import Outcome
+from spikesink.patching import cuts as chain
 from spikesink.serving import cache, quantize
 from spikesink.serving.cells import (
     AS_IT_IS,
@@ -44,7 +47,6 @@ from spikesink.serving.diagnosis import (
     Share,
     diagnose,
     diagnoses,
-    sets_the_scale,
     share,
     share_interval,
 )
@@ -203,7 +205,7 @@ def test_weights_are_rounded_while_the_context_lasts():
 
 def test_a_cell_has_what_it_says(planted):
     model, tokens, life, where = planted
-    known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    known = chain.spike_means(model, life, data.held_out(Backcopy(), 8, 32)[4:])
     of = cells(known, where)
     assert tuple(of) == CELLS
     techniques = quantize.activations(model, ranges(model, tokens, where), where)
@@ -243,7 +245,7 @@ def test_a_cell_has_what_it_says(planted):
 def test_without_the_spike_nothing_makes_it(planted, cell):
     """The step-up block's hidden activation is as large as ever if only what it writes is taken away."""
     model, tokens, life, where = planted
-    known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    known = chain.spike_means(model, life, data.held_out(Backcopy(), 8, 32)[4:])
     with patching.patched(model, *cells(known, where)[cell]):
         found = ranges(model, tokens, where)["FFN's hidden"]
     assert float(found.spike[1]) == 0
@@ -401,7 +403,7 @@ def spoken():
 @torch.inference_mode()
 def test_what_a_spike_breaks_is_told_where_tokens_share_a_step(spoken):
     model, tokens, life = spoken
-    known = chain.constants(model, life, tokens[:8])
+    known = chain.spike_means(model, life, tokens[:8])
     judged = tokens[8:]
     where = find_spikes(model, life, judged)
     techniques = quantize.activations(model, ranges(model, tokens[:8], find_spikes(model, life, tokens[:8])), where)
@@ -410,7 +412,7 @@ def test_what_a_spike_breaks_is_told_where_tokens_share_a_step(spoken):
     assert told[quantize.PER_TENSOR].verdict == OUTLIERS
     assert told[quantize.PER_TENSOR].cost > 10
     assert found.cost(quantize.OTHERS_APART) > 10 > 2 > found.cost(quantize.APART)
-    assert claims.judge("SV1", sets_the_scale(found), "10").verdict == "holds"
+    assert claims.judge("SV1", sv1_sets_the_scale(found), "10").verdict == "holds"
     assert told[quantize.PER_TOKEN].as_held, "no token's step has anything of another's"
     assert told["KV cache in int4"].as_held
     assert not told[quantize.PER_TENSOR].as_held
@@ -419,11 +421,11 @@ def test_what_a_spike_breaks_is_told_where_tokens_share_a_step(spoken):
 @torch.inference_mode()
 def test_the_spikes_channels_apart_are_set_beside_others(planted):
     model, tokens, life, where = planted
-    known = chain.constants(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    known = chain.spike_means(model, life, data.held_out(Backcopy(), 8, 32)[4:])
     techniques = quantize.activations(model, ranges(model, tokens, where), where)
     of = cells(known, where)
     crossed = cross(model, tokens, of, techniques)
-    found = sets_the_scale(crossed)
+    found = sv1_sets_the_scale(crossed)
     for name, cuts in (("fp", ()), ("int8_per_tensor", techniques[quantize.PER_TENSOR].cuts)):
         without = patching.evaluate(model, tokens, *of[NO_SPIKE], *cuts)
         assert found.control[f"perplexity_{name}_no_spike"] == pytest.approx(without.perplexity)
@@ -442,13 +444,13 @@ def test_the_spikes_channels_apart_are_set_beside_others(planted):
     assert off[quantize.APART] < off[quantize.PER_TENSOR] / 2
     assert off[quantize.APART] < off[quantize.OTHERS_APART] / 2
     one = Crossed({AS_IT_IS: outcome(1.0)}, {name: {AS_IT_IS: outcome(1.0)} for name in alone})
-    assert isinstance(sets_the_scale(one), NotApplicable)
+    assert isinstance(sv1_sets_the_scale(one), NotApplicable)
 
 
 def test_without_a_spike_there_are_no_cells():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
     life = find_lifecycle(trace_windows(model, tokens))
-    known = chain.constants(model, life, tokens)
+    known = chain.spike_means(model, life, tokens)
     for found in (cells(known, tokens > 0), diagnose(known)):
         assert isinstance(found, NotApplicable)
     assert sink_held(known) == ()
@@ -458,11 +460,11 @@ def test_without_a_spike_there_are_no_cells():
 def test_without_a_spike_techniques_are_tried_in_the_model_as_it_is():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
     life = find_lifecycle(trace_windows(model, tokens))
-    known, none = chain.constants(model, life, tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    known, none = chain.spike_means(model, life, tokens), torch.zeros_like(tokens, dtype=torch.bool)
     of, seen = cells(known, none), ranges(model, tokens, none)
     crossed = cross(model, tokens, of, quantize.activations(model, seen, none), none)
     crossed = quantize.weights(model, tokens, of, crossed, {"weights": (2, "tensor")})
-    assert crossed.reason == known.reason == sets_the_scale(crossed).reason
+    assert crossed.reason == known.reason == sv1_sets_the_scale(crossed).reason
     assert not {quantize.APART, quantize.OTHERS_APART} & set(crossed.with_it), "there are no channels to keep apart"
     assert {cell for row in (crossed.plain, *crossed.with_it.values()) for cell in row} == {AS_IT_IS}
     clean = patching.evaluate(model, tokens)
@@ -503,7 +505,7 @@ def test_a_scale_is_judged_where_there_is_a_cost_and_an_interval_tells(per_tenso
     losses = {quantize.PER_TENSOR: per_tensor, quantize.APART: split}
     losses |= dict.fromkeys((quantize.OTHERS_APART, quantize.PER_TOKEN), per_tensor)
     with_it = {name: {AS_IT_IS: outcome(*of), NO_SPIKE: outcome(*of)} for name, of in losses.items()}
-    found = sets_the_scale(Crossed(dict.fromkeys((AS_IT_IS, NO_SPIKE), outcome(*[2.0] * 4)), with_it))
+    found = sv1_sets_the_scale(Crossed(dict.fromkeys((AS_IT_IS, NO_SPIKE), outcome(*[2.0] * 4)), with_it))
     claim = claims.judge("SV1", found, "10")
     assert claim.verdict == said or (claim.verdict == "n/a" and said in claim.measured["reason"])
 

@@ -9,11 +9,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import spikesink
-from spikesink import collapse, sinks
-from spikesink.claims import NotApplicable
-from spikesink.lifecycle import is_spike
-from spikesink.trace import received
-from spikesink.weights import weights_of
+from spikesink.chain import collapse, sinks, trace
+from spikesink.chain import keys as keys_
+from spikesink.chain.lifecycle import is_spike
+from spikesink.chain.trace import received
+from spikesink.common import NotApplicable
+from spikesink.ledger import evidence
+from spikesink.model.weights import weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
 
@@ -46,7 +48,7 @@ def sinking_model(tmp_path_factory):
 def parts(sinking_model, trigger_tokens):
     life = spikesink.find_lifecycle(spikesink.trace_windows(sinking_model, trigger_tokens))
     found = collapse.collapse(sinking_model, trigger_tokens, life)
-    return life, found, sinks.look(sinking_model, trigger_tokens, life, found)
+    return life, found, keys_.read_attention(sinking_model, trigger_tokens, life, found)
 
 
 def transformers_attention(directory, tokens):
@@ -97,7 +99,7 @@ def test_a_sliding_window_counts_only_the_queries_that_see_the_key(tmp_path, mon
     scores = sinks.score(model, tokens)
     assert (scores.at[:, 0] - patterns[0][..., :8, 0].mean(-1)).abs().max() < 1e-6
     assert (scores.at[:, 1] - patterns[1][..., 0].mean(-1)).abs().max() < 1e-6
-    torch.testing.assert_close(sinks._visible(32, 8, "cpu"), patterns[0][0, 0] > 0)
+    torch.testing.assert_close(keys_._visible(32, 8, "cpu"), patterns[0][0, 0] > 0)
 
 
 def test_the_first_tokens_of_a_window_score_as_a_shorter_window(random_model):
@@ -137,12 +139,12 @@ def test_windows_that_are_not_the_traced_ones_are_refused(parts, sinking_model, 
     life, found, seen = parts
     for wrong in (trigger_tokens[:3], trigger_tokens[:, :20], trigger_tokens.flip(0)):
         with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
-            sinks.look(sinking_model, wrong, life, found)
+            keys_.read_attention(sinking_model, wrong, life, found)
         with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
-            sinks.clouds(sinking_model, wrong, life, seen, [(3, 0)])
+            keys_.clouds(sinking_model, wrong, life, seen, [(3, 0)])
     for head in ((6, 0), (0, 4), (-1, 0)):
         with pytest.raises(ValueError, match="there is no layer and head"):
-            sinks.clouds(sinking_model, trigger_tokens, life, seen, [head])
+            keys_.clouds(sinking_model, trigger_tokens, life, seen, [head])
     for wrong, said in ((trigger_tokens + 400, "vocabulary"), (trigger_tokens[:, :1], "nobody to attend to")):
         with pytest.raises(ValueError, match=said):
             sinks.score(sinking_model, wrong)
@@ -151,7 +153,7 @@ def test_windows_that_are_not_the_traced_ones_are_refused(parts, sinking_model, 
 def test_one_spike_token_has_no_dimension(parts):
     life, _, seen = parts
     one = replace(life.main, is_spike=torch.zeros_like(life.main.is_spike).index_fill(0, torch.tensor([0]), True))
-    assert "one key has one dimension" in sinks.few_dimensions(seen, replace(life, cycles=(one,))).reason
+    assert "one key has one dimension" in evidence.sk3_few_dimensions(seen, replace(life, cycles=(one,))).reason
 
 
 def test_groups_are_disjoint_where_they_should_be(parts, trigger_tokens):
@@ -174,7 +176,7 @@ def test_the_head_that_was_built_to_sink_does_and_its_key_is_one_row(parts, sink
     ordinary = [head for head in range(4) if head != SINK_HEAD]
     # The triggers of window 4 share what comes after the second: five windows with (nearly) all, and 0.79 and a half.
     assert score[SINK_LAYER, SINK_HEAD] > 0.8 > 0.3 > score[SINK_LAYER, ordinary].max()
-    assert sinks.two_heads(seen, life)[0] == (SINK_LAYER, SINK_HEAD)
+    assert keys_.two_heads(seen, life)[0] == (SINK_LAYER, SINK_HEAD)
     # Its queries are one vector and so is the key: h~ at PLAIN and at the spike's channel are positive on every token.
     assert geometry.cosine["spike"][SINK_LAYER, SINK_HEAD] == pytest.approx(1, abs=1e-3)
     assert geometry.consistency["before"][SINK_LAYER, SINK_HEAD] == pytest.approx(1, abs=1e-5)
@@ -184,13 +186,13 @@ def test_the_head_that_was_built_to_sink_does_and_its_key_is_one_row(parts, sink
     )
     # q = 4 h~_PLAIN and k = 4 h~_channel in one coordinate, so |k| is known: 4 times 0.97 sqrt(d).
     assert geometry.key_norm["spike"][SINK_LAYER, 0] == pytest.approx(4 * 8 / math.sqrt(1 + 1 / 16), rel=1e-2)
-    rebuilt = sinks.rebuild(weights_of(sinking_model), life, found)
+    rebuilt = keys_.rebuild(weights_of(sinking_model), life, found)
     row = rebuilt.layers.index(SINK_LAYER)
     assert rebuilt.channels[0] == planted.Plant().channel
     assert rebuilt.spike[0, row, 0] == pytest.approx(1, abs=1e-6)
     assert rebuilt.other_channels[0, row, 0].abs() < 1e-6
     assert float(rebuilt.bias_share.max()) == 0
-    assert sinks.key_bias(rebuilt) == NotApplicable("its keys have no bias")
+    assert keys_.key_bias(rebuilt) == NotApplicable("its keys have no bias")
 
 
 def test_sinks_are_counted_on_the_tokens_of_the_first_half(parts, sinking_model, trigger_tokens):
@@ -211,7 +213,7 @@ def test_sinks_are_counted_on_the_tokens_of_the_first_half(parts, sinking_model,
         assert seen.scores.sinks[group].tolist() == expected[:, :24].sum(1).tolist()
         assert seen.scores.sinks_anywhere[group].tolist() == expected.sum(1).tolist()
     assert seen.scores.sinks["spike"][SINK_LAYER] >= 4
-    found = sinks.on_spikes(seen, life)
+    found = evidence.sk2_on_spikes(seen, life)
     layers = [2, 3, 4]
     on, off = (int(seen.scores.sinks[group][layers].sum()) for group in ("spike", "other"))
     assert found.measured["share_on_spike_tokens"] == pytest.approx(on / (on + off))
@@ -238,7 +240,7 @@ def test_geometry_is_that_of_logits_by_brute_force_in_every_family(family, tmp_p
     spike = torch.zeros(2, 20, dtype=torch.bool)
     spike[0, 0] = spike[1, 3] = spike[1, 7] = True
     after = spike.roll(1, dims=1)
-    geometry = sinks._Geometry(about, {"spike": spike, "next": after}, seed=0)
+    geometry = keys_._Geometry(about, {"spike": spike, "next": after}, seed=0)
     sinks._over(model, about, tokens, [geometry], "")
     geometry = geometry.result()
     patterns = transformers_attention(directory, tokens)
@@ -318,15 +320,15 @@ def test_keys_are_what_the_models_projection_gives(family, tmp_path):
 
 
 def test_effective_dimension():
-    assert float(sinks.effective_dimension(torch.eye(7))) == pytest.approx(7)
+    assert float(keys_.effective_dimension(torch.eye(7))) == pytest.approx(7)
     line = torch.tensor([1.0, -2.0, 3.0])
-    assert float(sinks.effective_dimension(4 * torch.outer(line, line))) == pytest.approx(1)
-    assert float(sinks.effective_dimension(torch.diag(torch.tensor([3.0, 1.0, 0.0])))) == pytest.approx(16 / 10)
+    assert float(keys_.effective_dimension(4 * torch.outer(line, line))) == pytest.approx(1)
+    assert float(keys_.effective_dimension(torch.diag(torch.tensor([3.0, 1.0, 0.0])))) == pytest.approx(16 / 10)
 
 
 def test_rebuilding_adds_row_after_row(parts, sinking_model):
     life, found, _ = parts
-    rebuilt = sinks.rebuild(weights_of(sinking_model), life, found)
+    rebuilt = keys_.rebuild(weights_of(sinking_model), life, found)
     matrix, _ = weights_of(sinking_model).keys(4)
     h, head = found.spike.kept[:, 8], matrix[16:32]
     for n in range(1, len(rebuilt.channels) + 1):
@@ -352,10 +354,10 @@ def test_a_bias_is_said_how_much_of_the_key_it_is(tmp_path, parts):
         def keys(self, layer):
             return matrix, bias
 
-    rebuilt = sinks.rebuild(Biased(), life, found)
+    rebuilt = keys_.rebuild(Biased(), life, found)
     assert float(rebuilt.bias_share.min()) > 0.7
     assert float(rebuilt.with_bias.min()) > 0.9
-    assert sinks.key_bias(rebuilt)["share"] == pytest.approx(float(rebuilt.bias_share.quantile(0.5)))
+    assert keys_.key_bias(rebuilt)["share"] == pytest.approx(float(rebuilt.bias_share.quantile(0.5)))
 
 
 def hand_made(parts, layers=6, heads=4, **received_by):
@@ -373,41 +375,43 @@ def test_attention_is_compared_before_during_and_after_the_plateau(parts):
     """The plateau is read by layers 2, 3 and 4; layers 0 and 1 lie before the step-up, layer 5 after it."""
     given = [0.1, 0.2, 0.6, 0.7, 0.8, 0.4]
     life, seen = hand_made(parts, spike=given, next=[0.01] * 6)
-    found = sinks.over_depth(seen, life)
+    found = evidence.sk5_over_depth(seen, life)
     assert found.measured["attention_before"] == pytest.approx(0.15)
     assert found.measured["attention_during"] == pytest.approx(0.7)
     assert found.measured["attention_after"] == pytest.approx(0.4)
     assert found.measured["attention_before_without_a_spike"] == pytest.approx(0.15)
     small = replace(life.main, plateau=(2, 3))  # read by layer 1
-    small = sinks.over_depth(seen, replace(life, cycles=(life.main, small)))
+    small = evidence.sk5_over_depth(seen, replace(life, cycles=(life.main, small)))
     assert small.measured["attention_before"] == pytest.approx(0.15)
     assert small.measured["attention_before_without_a_spike"] == pytest.approx(0.1)
     rows = life.trace.rows
     early = rows.stream.clone()  # the spike tokens already spike as they enter layer 1, in a channel that has no cycle
     early[life.main.is_spike, 2, -1] = 101 * life.trace.medians[2]
     early = replace(life, trace=replace(life.trace, rows=replace(rows, stream=early)))
-    assert sinks.over_depth(seen, early).measured["attention_before_without_a_spike"] == pytest.approx(0.1)
+    assert evidence.sk5_over_depth(seen, early).measured["attention_before_without_a_spike"] == pytest.approx(0.1)
     shorter = replace(life, cycles=(replace(life.main, plateau=(4, 8)),))
-    assert sinks.over_depth(seen, shorter).measured["attention_after"] == pytest.approx(0.4)  # layer 4 still reads it
+    assert evidence.sk5_over_depth(seen, shorter).measured["attention_after"] == pytest.approx(
+        0.4
+    )  # layer 4 still reads it
     assert found.control["attention_during_next_token"] == pytest.approx(0.01)
     endless = replace(life, cycles=(replace(life.main, plateau=(4, 12)),))
-    assert sinks.over_depth(seen, endless).measured["attention_after"] == []
+    assert evidence.sk5_over_depth(seen, endless).measured["attention_after"] == []
 
 
 def test_a_smaller_cycle_is_compared_with_the_layers_in_which_it_rests(parts):
     life, seen = hand_made(parts, smaller=[0.5, 0.4, 0.1, 0.0, 0.1, 0.0], next_smaller=[0.0] * 6)
-    assert "no second cycle" in sinks.smaller_cycle(seen, life).reason
+    assert "no second cycle" in evidence.x_sk8_smaller_cycle(seen, life).reason
     two = replace(life, cycles=(life.main, replace(life.main, plateau=(0, 2))))
     scores = replace(seen.scores, n_tokens_anywhere=seen.scores.n_tokens_anywhere | {"smaller": 3})
     seen = replace(seen, scores=scores)
-    found = sinks.smaller_cycle(seen, two)
+    found = evidence.x_sk8_smaller_cycle(seen, two)
     assert found.measured["attention_during"] == pytest.approx(0.45)
     assert found.measured["attention_otherwise"] == pytest.approx(0.05)
 
 
 def test_sink_heads_are_told_from_others_by_their_score(parts):
     life, _, seen = parts
-    found = sinks.favoured(seen, life)
+    found = evidence.sk4_favoured(seen, life)
     score = seen.scores.received["spike"][2:5].flatten()
     gap = seen.geometry.gap["spike"][2:5].flatten()
     assert found.measured["n_sink_heads"] == int((score > 0.3).sum())
@@ -418,7 +422,7 @@ def test_sink_heads_are_told_from_others_by_their_score(parts):
     ranks = torch.stack([gap.argsort().argsort(), score.argsort().argsort()]).double()
     assert found.measured["spearman"] == pytest.approx(float(torch.corrcoef(ranks)[0, 1]), abs=1e-6)
     none = replace(seen, scores=replace(seen.scores, epsilon=0.999))
-    assert "no heads of the plateau sink" in sinks.favoured(none, life).reason
+    assert "no heads of the plateau sink" in evidence.sk4_favoured(none, life).reason
 
 
 def test_a_trigger_that_is_called_no_spike_token_is_a_secondary_sink(parts, sinking_model, trigger_tokens):
@@ -435,11 +439,11 @@ def test_a_trigger_that_is_called_no_spike_token_is_a_secondary_sink(parts, sink
     assert rows.cosine[mine][0, 2 * SINK_LAYER] > 0.999
     assert rows.cosine_other[2 * SINK_LAYER] < 0.6
     assert (rows.position < 24).all()
-    seen = sinks.Look(parts[2].scores, parts[2].geometry, replace_rows(rows, mine))
-    evidence = sinks.secondary(seen)
-    assert evidence.measured["cosine_secondary"] > 0.999
-    assert evidence.measured["first_layer"] <= SINK_LAYER <= evidence.measured["last_layer"]
-    table = sinks.secondary_table(seen, sinking_model.tokenizer.decode)
+    seen = keys_.Look(parts[2].scores, parts[2].geometry, replace_rows(rows, mine))
+    result = evidence.x_sk9_secondary(seen)
+    assert result.measured["cosine_secondary"] > 0.999
+    assert result.measured["first_layer"] <= SINK_LAYER <= result.measured["last_layer"]
+    table = evidence.secondary_table(seen, sinking_model.tokenizer.decode)
     assert table.iloc[0][["token", "times"]].tolist() == ["'<spike>'", 1]
 
 
@@ -450,8 +454,8 @@ def replace_rows(rows, which):
 
 def test_clouds_hold_the_queries_and_keys_of_the_heads_asked_for(parts, sinking_model, trigger_tokens):
     life, _, seen = parts
-    heads = sinks.two_heads(seen, life)
-    clouds = sinks.clouds(sinking_model, trigger_tokens, life, seen, heads, most=60)
+    heads = keys_.two_heads(seen, life)
+    clouds = keys_.clouds(sinking_model, trigger_tokens, life, seen, heads, most=60)
     assert [(cloud.layer, cloud.head) for cloud in clouds] == heads
     for cloud in clouds:
         n = len(cloud.is_query)
@@ -503,7 +507,7 @@ def test_each_measure_takes_its_layers_heads_and_tokens(parts):
 
     during, before = [2, 3, 4], [0, 1]
     plain, rotated = dimension["before"], dimension["after"]
-    found_dimensions = sinks.few_dimensions(made, life)
+    found_dimensions = evidence.sk3_few_dimensions(made, life)
     assert found_dimensions.measured == pytest.approx(
         {
             "effective_dimension_sink": middle(plain["spike"], during),
@@ -520,7 +524,7 @@ def test_each_measure_takes_its_layers_heads_and_tokens(parts):
             "effective_dimension_sink_without_a_spike": middle(plain["spike"], before),
         }
     )
-    values = sinks.small_values(made, life)
+    values = evidence.sk7_small_values(made, life)
     ratio = per_key["spike"] / per_key["other"]
     assert values.measured["value_norm_ratio"] == pytest.approx(middle(ratio, during))
     assert values.measured["largest_ratio"] == pytest.approx(float(ratio[during].max()))
@@ -528,7 +532,7 @@ def test_each_measure_takes_its_layers_heads_and_tokens(parts):
         middle(per_key["next"] / per_key["other"], during)
     )
     assert values.control["value_norm_ratio_without_a_spike"] == pytest.approx(middle(ratio, before))
-    favoured = sinks.favoured(made, life)
+    favoured = evidence.sk4_favoured(made, life)
     flat = score[during].flatten()
     sinking = flat > 0.15
     for name, which in (("sink", sinking), ("other", ~sinking)):
@@ -539,12 +543,12 @@ def test_each_measure_takes_its_layers_heads_and_tokens(parts):
     assert favoured.control["logit_gap_sink_next_token"] == pytest.approx(sink_of["next"])
     assert favoured.control["cosine_sink_all_other_keys"] == pytest.approx(sink_of["other"])
     keys = per_key["spike"][during][:, [0, 0, 1, 1]].flatten()  # query heads 0 and 1 share key head 0
-    assert favoured.measured["spearman_key_norm"] == pytest.approx(sinks.spearman(keys, flat))
+    assert favoured.measured["spearman_key_norm"] == pytest.approx(trace.spearman(keys, flat))
     assert favoured.measured["spearman_query_norm"] == pytest.approx(
-        -sinks.spearman(numbered(6, 4)[during].flatten(), flat)
+        -trace.spearman(numbered(6, 4)[during].flatten(), flat)
     )
     nobody = replace(made, scores=replace(scores, epsilon=0.9))
-    for measure in (sinks.few_dimensions, sinks.small_values):
+    for measure in (evidence.sk3_few_dimensions, evidence.sk7_small_values):
         assert "no head of the plateau sinks" in measure(nobody, life).reason
 
 
@@ -554,7 +558,7 @@ def test_sinks_are_shared_out_between_the_groups(parts):
     on = {name: torch.tensor(values) for name, values in counts.items()}
     everywhere = on | {"other": torch.tensor([9, 2, 11, 1, 0, 9])}
     scores = replace(seen.scores, sinks=on, sinks_anywhere=everywhere)
-    found = sinks.on_spikes(replace(seen, scores=scores), life)
+    found = evidence.sk2_on_spikes(replace(seen, scores=scores), life)
     assert found.measured == pytest.approx(
         {"share_on_spike_tokens": 10 / 14, "share_whole_windows": 10 / 24, "n_sinks": 14, "n_sinks_before": 31}
     )
@@ -568,7 +572,7 @@ def test_the_other_positions_leave_out_the_first(parts):
     above[..., 0] = 1
     above[0, 0, 2] = above[0, 0, 3] = above[1, 0, 3] = 0.5
     above[..., 24:] = 1
-    found = sinks.many_heads(replace(scores, above=above)).control
+    found = evidence.sk1_many_heads(replace(scores, above=above)).control
     assert found["sink_ratio_other_positions"] == pytest.approx(1.5 / 24 / 23)
     assert found["sink_ratio_highest_other_position"] == pytest.approx(1 / 24)
     assert found["sink_ratio_ordinary_tokens"] == pytest.approx(int(scores.sinks["other"].sum()) / 24 / (6 * 24 - 4))
@@ -576,7 +580,7 @@ def test_the_other_positions_leave_out_the_first(parts):
 
 def test_rebuilding_has_controls_of_other_rows(parts, sinking_model):
     life, found, _ = parts
-    rebuilt = sinks.rebuild(weights_of(sinking_model), life, found)
+    rebuilt = keys_.rebuild(weights_of(sinking_model), life, found)
     matrix, _ = weights_of(sinking_model).keys(4)
     head, row, n = matrix[16:32], rebuilt.layers.index(4), len(rebuilt.channels)
     spike, other = found.spike.kept[:, 8], found.other.kept[:, 8]
@@ -601,9 +605,9 @@ def test_clouds_take_a_query_head_and_the_key_head_that_it_shares(parts, sinking
             seen_points.append(points)
             return points[:, :2]
 
-    monkeypatch.setattr(sinks, "TSNE", Flat)
+    monkeypatch.setattr(keys_, "TSNE", Flat)
     life, _, seen = parts
-    [cloud] = sinks.clouds(sinking_model, trigger_tokens, life, seen, [(4, 2)], most=24)
+    [cloud] = keys_.clouds(sinking_model, trigger_tokens, life, seen, [(4, 2)], most=24)
     keep = {}
     names = ("q", "k")
     hooks = [(f"blocks.4.attn.hook_rot_{n}", lambda value, hook, n=n: keep.update({n: value})) for n in names]
@@ -632,13 +636,13 @@ def test_secondary_sinks_are_tabulated_by_token():
     rows = sinks.Secondary(
         3, three, three, torch.tensor([7, 8, 8]), heads, cosine, torch.full((7,), 0.1), cosine / 2, 5
     )
-    seen = sinks.Look(None, None, rows)
-    table = sinks.secondary_table(seen, lambda ids: str(ids[0]))
+    seen = keys_.Look(None, None, rows)
+    table = evidence.secondary_table(seen, lambda ids: str(ids[0]))
     assert table.values.tolist() == [
         ["'8'", 2, "2 to 2", 1, 0.5, 4, pytest.approx(0.75)],
         ["'7'", 1, "1 to 2", 2, 1.0, 2, pytest.approx(0.9)],
     ]
-    found = sinks.secondary(seen)
+    found = evidence.x_sk9_secondary(seen)
     assert found.measured["cosine_secondary"] == pytest.approx(0.85)  # of 0.9, 0.9, 0.8 and 0.7
     assert (found.measured["fewest_layers"], found.measured["most_layers"]) == (1, 2)
     assert (found.measured["first_layer"], found.measured["last_layer"]) == (1, 2)
@@ -670,14 +674,20 @@ def test_a_plateau_that_no_layer_reads_is_a_reason(parts, sinking_model, trigger
     life, _, _ = parts
     late = replace(life, cycles=(replace(life.main, plateau=(12, 12), step_down=()),))
     found = collapse.collapse(sinking_model, trigger_tokens, late)
-    seen = sinks.look(sinking_model, trigger_tokens, late, found)
+    seen = keys_.read_attention(sinking_model, trigger_tokens, late, found)
     said = NotApplicable("no layer reads the plateau of the spike")
-    measures = [sinks.on_spikes, sinks.few_dimensions, sinks.favoured, sinks.over_depth, sinks.smaller_cycle]
-    for measure in (*measures, sinks.small_values, sinks.two_heads, sinks.query_consistency):
+    measures = [
+        evidence.sk2_on_spikes,
+        evidence.sk3_few_dimensions,
+        evidence.sk4_favoured,
+        evidence.sk5_over_depth,
+        evidence.x_sk8_smaller_cycle,
+    ]
+    for measure in (*measures, evidence.sk7_small_values, keys_.two_heads, keys_.query_consistency):
         assert measure(seen, late) == said
     assert seen.geometry == said
-    assert sinks.clouds(sinking_model, trigger_tokens, late, seen, sinks.two_heads(seen, late)) == said
-    assert isinstance(sinks.rebuild(weights_of(sinking_model), late, found), NotApplicable)
+    assert keys_.clouds(sinking_model, trigger_tokens, late, seen, keys_.two_heads(seen, late)) == said
+    assert isinstance(keys_.rebuild(weights_of(sinking_model), late, found), NotApplicable)
     assert isinstance(collapse.replace(sinking_model, trigger_tokens, late, found), NotApplicable)
 
 
@@ -685,13 +695,19 @@ def test_where_nothing_spikes_heads_are_scored_and_the_rest_says_why(random_mode
     tokens = spikesink.windows(random_model, "house", 2, 32)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
     none = collapse.collapse(random_model, tokens, life)
-    seen = sinks.look(random_model, tokens, life, none)
-    assert sinks.many_heads(seen.scores).measured["sink_ratio"] == 0
-    measures = [sinks.on_spikes, sinks.few_dimensions, sinks.favoured, sinks.over_depth, sinks.smaller_cycle]
-    for measure in (*measures, sinks.small_values, sinks.two_heads, sinks.query_consistency):
+    seen = keys_.read_attention(random_model, tokens, life, none)
+    assert evidence.sk1_many_heads(seen.scores).measured["sink_ratio"] == 0
+    measures = [
+        evidence.sk2_on_spikes,
+        evidence.sk3_few_dimensions,
+        evidence.sk4_favoured,
+        evidence.sk5_over_depth,
+        evidence.x_sk8_smaller_cycle,
+    ]
+    for measure in (*measures, evidence.sk7_small_values, keys_.two_heads, keys_.query_consistency):
         assert measure(seen, life) == NotApplicable(life.reason)
-    assert sinks.secondary(seen) == sinks.rebuild(weights_of(random_model), life, none) == none
-    assert sinks.clouds(random_model, tokens, life, seen, sinks.two_heads(seen, life)) == none
+    assert evidence.x_sk9_secondary(seen) == keys_.rebuild(weights_of(random_model), life, none) == none
+    assert keys_.clouds(random_model, tokens, life, seen, keys_.two_heads(seen, life)) == none
 
 
 def test_memory_does_not_grow_with_the_number_of_windows(random_model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spikesink
-from spikesink.texts import Text, TextError
+from spikesink.model.texts import Text, TextError
 
 
 def test_house_text_is_the_same_everywhere():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import trace as module
+from spikesink.chain import trace as module
 from tests import planted
 
 

@@ -9,10 +9,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import spikesink
-from spikesink import amplifier, memory
-from spikesink.claims import NotApplicable
-from spikesink.models import LoadError
-from spikesink.weights import give_back, open_weights, weights_of
+from spikesink.apps import memory
+from spikesink.chain import amplifier
+from spikesink.common import NotApplicable
+from spikesink.model.load import LoadError
+from spikesink.model.weights import give_back, open_weights, weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
 
@@ -133,7 +134,7 @@ def test_freed_memory_between_blocks_in_use_is_given_back():
 
 def test_memory_is_given_back_with_each_layer_that_is_read_and_only_then(planted_directory, planted_model, monkeypatch):
     calls = []
-    monkeypatch.setattr("spikesink.weights.give_back", lambda: calls.append(1))
+    monkeypatch.setattr("spikesink.model.weights.give_back", lambda: calls.append(1))
     weights_of(planted_model).ffn(0)
     assert not calls
     read = open_weights(planted_directory)

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 import spikesink as ss
-from spikesink.claims import NotApplicable, brief
-from spikesink.reproduce import INTERRUPTED, NotebookError, Parser, a_folder, at_least, check_writable
-from spikesink.specs import ENTRIES, slug
+from spikesink.cli import INTERRUPTED, NotebookError, Parser, a_folder, at_least, check_writable
+from spikesink.common import NotApplicable, brief
+from spikesink.model.names import ENTRIES, slug
 
 TEXT_HELP = "house (default: spikesink's own prose), pydoc (Python's documentation), a file in UTF-8, or datasets:NAME"
 MODEL = "a built-in name (smollm2-135m), .gguf file, directory or hub id"
@@ -24,8 +24,8 @@ MODEL = "a built-in name (smollm2-135m), .gguf file, directory or hub id"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what `arguments` ask for; 0, 1 for an error, 2 for bad arguments, 130 if interrupted."""
     chosen = _parser().parse_args(arguments)
-    from spikesink.models import LoadError
-    from spikesink.texts import TextError
+    from spikesink.model.load import LoadError
+    from spikesink.model.texts import TextError
 
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def diagnose(chosen: argparse.Namespace, console: Console) -> None:
     """Measure a model, and say each section as it is finished."""
-    from spikesink import report
+    from spikesink.apps import report
 
     out = chosen.out or Path("reports") / slug(chosen.model)
     check_writable(out, keep=False)
@@ -104,7 +104,7 @@ def diagnose(chosen: argparse.Namespace, console: Console) -> None:
 
 def census(chosen: argparse.Namespace, console: Console) -> None:
     """Show the (block, channel) pairs of largest gain."""
-    from spikesink import amplifier
+    from spikesink.chain import amplifier
 
     weights = ss.open_weights(chosen.model)
     found = amplifier.census(weights)
@@ -124,7 +124,7 @@ def census(chosen: argparse.Namespace, console: Console) -> None:
 
 def probe(chosen: argparse.Namespace, console: Console) -> None:
     """Say where the first token spikes."""
-    from spikesink import scan
+    from spikesink.apps import scan
 
     console.print(scan.scan(chosen.model, chosen.entries, None, console.print).sentence())
 

@@ -4,9 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+from spikesink.cli import Parser, a_folder, at_least
 from spikesink.lab.config import CHARACTERS, KEPT_EVERY, SOURCE
 from spikesink.lab.families import BASES
-from spikesink.reproduce import Parser, a_folder, at_least
 
 
 def parser() -> argparse.ArgumentParser:

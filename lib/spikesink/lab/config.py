@@ -120,3 +120,6 @@ def doubled(shortest: int, longest: int) -> tuple[int, ...]:
     while lengths[-1] * 2 <= longest:
         lengths.append(lengths[-1] * 2)
     return tuple(lengths)
+
+
+LAB = "lab"  # the ledger of the models that we train ourselves

@@ -23,11 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from spikesink import texts
-from spikesink.claims import write_atomically
+from spikesink.common import progress, write_atomically
 from spikesink.lab.config import BOS, CHARACTERS, LENGTH, SOURCE, Config, ConfigError, doubled
-from spikesink.models import cache_directory
-from spikesink.progress import progress
+from spikesink.model import texts
+from spikesink.model.load import cache_directory
 
 BOS_TOKEN = "<bos>"
 CHARACTERS_FOR_BPE = 20_000_000  # of these, from the beginning, that the BPE is learned from

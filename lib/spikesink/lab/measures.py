@@ -7,18 +7,17 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional
 
-from spikesink.claims import EPSILONS
+from spikesink.chain.trace import EPSILON, EPSILONS
 from spikesink.lab.config import BOS, LENGTH
 from spikesink.lab.data import Backcopy, Task, held_out
 from spikesink.lab.model import Decoder
 from spikesink.patching.outcome import evaluate
-from spikesink.sinks import EPSILON
 
 WINDOWS = 64  # held-out windows that are looked at
 
 
 @torch.inference_mode()
-def typical(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
+def stream_median(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
     """The largest median over layers of what the stream's entries are in size."""
     seen = []
     hooks = [(name, lambda h, hook: seen.append(float(h.abs().median()))) for name in model.anatomy.layer_hooks]
@@ -27,7 +26,7 @@ def typical(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
     return max(seen)
 
 
-def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
+def backcopy_truth(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
     """Of Bigram-Backcopy, what is known beforehand: the least losses there are, and when a head has nothing to do.
 
     Returns:
@@ -57,7 +56,7 @@ def known(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, A
     }
 
 
-def closely(model: Decoder, task: Task, windows: int) -> dict[str, Any]:
+def measure_trained(model: Decoder, task: Task, windows: int) -> dict[str, Any]:
     """What is asked of a trained model only.
 
     Returns:

@@ -15,7 +15,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from spikesink.lab.config import BOS, Config
-from spikesink.models import Anatomy
+from spikesink.model.anatomy import Anatomy
 
 EPS = 1e-6  # added to the mean square before the root
 ROPE_BASE = 10_000.0

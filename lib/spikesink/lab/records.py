@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spikesink.claims import LAB, write_atomically
-from spikesink.lab.config import Config, ConfigError
+from spikesink.common import write_atomically
+from spikesink.lab.config import LAB, Config, ConfigError
 from spikesink.lab.data import Corpus, Task, held_out, tokenizer_of
 from spikesink.lab.families import BASE, VARIANTS, Planned
-from spikesink.lab.measures import closely
+from spikesink.lab.measures import measure_trained
 from spikesink.lab.model import Decoder
 from spikesink.lab.train import Machine, Run, look
 
@@ -74,7 +74,7 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         parameters=sum(p.numel() for p in run.model.parameters()),
         seconds=run.seconds,
         curve={name: [row[name] for row in run.curve] for name in run.curve[0]},
-        final=look(run, task, LAST_WINDOWS) | closely(run.model, task, LAST_WINDOWS),
+        final=look(run, task, LAST_WINDOWS) | measure_trained(run.model, task, LAST_WINDOWS),
     )
     place = file_of(plan, folder)
     place.parent.mkdir(parents=True, exist_ok=True)

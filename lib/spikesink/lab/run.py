@@ -19,24 +19,15 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from spikesink import texts
-from spikesink.claims import LAB
+from spikesink.cli import NotebookError, check_writable
 from spikesink.lab.arguments import parser
-from spikesink.lab.config import SOURCE, Config, ConfigError
+from spikesink.lab.config import LAB, SOURCE, Config, ConfigError
 from spikesink.lab.data import Task, open_task
 from spikesink.lab.families import Planned, planned
 from spikesink.lab.records import Record, file_of, keep, keep_text, read
-from spikesink.lab.train import (
-    CHECKPOINT,
-    Machine,
-    Run,
-    TrainingError,
-    can_compile,
-    multiplies_bfloat16,
-    train,
-)
-from spikesink.reproduce import NotebookError, check_writable
-from spikesink.texts import TextError
+from spikesink.lab.train import CHECKPOINT, Machine, Run, TrainingError, can_compile, multiplies_bfloat16, train
+from spikesink.model import texts
+from spikesink.model.texts import TextError
 
 DEVICES = ("cpu", "cuda")
 POLLED = 0.5  # seconds between looks at what the processes tell

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from spikesink.claims import write_atomically
+from spikesink.common import progress, write_atomically
 from spikesink.lab.config import KEPT_EVERY, Config
 from spikesink.lab.data import Backcopy, Task, batch, held_out
-from spikesink.lab.measures import WINDOWS, known, typical
+from spikesink.lab.measures import WINDOWS, backcopy_truth, stream_median
 from spikesink.lab.model import Decoder
 from spikesink.patching.outcome import evaluate
-from spikesink.progress import progress
 
 LOOKS = 30  # times in a run
 LEAST = 0.1  # what a cosine schedule ends at, of the learning rate
@@ -247,10 +246,10 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
         "max_activation": found.max_activation,
         "max_first": float(found.largest[:, 0].median()),
         "max_elsewhere": float(found.largest[:, 1:].amax(1).median()),
-        "median": typical(run.model, tokens),
+        "median": stream_median(run.model, tokens),
     }
     if isinstance(task, Backcopy):
-        row |= known(run.model, task, windows)
+        row |= backcopy_truth(run.model, task, windows)
     return row
 
 

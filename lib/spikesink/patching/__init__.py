@@ -10,33 +10,24 @@
 `behaviour` asks what that does beyond perplexity.
 """
 
-from spikesink.patching.chain import decouple, unsink
+from spikesink.patching.cuts import decouple, unsink
 from spikesink.patching.interventions import (
     Intervention,
-    Site,
     add,
     apply,
-    attention,
-    hook,
-    key,
     mask_key,
     mean_of,
     means_of,
     patch_from,
     patched,
-    query,
-    read,
     record,
     scale,
     set_to,
     skip,
-    stream,
-    value,
-    write,
-    z,
     zero,
 )
 from spikesink.patching.outcome import Outcome, compare, evaluate, sweep, table
+from spikesink.patching.sites import Site, attention, hook, key, query, read, stream, value, write, z
 from spikesink.patching.view import View, next_tokens, view
 
 __all__ = [

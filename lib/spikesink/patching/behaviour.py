@@ -11,13 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.claims import NotApplicable, where_applicable
-from spikesink.lifecycle import Lifecycle, find_spikes
-from spikesink.patching.chain import Broken, Constants, aim, cuts_on, named
+from spikesink.chain.lifecycle import Lifecycle, find_spikes
+from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.texts import bos
+from spikesink.patching.cuts import Broken, SpikeMeans, choose_tokens, cuts_on, named
 from spikesink.patching.interventions import patched
 from spikesink.patching.outcome import CLEAN, Outcome, compare
-from spikesink.progress import progress
-from spikesink.texts import bos
 
 MAIN = ("skipped", "masked", "masked_everywhere", "decoupled")
 THINGS = ("key", "lamp", "coin", "letter", "spoon", "map", "ring", "knife", "bell")
@@ -43,7 +42,7 @@ class Behaviour:
     prompt: str
 
 
-@where_applicable
+@measure
 def behaviour(
     model: TransformerBridge,
     life: Lifecycle,
@@ -100,14 +99,14 @@ def _edges(n: int) -> tuple[int, ...]:
 def _on(
     model: TransformerBridge,
     life: Lifecycle,
-    known: Constants,
+    known: SpikeMeans,
     prompts: Int[Tensor, "n length"],
     names: Sequence[str],
     seed: int,
 ) -> dict[str, Outcome]:
     """Cuts on other prompts: their spike tokens are looked for, the constants are the same."""
     where = find_spikes(model, life, prompts)
-    return compare(model, prompts, cuts_on(known, aim(where, seed), names) if where.any() else {})
+    return compare(model, prompts, cuts_on(known, choose_tokens(where, seed), names) if where.any() else {})
 
 
 def _answer(loss: Float[Tensor, "prompt position"], at: Sequence[slice]) -> float:
@@ -182,7 +181,7 @@ def greedy(
     """What the model writes greedily after the first half of some windows, as it is and under each cut."""
     prompts = _prompts(broken, n)
     where = broken.targets.spike[:n, : prompts.shape[1]]
-    cuts = cuts_on(broken.known, aim(where, broken.targets.seed), names) if where.any() else {}
+    cuts = cuts_on(broken.known, choose_tokens(where, broken.targets.seed), names) if where.any() else {}
     written = {}
     for name, cut in progress({CLEAN: (), **cuts}.items(), "generating", "cut"):
         with patched(model, *cut):
@@ -198,7 +197,7 @@ def greedy(
     return written
 
 
-@where_applicable
+@measure
 def behaviour_table(found: Behaviour | NotApplicable) -> pd.DataFrame | NotApplicable:
     """One row a cut: losses near and far, of copies and of recall, and what is left of greedy generation."""
     rows = []

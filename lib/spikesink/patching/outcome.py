@@ -15,13 +15,11 @@ from scipy.stats import t as student
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.claims import brief
-from spikesink.models import Anatomy, anatomy
+from spikesink.chain.trace import EPSILON, received
+from spikesink.common import brief, progress
+from spikesink.model.anatomy import Anatomy, anatomy, not_finite
 from spikesink.patching import prefix
 from spikesink.patching.interventions import Intervention, batches, checked, patched
-from spikesink.progress import progress
-from spikesink.sinks import EPSILON
-from spikesink.trace import not_finite, received
 
 CLEAN = "clean"
 RESAMPLES = 2000
@@ -201,7 +199,7 @@ def compare(
     if tokens.shape[1] < 2:
         raise ValueError("one token predicts nothing that could be compared; give prompts of at least two.")
     starts = {key: min(one.first_layer(about) for one in cut) for key, cut in listed.items()}
-    form = prefix.in_what_form(model, tokens, starts.values()) if reuse else None
+    form = prefix.layer_returns_tuple(model, tokens, starts.values()) if reuse else None
     sums = {key: _Sums(about, epsilon) for key in (CLEAN, *listed)}
     todo = [(rows, key) for rows in batches(about, tokens) for key in sums]
     for rows, key in progress(todo, "patching" if listed else "running", "run"):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.models import Anatomy, anatomy
+from spikesink.model.anatomy import Anatomy, anatomy
 
 PROBED = 8  # tokens of the run that tells whether a model allows it
 
@@ -51,7 +51,9 @@ def injected(about: Anatomy, layer: int, stream: Float[Tensor, "window position 
 
 
 @torch.inference_mode()
-def in_what_form(model: TransformerBridge, tokens: Int[Tensor, "n length"], layers: Iterable[int]) -> bool | None:
+def layer_returns_tuple(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], layers: Iterable[int]
+) -> bool | None:
     """Whether the model's layers return tuples; None if it cannot be started at one of these layers.
 
     Found by doing it on a few tokens, for each of them: the logits must be those of a whole run.

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.claims import escape
-from spikesink.models import anatomy
+from spikesink.common import escape
+from spikesink.model.anatomy import anatomy
 from spikesink.patching.interventions import Intervention, checked, one_prompt
 from spikesink.patching.outcome import run
 

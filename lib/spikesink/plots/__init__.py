@@ -6,6 +6,7 @@ finding, computed from the numbers that are drawn.
 
 from spikesink.plots.across import verdicts
 from spikesink.plots.amplifier import alignment, gains, gates, shared_directions, spectra
+from spikesink.plots.bench import growth
 from spikesink.plots.collapse import collapse_of_size, collapsing, cosines, depth, implicit, learned_scale
 from spikesink.plots.firsttoken import fork, instead, vocabulary
 from spikesink.plots.lab import changes, decoupling, dormant, emergence, family, following_loss, growing, waiting
@@ -23,7 +24,6 @@ from spikesink.plots.lifecycle import (
     skyline,
     waterfall,
 )
-from spikesink.plots.memory import growth
 from spikesink.plots.patching import broken_chain, causal_map, dose_response, near_and_far, patched_view, where_it_goes
 from spikesink.plots.serving import costs, lengths, quantizer_steps, recalled, streaming
 from spikesink.plots.sinks import (

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from spikesink.across import Board, Cell, Row
-from spikesink.claims import brief
+from spikesink.common import brief
+from spikesink.ledger.table import Board, Cell, Row
 from spikesink.plots.style import ORDINARY, OTHERS, absent, figure, styled
 
 # Neither is a spike's colour or a sink's, and they differ for every kind of colour blindness.

@@ -9,17 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from spikesink.amplifier import Census, Reading, median, pair_cosines
-from spikesink.claims import brief
-from spikesink.lifecycle import Lifecycle
-from spikesink.plots.style import (
-    ORDINARY,
-    SPIKE,
-    SPIKE_MAP,
-    drawn_where_applicable,
-    figure,
-    thousands,
-)
+from spikesink.chain.amplifier import Census, Reading, pair_cosines
+from spikesink.chain.lifecycle import Lifecycle
+from spikesink.chain.trace import median
+from spikesink.common import brief
+from spikesink.plots.style import ORDINARY, SPIKE, SPIKE_MAP, drawn_where_applicable, figure, thousands
 
 MOST_POINTS = 4000  # of ordinary tokens drawn, evenly chosen
 

@@ -10,9 +10,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn import functional
 
-from spikesink.claims import brief
-from spikesink.collapse import VARIANTS, Collapse, Replaced, closed_form, spike_ratio
-from spikesink.lifecycle import Lifecycle, plateau_layers
+from spikesink.chain.collapse import VARIANTS, Collapse, Replaced, closed_form, spike_ratio
+from spikesink.chain.lifecycle import Lifecycle, plateau_layers
+from spikesink.common import brief
 from spikesink.plots.style import (
     ORDINARY,
     SINK,

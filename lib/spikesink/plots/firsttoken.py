@@ -7,9 +7,10 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from spikesink.amplifier import median
-from spikesink.claims import Evidence, NotApplicable
-from spikesink.firsttoken import Fork, Looking, Probe
+from spikesink.chain.firsttoken import Fork, Looking, Probe
+from spikesink.chain.trace import median
+from spikesink.common import NotApplicable
+from spikesink.ledger.claims import Evidence
 from spikesink.plots.style import (
     ORDINARY,
     OTHERS,

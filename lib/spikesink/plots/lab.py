@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from scipy.optimize import linear_sum_assignment
 
 from spikesink import paper
-from spikesink.claims import NotApplicable, brief
+from spikesink.chain.trace import Profile
+from spikesink.common import NotApplicable, brief
 from spikesink.lab.families import BASE
 from spikesink.lab.findings import (
     AGREES,
@@ -37,7 +38,6 @@ from spikesink.lab.findings import (
 )
 from spikesink.lab.records import Record
 from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
-from spikesink.trace import Profile
 
 FAMILY_COLOURS = dict(
     zip(

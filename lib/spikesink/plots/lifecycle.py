@@ -10,16 +10,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spikesink.claims import NotApplicable, brief
-from spikesink.lifecycle import (
-    Lifecycle,
-    index_of,
-    late_step_down,
-    middle_row,
-    ordinary_rows,
-    spike_rows,
-    step_down,
-)
+from spikesink.chain.lifecycle import Lifecycle, index_of, late_step_down, middle_row, ordinary_rows, spike_rows
+from spikesink.chain.trace import TOP, Profile, summarize
+from spikesink.common import NotApplicable, brief
+from spikesink.ledger.evidence.lifecycle import lc3_step_down
 from spikesink.plots.style import (
     MARKERS,
     ORDINARY,
@@ -38,7 +32,6 @@ from spikesink.plots.style import (
     token_text,
     verb,
 )
-from spikesink.trace import TOP, Profile, summarize
 
 
 def drawn_if_spiking(draw):
@@ -457,7 +450,7 @@ def cancellation(life: Lifecycle) -> Figure:
     )
     thousands(ax, "x")
     thousands(ax, "y")
-    evidence = step_down(life)
+    evidence = lc3_step_down(life)
     taken = f"{evidence.measured['share_cancelled']:.0%}"
     elsewhere = evidence.control.get("share_cancelled_ordinary_tokens")
     ax.set_title(

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from spikesink.claims import brief
+from spikesink.common import brief
 from spikesink.patching.behaviour import Behaviour
-from spikesink.patching.chain import CUTS, BlockMap, Broken, Doses, named
+from spikesink.patching.cuts import CUTS, BlockMap, Broken, Doses, named
 from spikesink.patching.outcome import CLEAN
 from spikesink.patching.view import View
 from spikesink.plots.style import (

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from spikesink.claims import brief
+from spikesink.common import brief
 from spikesink.plots.style import (
     ORDINARY,
     OTHERS,

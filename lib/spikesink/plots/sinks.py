@@ -7,8 +7,13 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from spikesink.claims import Evidence, NotApplicable, brief
-from spikesink.lifecycle import Lifecycle, plateau_layers
+from spikesink.chain.keys import Cloud, Geometry, Look, Rebuilt, factors
+from spikesink.chain.lifecycle import Lifecycle, plateau_layers
+from spikesink.chain.sinks import Scores, Secondary
+from spikesink.chain.trace import Profile, spearman
+from spikesink.common import NotApplicable, brief
+from spikesink.ledger.claims import Evidence
+from spikesink.ledger.evidence.sinks import sk5_over_depth
 from spikesink.plots.style import (
     ORDINARY,
     OTHERS,
@@ -25,8 +30,6 @@ from spikesink.plots.style import (
     thousands,
     whole,
 )
-from spikesink.sinks import Cloud, Geometry, Look, Rebuilt, Scores, Secondary, factors, over_depth, spearman
-from spikesink.trace import Profile
 
 
 @styled
@@ -117,7 +120,7 @@ def sinks_over_depth(geometry: Geometry, seen: Look, life: Lifecycle, profile: P
     )
     whole(bottom)
     bottom.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
-    found = over_depth(seen, life)
+    found = sk5_over_depth(seen, life)
     if isinstance(found, Evidence):
         during, before = (found.measured[name] for name in ("attention_during", "attention_before"))
         top.set_title(f"Spike tokens get {during:.0%} of attention on the plateau, {before:.0%} before", fontsize=11)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from spikesink.claims import NotApplicable, brief, write_atomically, writing_to
-from spikesink.lifecycle import Cycle
+from spikesink.chain.lifecycle import Cycle
+from spikesink.common import NotApplicable, brief, write_atomically, writing_to
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
 OTHERS = ("#009E73", "#CC79A7", "#56B4E9")  # for what is none of these

@@ -16,18 +16,27 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from spikesink.claims import NotApplicable
-from spikesink.models import Anatomy, anatomy
+from spikesink.common import NotApplicable, progress
+from spikesink.model.anatomy import Anatomy, anatomy
 from spikesink.patching import Intervention, apply, hook, patched
-from spikesink.patching.chain import Constants
-from spikesink.progress import progress
+from spikesink.patching.cuts import SpikeMeans
 from spikesink.serving.cells import AS_IT_IS, Cuts, Technique, sink_held
 
 CHUNK = 64  # tokens that run side by side; the cache lets go of keys between chunks
+
+
 FIRST = (1, 2, 4, 8)
+
+
 MOST_FIRST = 4  # as many others are kept as a control
+
+
 EVERY = "every token"
+
+
 WINDOW, OTHERS, HEAVY, CONSTANT = "the last ones", "with 4 others", "with heavy hitters", "with a constant sink"
+
+
 WITH_FIRST, SHIFTED = "with the first 4", "with the first 4, shifted"
 
 
@@ -97,7 +106,7 @@ def heaviest(budget: int) -> Policy:
 
 def evictions(
     model: TransformerBridge,
-    known: Constants | NotApplicable,
+    known: SpikeMeans | NotApplicable,
     budget: int,
     where: Bool[Tensor, "window position"],
     seed: int = 0,
@@ -149,7 +158,7 @@ def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]
 
     def hidden(pattern: Float[Tensor, "window head query key"]) -> Float[Tensor, "window head query key"]:
         if policy.heavy:
-            return hit(pattern, policy.window, policy.heavy, groups)
+            return heavy_hitter_pattern(pattern, policy.window, policy.heavy, groups)
         keys = torch.arange(pattern.shape[-1], device=pattern.device)
         return renormalized(pattern, policy.sees(keys[-pattern.shape[-2] :], keys))
 
@@ -178,7 +187,7 @@ def renormalized(
     return functional.normalize(pattern * seen, p=1, dim=-1, eps=torch.finfo(pattern.dtype).tiny)
 
 
-def hit(
+def heavy_hitter_pattern(
     pattern: Float[Tensor, "window head query key"], window: int, heavy: int, n_kv_heads: int
 ) -> Float[Tensor, "window head query key"]:
     """Attention where, beside the last tokens, only the most attended to are left: of those, and of the one that leaves
@@ -339,8 +348,8 @@ def stream(
     return Streamed(policy, torch.cat(losses, dim=1), most)
 
 
-def pages(
-    model: TransformerBridge, prompt: Int[Tensor, " length"], known: Constants | NotApplicable, budget: int, n: int
+def generate_per_cache(
+    model: TransformerBridge, prompt: Int[Tensor, " length"], known: SpikeMeans | NotApplicable, budget: int, n: int
 ) -> pd.DataFrame | NotApplicable:
     """What the model writes from caches that hold so many keys, and its perplexity as every token judges it.
 

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.claims import NotApplicable, where_applicable
-from spikesink.lifecycle import block_kind, block_layer
-from spikesink.models import Anatomy
+from spikesink.chain.lifecycle import block_kind, block_layer
+from spikesink.common import NotApplicable, measure
+from spikesink.model.anatomy import Anatomy
+from spikesink.model.weights import no_projections
 from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, skip, zero
-from spikesink.patching.chain import Constants, decoupled, sink_held
+from spikesink.patching.cuts import SpikeMeans, decoupled, sink_held
 from spikesink.patching.outcome import student_interval
-from spikesink.weights import no_projections
 
 AS_IT_IS, HELD, NO_SPIKE = "as it is", "with the sink held", "without the spike"
 NO_SINK, NEITHER = "without the sink", "without either"
@@ -39,8 +39,8 @@ class Technique:
     cells: tuple[str, ...] = CELLS  # that it is tried in
 
 
-@where_applicable
-def cells(known: Constants | NotApplicable, where: Bool[Tensor, "window position"]) -> dict[str, Cuts] | NotApplicable:
+@measure
+def cells(known: SpikeMeans | NotApplicable, where: Bool[Tensor, "window position"]) -> dict[str, Cuts] | NotApplicable:
     """What is done in each cell: nothing; spike tokens' keys and values are constants, from the spike on; so they are,
     and the spike is not written; their keys are masked; their spike is not written, and nothing held.
 
@@ -129,7 +129,7 @@ class Crossed:
         return frame[[cell for cell in (AS_IT_IS, SPARED, *CELLS[1:]) if cell in frame]]
 
 
-@where_applicable
+@measure
 def cell_table(crossed: Crossed | NotApplicable) -> pd.DataFrame | NotApplicable:
     """The cells without any technique: perplexity, sink ratio, largest activation."""
     rows = [

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink import texts
-from spikesink.claims import NotApplicable
-from spikesink.models import anatomy, body_of
+from spikesink.chain.trace import EPSILON
+from spikesink.common import NotApplicable, progress
+from spikesink.model import texts
+from spikesink.model.anatomy import anatomy, body_of
 from spikesink.patching import Outcome, compare
 from spikesink.patching.behaviour import PLACES, THINGS, asked, ids_of
 from spikesink.patching.outcome import CLEAN, student_interval
-from spikesink.progress import progress
 from spikesink.serving.cache import (
     EVERY,
     HEAVY,
@@ -29,7 +29,6 @@ from spikesink.serving.cache import (
     heaviest,
     losses_of,
 )
-from spikesink.sinks import EPSILON
 
 CHUNK = 128
 BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are no independent draws

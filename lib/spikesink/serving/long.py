@@ -15,10 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink import texts
-from spikesink.claims import write_atomically, writing_to
-from spikesink.models import anatomy
-from spikesink.progress import progress
+from spikesink.common import progress, write_atomically, writing_to
+from spikesink.model import texts
+from spikesink.model.anatomy import anatomy
 from spikesink.serving.cache import (
     OTHERS,
     SHIFTED,

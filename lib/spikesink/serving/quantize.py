@@ -19,11 +19,11 @@ from torch.ao import quantization
 from torch.ao.nn.quantized import dynamic
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.claims import NotApplicable, where_applicable
-from spikesink.models import anatomy
+from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.anatomy import anatomy
 from spikesink.patching import Intervention, apply, compare, evaluate, hook
-from spikesink.patching.interventions import HEADS, batches
-from spikesink.progress import progress
+from spikesink.patching.interventions import batches
+from spikesink.patching.sites import HEADS
 from spikesink.serving.cache import losses_of
 from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, or_as_it_is, shows_ffn
 
@@ -334,7 +334,7 @@ def weights(
     return replace(crossed, with_it={**crossed.with_it, **with_it})
 
 
-@where_applicable
+@measure
 def beside_integers(
     model: TransformerBridge, tokens: Int[Tensor, "n length"], crossed: Crossed | NotApplicable
 ) -> pd.DataFrame | NotApplicable:

@@ -1,0 +1,396 @@
+"""The life cycle of a spike, found in a trace: which blocks write it, where it stays, which blocks cancel it.
+
+Blocks are counted as in the paper, from 1: block 2l - 1 is the attention of layer l, block 2l its FFN. Rules, the same
+for every model, with `step` = 0.1 unless the reader changes it:
+
+- the *peak* is the largest entry of the stream that is above 100 medians of |h|; its channel is the first channel, and
+  the cycle's size is the largest such entry of a window, median over the windows that have one;
+- the *spike tokens* are those above 100 medians whose entry at the peak reaches `step` of that size and lies nearer to
+  it, on a log scale, than to an ordinary token's (in some families a channel is large on every token);
+- the cycle lasts while their median entry stays above 100 medians and above `step` of the size; a block in it that
+  writes at least `step` of the size, with its sign, is *step-up* (up to the peak), with the opposite sign *step-down*
+  (after it);
+- the *plateau* lies between the last step-up and the first step-down block, and the *plateau value* is what the first
+  channel holds half-way through it. The other measures are taken there too;
+- then what this cycle explains is set aside, and the largest entry of what is left starts the next, smaller cycle.
+  One counts if it outlives the layer that wrote it, has at least two tokens, and is not the weak tail of a cycle
+  already found (same channel, a step-up block in common).
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.chain.trace import Rows, Trace, follow
+from spikesink.common import NotApplicable
+from spikesink.model.anatomy import Anatomy, anatomy, check_ids, check_tokens
+
+STEP = 0.1
+
+
+MAX_CYCLES = 4
+
+
+MAX_PEELS = 12
+
+
+MAX_PAIRS = 2000  # of spike tokens, for the Jaccard index
+
+
+STEP_BLOCKS = 3  # the paper's "one to three" blocks; a cycle that needs more to be written is a ramp
+
+
+MOSTLY = 0.8  # the share of the plateau value that those blocks must write
+
+
+def block_kind(block: int) -> str:
+    """What a block is: "attention" (odd) or "FFN" (even)."""
+    return "attention" if block % 2 else "FFN"
+
+
+def block_layer(block: int) -> int:
+    """The TransformerLens layer (from 0) that a block (from 1) belongs to."""
+    return (block - 1) // 2
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One rise and fall of a channel. Points are places in the stream (p = after block p), values are signed."""
+
+    channel: int
+    value: float  # plateau value of the first channel, median over the spike tokens
+    peak: int
+    step_up: tuple[int, ...]
+    step_down: tuple[int, ...]
+    plateau: tuple[int, int]  # first and last point
+    stream: Float[Tensor, " point"]  # first channel, median over the spike tokens
+    writes: Float[Tensor, " block"]  # the same of what each block writes
+    channels: tuple[int, ...]  # above 100 medians half-way through the plateau, the largest first
+    is_spike: Bool[Tensor, " row"]  # which rows of the trace are this cycle's tokens
+    blocks_needed: int  # fewest blocks that together write MOSTLY of the value; 0 if all do not
+
+    @property
+    def middle(self) -> int:
+        """The point half-way through the plateau."""
+        return sum(self.plateau) // 2
+
+    @property
+    def shape(self) -> str:
+        """ "step" when at most three blocks write most of it, else "ramp"."""
+        return "step" if 0 < self.blocks_needed <= STEP_BLOCKS else "ramp"
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """The cycles of a model, the largest first; none where nothing spikes."""
+
+    trace: Trace
+    cycles: tuple[Cycle, ...]
+
+    @property
+    def main(self) -> Cycle | None:
+        """The largest cycle, or None."""
+        return self.cycles[0] if self.cycles else None
+
+    @property
+    def reason(self) -> str:
+        """Why claims about a spike do not apply, for a model without one."""
+        return f"no token has an entry above {self.trace.threshold:g} medians anywhere in the residual stream"
+
+
+def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
+    """Find the cycles in a trace, by the rules at the top of this module.
+
+    Args:
+        trace: as `trace_windows` returns it.
+        step: the share of a cycle's size that a write must reach to count as a step.
+
+    Raises:
+        ValueError: this is no trace, or `step` is not between 0 and 1.
+    """
+    if not isinstance(trace, Trace):
+        raise ValueError(f"a life cycle is found in what trace_windows returned, not in a {type(trace).__name__}.")
+    if not isinstance(step, Real) or not 0 < step < 1:
+        raise ValueError(f"step must lie between 0 and 1, but is {step!r}.")
+    size = trace.rows.stream[..., : trace.n_followed].abs()  # row, point, channel
+    spiking = size > trace.threshold * trace.window_medians[trace.rows.window][..., None]
+    left = size * spiking
+    cycles: list[Cycle] = []
+    for _ in range(MAX_PEELS):
+        if not left.numel() or left.max() == 0 or len(cycles) == MAX_CYCLES:
+            break
+        cycle, first, last = _cycle(trace, left, step)
+        tail = any(c.channel == cycle.channel and set(c.step_up) & set(cycle.step_up) for c in cycles)
+        if not cycles or (last - first >= 2 and cycle.is_spike.sum() >= 2 and not tail):
+            cycles.append(cycle)
+        left = left * ~_explained(spiking.any(-1), cycle.is_spike, first, last)[..., None]
+    return Lifecycle(trace, tuple(cycles))
+
+
+def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) -> tuple[Cycle, int, int]:
+    """The cycle around the largest entry of what is left, and the first and last point at which it is alive."""
+    rows = trace.rows
+    row, peak, index = (int(i) for i in torch.unravel_index(left.argmax(), left.shape))
+    is_spike, size = _spike_tokens(rows, rows.stream[:, peak, index], left[:, peak, index] > 0, row, step)
+    stream, writes = (_median(of[is_spike, :, index]) for of in (rows.stream, rows.writes))
+    alive = stream * size.sign() >= torch.maximum(step * size.abs(), trace.threshold * trace.medians)
+    first, last = _run_around(alive, peak)
+    share = writes / size
+    step_up = tuple(b for b in range(max(first, 1), peak + 1) if share[b - 1] >= step)
+    step_down = tuple(b for b in range(peak + 1, min(last + 1, len(writes)) + 1) if share[b - 1] <= -step)
+    plateau = (step_up[-1] if step_up else peak, step_down[0] - 1 if step_down else last)
+    middle = sum(plateau) // 2
+    cycle = Cycle(
+        channel=int(trace.channels[index]),
+        value=float(stream[middle]),
+        peak=peak,
+        step_up=step_up,
+        step_down=step_down,
+        plateau=plateau,
+        stream=stream,
+        writes=writes,
+        channels=_spike_channels(trace, is_spike, middle),
+        is_spike=is_spike,
+        blocks_needed=_blocks_needed(writes[:middle], stream[middle]),
+    )
+    return cycle, first, last
+
+
+def _spike_tokens(
+    rows: Rows, entry: Float[Tensor, " row"], above: Bool[Tensor, " row"], largest: int, step: float
+) -> tuple[Bool[Tensor, " row"], Float[Tensor, ""]]:
+    """Which rows are spike tokens, by their entry at the peak, and the cycle's signed size.
+
+    Args:
+        entry: the first channel at the peak.
+        above: which of them are above 100 medians and not explained by another cycle.
+        largest: the row of the peak itself, which is a spike token whatever the others are.
+    """
+    sign = entry[largest].sign()
+    above = above & (entry * sign > 0)
+    size, least = _size_and_least(rows, entry * sign, above, step)
+    is_spike = above & (entry * sign >= least)
+    is_spike[largest] = True
+    return is_spike, sign * size
+
+
+def _size_and_least(
+    rows: Rows, entry: Float[Tensor, " row"], among: Bool[Tensor, " row"], step: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """A cycle's size, and the least entry of a spike token: `step` of it, and nearer to it than to an ordinary one."""
+    size = _median(torch.stack([entry[among & (rows.window == w)].max() for w in rows.window[among].unique()]))
+    ordinary = entry[rows.drawn].abs().median()
+    return size, torch.maximum(step * size, (size * ordinary).sqrt())
+
+
+def _spike_channels(trace: Trace, is_spike: Bool[Tensor, " row"], point: int) -> tuple[int, ...]:
+    """The channels that exceed the threshold at a point, median over the spike tokens, the largest first."""
+    typical = _median(trace.rows.stream[is_spike, point, : trace.n_followed].abs())
+    order = typical.argsort(descending=True, stable=True)
+    return tuple(int(trace.channels[i]) for i in order if typical[i] > trace.threshold * trace.medians[point])
+
+
+def _blocks_needed(writes: Float[Tensor, " block"], value: Tensor) -> int:
+    """Fewest blocks whose writes add up to MOSTLY of the value; 0 if even all that push towards it do not."""
+    towards = (writes / value).clamp(min=0).sort(descending=True).values.cumsum(0)
+    enough = (towards >= MOSTLY).nonzero()
+    return int(enough[0]) + 1 if len(enough) else 0
+
+
+def _run_around(alive: Bool[Tensor, " point"], peak: int) -> tuple[int, int]:
+    """First and last point of the unbroken run of `alive` that holds `peak`."""
+    first = last = peak
+    while first > 0 and alive[first - 1]:
+        first -= 1
+    while last + 1 < len(alive) and alive[last + 1]:
+        last += 1
+    return first, last
+
+
+def _explained(
+    spiking: Bool[Tensor, "row point"], tokens: Bool[Tensor, " row"], first: int, last: int
+) -> Bool[Tensor, "row point"]:
+    """What a cycle accounts for: on its tokens, its own points and all that spike without a gap before or after."""
+    explained = torch.zeros_like(spiking)
+    explained[:, first : last + 1] = tokens[:, None]
+    for point in range(last + 1, spiking.shape[1]):
+        explained[:, point] = explained[:, point - 1] & spiking[:, point]
+    for point in range(first - 1, -1, -1):
+        explained[:, point] = explained[:, point + 1] & spiking[:, point]
+    return explained
+
+
+def _median(values: Tensor) -> Tensor:
+    """Median over the first dimension; of an even number, the mean of the middle two."""
+    return values.quantile(0.5, dim=0)
+
+
+def ordinary_rows(life: Lifecycle) -> Rows:
+    """The tokens drawn at random from every window, less those that spike in the main cycle: the control."""
+    keep = life.trace.rows.drawn.clone()
+    if life.main is not None:
+        keep &= ~life.main.is_spike
+    return life.trace.rows[keep]
+
+
+def spike_rows(life: Lifecycle) -> Rows:
+    """The spike tokens of the main cycle."""
+    return life.trace.rows[life.main.is_spike]
+
+
+def middle_row(life: Lifecycle) -> Rows:
+    """The spike token whose size is in the middle: one real token, whose writes add up to its stream."""
+    rows = spike_rows(life)
+    held = rows.stream[:, life.main.middle, index_of(life, life.main.channel)]
+    return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
+
+
+def late_step_down(life: Lifecycle) -> tuple[int, ...]:
+    """The step-down blocks of the main cycle that are FFN blocks of the model's second half, as LC3 counts them."""
+    return tuple(b for b in life.main.step_down if b % 2 == 0 and b > life.trace.anatomy.n_blocks // 2)
+
+
+def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
+    """Every block that writes at least `least` of the main cycle's value: block, layer, kind, write, share, step."""
+    cycle = life.main
+    rows = []
+    for block in range(1, life.trace.anatomy.n_blocks + 1):
+        write = float(cycle.writes[block - 1])
+        step = "up" if block in cycle.step_up else "down" if block in cycle.step_down else ""
+        rows.append((block, block_layer(block), block_kind(block), write, write / cycle.value, step))
+    frame = pd.DataFrame(rows, columns=["block", "layer", "kind", "write", "share of the plateau", "step"])
+    return frame[frame["share of the plateau"].abs() >= least].set_index("block")
+
+
+def cycles_table(life: Lifecycle) -> pd.DataFrame:
+    """One line a cycle: first channel, its plateau value, step-up and step-down blocks, tokens."""
+    rows = life.trace.rows
+    lines = []
+    for cycle in life.cycles:
+        positions = rows.position[cycle.is_spike]
+        lines.append(
+            {
+                "channel": cycle.channel,
+                "plateau value": cycle.value,
+                "step-up": cycle.step_up,
+                "step-down": cycle.step_down,
+                "shape": cycle.shape,
+                "tokens": int(cycle.is_spike.sum()),
+                "at position 0": int((positions == 0).sum()),
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def index_of(life: Lifecycle, channel: int) -> int:
+    """Where among the trace's followed channels a channel of the model is."""
+    return int((life.trace.channels == channel).nonzero()[0])
+
+
+def first_step_up(life: Lifecycle) -> int | NotApplicable:
+    """The main cycle's first FFN block that is step-up: it meets tokens that do not spike yet, a later one may not."""
+    if life.main is None:
+        return NotApplicable(life.reason)
+    ffn = [block for block in life.main.step_up if block_kind(block) == "FFN"]
+    if not ffn:
+        return NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
+    return ffn[0]
+
+
+def check_model(life: Lifecycle, about: Anatomy) -> None:
+    """Raise ValueError where a life cycle was found in a model of another shape than this one's."""
+    theirs = life.trace.anatomy
+    if any(getattr(about, name) != getattr(theirs, name) for name in ("family", "n_layers", "d_model", "d_vocab")):
+        raise ValueError(
+            f"this life cycle was found in a {theirs.family} model of {theirs.n_layers} layers, {theirs.d_model} "
+            f"channels and {theirs.d_vocab} tokens, not in this {about.family} model; trace this one."
+        )
+
+
+def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"], part: bool = False) -> None:
+    """Raise ValueError unless these are the windows that a life cycle was found in, or a `part`: the first of them."""
+    check_ids(tokens)
+    theirs = life.trace.tokens[: len(tokens)] if part and tokens.ndim else life.trace.tokens
+    if not tokens.numel() or not torch.equal(tokens.cpu().to(theirs.dtype), theirs):
+        raise ValueError("these are not the windows that this life cycle was found in; trace these, or give those.")
+
+
+def right_after(tokens: Bool[Tensor, "*window position"]) -> Bool[Tensor, "*window position"]:
+    """The tokens that stand right after those, whether or not they are of them too."""
+    return tokens.roll(1, dims=-1).index_fill(-1, torch.tensor(0), False)
+
+
+def plateau_layers(cycle: Cycle) -> range:
+    """The layers, from 0, whose attention reads a point of a cycle's plateau."""
+    first, last = cycle.plateau
+    return range((first + 1) // 2, min(last // 2 + 1, len(cycle.writes) // 2))  # no layer reads the last point
+
+
+def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
+    """Which tokens of the windows are a cycle's spike tokens."""
+    rows = life.trace.rows[cycle.is_spike]
+    found = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
+    found[rows.window, rows.position] = True
+    return found
+
+
+def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n length"]:
+    """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
+
+    Args:
+        model: the one that `life` was found in.
+        life: as `find_lifecycle` returns it.
+        tokens: windows or prompts of one length.
+
+    Raises:
+        ValueError: `tokens` is not two-dimensional or empty, a token is not in the model's vocabulary, or `life` was
+            found in another model.
+    """
+    check_model(life, anatomy(model))
+    check_tokens(life.trace.anatomy, tokens)
+    found = torch.zeros(tokens.shape, dtype=torch.bool)
+    cycle, trace = life.main, life.trace
+    if cycle is None:
+        return found
+    sign = math.copysign(1, cycle.value)
+    held = trace.rows.stream[:, cycle.peak, index_of(life, cycle.channel)] * sign
+    _, least = _size_and_least(trace.rows, held, cycle.is_spike, STEP)
+    for i, window in enumerate(tokens):
+
+        def on_stream(point: int, h: Float[Tensor, "token d_model"], i: int = i) -> None:
+            if point == cycle.peak:
+                found[i] = (
+                    h[:, cycle.channel] * sign >= torch.maximum(least, trace.threshold * h.abs().median())
+                ).cpu()
+
+        follow(model, trace.anatomy, window, on_stream)
+    return found
+
+
+def layers_before(life: Lifecycle) -> list[int]:
+    """Layers that read the stream before the main cycle's first step-up block (or, of a ramp, before its peak)."""
+    first = life.main.step_up[0] if life.main.step_up else life.main.peak
+    return [layer for layer in range(life.trace.anatomy.n_layers) if 2 * layer < first]
+
+
+def layers_quiet(life: Lifecycle) -> list[int]:
+    """Of the layers before the main cycle, those that read no other cycle's plateau and spike tokens without a spike.
+
+    These can spike before their cycle in another channel, which is then no cycle of its own.
+    """
+    trace = life.trace
+    alive = {layer for cycle in life.cycles for layer in plateau_layers(cycle)}
+    largest = spike_rows(life).stream.abs().amax(-1).quantile(0.5, dim=0)  # of each point
+    spiking = largest > trace.threshold * trace.medians
+    return [layer for layer in layers_before(life) if layer not in alive and not spiking[2 * layer]]
+
+
+def layers_after(life: Lifecycle) -> list[int]:
+    """Layers that read the stream past the main cycle's plateau."""
+    return [layer for layer in range(life.trace.anatomy.n_layers) if 2 * layer > life.main.plateau[1]]

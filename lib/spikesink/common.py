@@ -1,0 +1,121 @@
+"""What every part uses and nothing of it needs torch: what is not applicable, files, short numbers, progress."""
+
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+
+class NotApplicable(Exception):  # noqa: N818 (an answer, not an error: "n/a" in the ledger)
+    """Why something cannot be asked of this model. Measures raise it; to who calls a measure it is a value.
+
+    Two are equal when their reasons are.
+    """
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+        return self.args[0]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NotApplicable) and self.reason == other.reason
+
+    def __hash__(self) -> int:
+        return hash(self.reason)
+
+
+_inside: ContextVar[bool] = ContextVar("inside a measure", default=False)
+
+
+def measure(function):
+    """Turn a raised NotApplicable into the value returned, and pass on one that is given as an argument.
+
+    Only the outermost measure does: inside another one it goes on being raised, so nobody in between has to look.
+    """
+
+    @wraps(function)
+    def measured(*args, **options):
+        nested = _inside.get()
+        token = _inside.set(True)
+        try:
+            for value in (*args, *options.values()):
+                if isinstance(value, NotApplicable):
+                    raise value
+            return function(*args, **options)
+        except NotApplicable as why:
+            if nested:
+                raise
+            return why.with_traceback(None)
+        finally:
+            _inside.reset(token)
+
+    return measured
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A folder, made if it is not there; what the system says against writing to it, as one sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the folder {folder} cannot be written ({error.strerror or error}); make room there, or give another "
+            "place for figures."
+        ) from None
+
+
+def mean_of(values: Sequence[float]) -> str:
+    """A mean as a table shows it, with the least and the most where there are several; nothing of none."""
+    ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.2f}{ends}" if values else ""
+
+
+def brief(value: Any) -> str:
+    """A measured value in few characters: three significant digits (a fourth differs between processors), no e+03."""
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({brief(v)})" if isinstance(v, list | tuple) else brief(v) for v in value) or "none"
+    if isinstance(value, float):
+        short = f"{value:.3g}"
+        return f"{float(short):,.0f}" if 1000 <= abs(float(short)) < math.inf else short
+    return str(value)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that whoever looks sees the old one or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as scratch:
+        try:
+            scratch.write(data)
+            scratch.close()
+            os.chmod(scratch.name, 0o644)
+            os.replace(scratch.name, path)
+        except BaseException:
+            Path(scratch.name).unlink(missing_ok=True)
+            raise
+
+
+def escape(text: str) -> str:
+    """Text as it may stand in a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+Item = TypeVar("Item")
+
+
+def progress(items: Collection[Item], label: str, unit: str, done: int = 0) -> Iterable[Item]:
+    """Go through `items` under a bar that appears after two seconds and goes when done; none if TQDM_DISABLE is set.
+
+    The bar counts from `done`: how many were gone through before these.
+    """
+    # tqdm's notebook bar does not read TQDM_DISABLE of its own accord.
+    disable = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    total = done + len(items) if done else None
+    return tqdm(items, label, total, initial=done, unit=unit, leave=False, delay=2, disable=disable)

@@ -1,0 +1,215 @@
+"""Text to measure on: the project's own prose by default, or pydoc's, a file's or a data set's."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedTokenizerBase
+
+from spikesink.model.anatomy import anatomy
+
+CHARACTERS_FROM_A_DATASET = 2_000_000
+
+
+SOURCES = "house, pydoc, a file's path, or datasets:NAME"
+
+
+class TextError(ValueError):
+    """A text that cannot be read or does not suffice; the message is one sentence that says what would do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to cut windows from: the `name` it was asked for by, and its `content`."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content in UTF-8, so that a ledger says which text it was measured on."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def read(source: str | os.PathLike = "house") -> Text:
+    """Read a text.
+
+    Args:
+        source: "house" (the project's own prose, the same everywhere), "pydoc" (`pydoc_data.topics`, differs between
+            Python versions), the path of a UTF-8 file, or "datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]" for a data set of
+            the hub or a local folder (the split is "train" and the column "text" unless given; its first two million
+            characters are used).
+
+    Raises:
+        TextError: no such source, not UTF-8, or nothing in it.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise TextError(f"a text is named by a string, not by {source!r}; give {SOURCES}.")
+    source = os.fspath(source)
+    if source == "house":
+        content = files("spikesink").joinpath("house.txt").read_text(encoding="utf-8")
+    elif source == "pydoc":
+        from pydoc_data.topics import topics
+
+        content = "\n\n".join(topics[name] for name in sorted(topics))
+    elif source.startswith("datasets:"):
+        content = _from_dataset(source)
+    else:
+        content = _from_file(source)
+    if not content.strip():
+        raise TextError(f"the text {source!r} is empty; give one with some words in it.")
+    return Text(source, content)
+
+
+def windows(
+    model: TransformerBridge, source: str | Text = "house", n: int = 16, length: int = 256, seed: int = 0
+) -> Int[Tensor, "n length"]:
+    """Cut `n` windows of `length` tokens out of a text, none overlapping another, at places drawn by `seed`.
+
+    A window begins with BOS where the tokenizer adds one of its own accord (`anatomy(model).prepends_bos`).
+
+    Raises:
+        TextError: the text is too short for the request, a window is longer than the model's context, or the tokenizer
+            makes ids of the text that the model has no embedding for.
+    """
+    about = anatomy(model)
+    return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed, about.d_vocab)
+
+
+def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " token"]:
+    """A whole text's tokens, without BOS.
+
+    Raises:
+        TextError: as `read` and `windows` do.
+    """
+    text = source if isinstance(source, Text) else read(source)
+    return torch.tensor(_ids(text, model.tokenizer, anatomy(model).d_vocab))
+
+
+def bos(model: TransformerBridge) -> list[int]:
+    """What `windows` begin with: BOS where the tokenizer adds one of its own accord, else nothing."""
+    return _bos(model.tokenizer, anatomy(model).prepends_bos)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase, prepends_bos: bool) -> list[int]:
+    return [tokenizer.bos_token_id] if prepends_bos else []
+
+
+def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
+    """How often each vocabulary entry occurs in a text.
+
+    Raises:
+        TextError: as `read` and `windows` do.
+    """
+    return torch.bincount(all_ids(model, source), minlength=anatomy(model).d_vocab)
+
+
+def cut(
+    source: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    prepends_bos: bool,
+    context: int | None,
+    n: int,
+    length: int,
+    seed: int,
+    d_vocab: int | None = None,
+) -> Int[Tensor, "n length"]:
+    """What `windows` does, for a model whose weights are not read yet; it raises the same.
+
+    With `d_vocab`, the number of embeddings: a tokenizer may have more ids than those, as long as the text needs none.
+    """
+    _check_whole(n=n, length=length, seed=seed)
+    text = source if isinstance(source, Text) else read(source)
+    begin = _bos(tokenizer, prepends_bos)
+    if seed < 0:
+        raise TextError(f"seed {seed} is negative; give a whole number of at least 0.")
+    if n < 1 or length < 2 + len(begin):
+        raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(begin)}.")
+    if context is not None and length > context:
+        raise TextError(f"a window of {length} tokens is longer than the model's context of {context}.")
+    ids = _ids(text, tokenizer, d_vocab)
+    body = length - len(begin)
+    there = len(ids) // body
+    if there < n:
+        raise TextError(
+            f"the text {text.name!r} has {len(ids)} tokens, enough for {there} windows of {length}, not {n}; "
+            "ask for fewer or shorter ones, or give a longer text."
+        )
+    chosen = np.random.default_rng(seed).permutation(there)[:n]
+    return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
+
+
+def _check_whole(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TextError(f"{name} must be a whole number, but is {value!r}.")
+
+
+def _ids(text: Text, tokenizer: PreTrainedTokenizerBase, d_vocab: int | None) -> list[int]:
+    """A text's token ids, without BOS."""
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    if d_vocab is not None and ids and (largest := max(ids)) >= d_vocab:
+        raise TextError(
+            f"the tokenizer makes token {largest} of the text {text.name!r}, but the model has embeddings for 0 to "
+            f"{d_vocab - 1} only; it seems to be another model's, so put this model's own tokenizer beside its weights."
+        )
+    return ids
+
+
+def _from_file(source: str) -> str:
+    path = Path(source).expanduser()
+    try:
+        found = path.is_file()
+    except OSError:  # longer than a name can be: somebody gave the text itself
+        found = False
+    if not found:
+        short = source if len(source) <= 80 else f"{source[:80]}…"
+        raise TextError(f"there is no text {short!r}; give {SOURCES}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TextError(f"the file {source} is not UTF-8 text; convert it, or give another.") from None
+    except OSError as error:
+        raise TextError(f"the file {source} cannot be read ({error.strerror or error}); give another.") from None
+
+
+def _from_dataset(source: str) -> str:
+    return "\n\n".join(documents(source, CHARACTERS_FROM_A_DATASET))
+
+
+def documents(source: str, characters: int) -> list[str]:
+    """The first rows of a data set, named as `read` takes it, until they hold so many characters.
+
+    Raises:
+        TextError: as `read` does.
+    """
+    from datasets import load_dataset
+
+    name, config, split, column = (source.split(":")[1:] + [""] * 4)[:4]
+    if not name:
+        raise TextError(f"{source!r} names no data set; give datasets:NAME.")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        content, size = [], 0
+        for row in rows:
+            content.append(row[column or "text"])
+            size += len(content[-1])
+            if size >= characters:
+                break
+    except KeyError:
+        raise TextError(
+            f"the data set {source!r} has no column {column or 'text'!r}; name one after the split."
+        ) from None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TextError(f"{source!r} cannot be read ({reason}); check the name, or go online.") from None
+    return content

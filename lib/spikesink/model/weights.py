@@ -1,0 +1,337 @@
+"""A model's weights, one layer at a time: out of a loaded model, or straight from its safetensors.
+
+What only needs weights need not hold a model. `open_weights` leaves it on disk, from where each layer is read when it
+is asked for, so that memory does not grow with the number of layers.
+
+Everywhere the norm's learned scale is folded into the matrices that read through it, so that what enters them is h~,
+the normalised stream without that scale, whose norm is sqrt(d_model).
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TypeVar
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.model.load import DEFAULT_MODEL, load
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A gated feed-forward block, F(h~) = down (act(gate h~ + b) * (up h~ + c)) + e, with the norm's scale folded in.
+
+    h~ is the normalised stream without its learned scale (and, where the norm has a bias, without that): its norm is
+    sqrt(d_model). Where the block's output passes another norm before it is added to the stream, `post_scale` is that
+    norm's scale and F is what enters it.
+    """
+
+    gate: Float[Tensor, "d_mlp d_model"]
+    up: Float[Tensor, "d_mlp d_model"]
+    down: Float[Tensor, "d_model d_mlp"]
+    gate_bias: Float[Tensor, " d_mlp"]
+    up_bias: Float[Tensor, " d_mlp"]
+    activation: Callable[[Tensor], Tensor]
+    post_scale: Float[Tensor, " d_model"] | None = None
+    down_bias: Float[Tensor, " d_model"] | None = None  # None: zeros
+
+    def to(self, dtype: torch.dtype) -> "FFN":
+        """The same in another precision."""
+        return replace(self, **{k: v.to(dtype) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a layer's attention does to a token that sees itself alone: the fixed map h~ -> out (value h~) + bias.
+
+    Softmax over one key is 1 whatever the query, so W_V and W_O are all that is left. Query heads that share a K/V head
+    pass on the same value: their columns of W_O are added up. `bias` is W_O b_V + b_O and what the norm's bias makes of
+    it; `post_scale` as in `FFN`.
+    """
+
+    value: Float[Tensor, "d_kv d_model"]
+    out: Float[Tensor, "d_model d_kv"]
+    bias: Float[Tensor, " d_model"]
+    post_scale: Float[Tensor, " d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights come from.
+
+    `block(i, *parts)` is a context in which those parts ("mlp", "ln2", ...) of layer i's TransformerLens block have
+    their weights in them. `embed(ids)` is the stream as it enters layer 0, of tokens that are each at position 0.
+    """
+
+    anatomy: Anatomy
+    block: Callable[..., AbstractContextManager[torch.nn.Module]]
+    embed: Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
+
+    def ffn(self, layer: int) -> FFN:
+        """The gated FFN of a layer (from 0), in float32 on the CPU.
+
+        Raises:
+            ValueError: the model has no such layer, or its FFN is not one gated FFN.
+            FloatingPointError: its weights are not finite.
+        """
+        about = self.anatomy
+        self._check(layer)
+        if (reason := no_form(about)) is not None:
+            raise ValueError(f"{reason}.")
+        with self._of_ffn(layer) as block:
+            parts = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
+            found = self._gated(block, [part.weight for part in parts], [part.bias for part in parts])
+        return _finite(found, f"the FFN of layer {layer}")
+
+    def experts(self, layer: int) -> dict[str, FFN]:
+        """The gated FFNs of a layer (from 0) of a mixture of experts, float32 on the CPU, by their names.
+
+        "0", "1", ... are those that the router chooses from; a name from the model's own code is an expert that every
+        token passes; and where a layer has one FFN and no router, it is named "mlp". Experts that are kept in a way
+        that is not known here are not among them.
+
+        Raises:
+            ValueError: the model has no such layer.
+            FloatingPointError: its weights are not finite.
+        """
+        self._check(layer)
+        with self._of_ffn(layer) as block:
+            parts = gated_parts(_own(block.mlp))
+            found = {name: self._gated(block, weights, biases) for name, weights, biases in parts}
+        return {name: _finite(ffn, f"expert {name} of layer {layer}") for name, ffn in found.items()}
+
+    def attention(self, layer: int) -> Attention:
+        """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
+
+        Raises:
+            ValueError: the model has no such layer, no W_V, or a gate on what the heads give.
+            FloatingPointError: its weights are not finite.
+        """
+        about = self.anatomy
+        if (reason := no_linear_attention(about)) is not None:
+            raise ValueError(f"{reason}.")
+        with self._of_attention(layer, "ln1_post") as block:
+            value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
+            heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))
+            summed = heads.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
+            scale, shift = self._norm(block, about.attention_norm)
+            matrix, value_bias = _folded(value, scale, shift)
+            found = Attention(
+                value=matrix,
+                out=summed,
+                bias=summed @ value_bias + _floats(out.bias, about.d_model),
+                post_scale=self._post_scale(block, "ln1_post"),
+            )
+        return _finite(found, f"the attention of layer {layer}")
+
+    def keys(self, layer: int) -> tuple[Float[Tensor, "d_kv d_model"], Float[Tensor, " d_kv"]]:
+        """W_K of a layer (from 0), head after head, and b_K, in float32 on the CPU: a key is W_K h~ + b_K.
+
+        Before any QK norm and any rotation; the norm's scale and bias are folded in.
+
+        Raises:
+            ValueError: the model has no such layer, or no W_K.
+            FloatingPointError: its weights are not finite.
+        """
+        with self._of_attention(layer) as block:
+            scale, shift = self._norm(block, self.anatomy.attention_norm)
+            found = _folded(dict(block.attn.named_children())["k"], scale, shift)
+        return _finite(found, f"the keys of layer {layer}")
+
+    def norm_scale(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The learned scale of the norm that a layer's attention reads through; ones where it reads the stream itself.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        self._check(layer)
+        with self.block(layer, self.anatomy.attention_norm) as block:
+            return self._norm(block, self.anatomy.attention_norm)[0].clone()
+
+    def _of_ffn(self, layer: int) -> AbstractContextManager[torch.nn.Module]:
+        return self.block(layer, "mlp", self.anatomy.ffn_norm, "ln2_post")
+
+    def _of_attention(self, layer: int, *parts: str) -> AbstractContextManager[torch.nn.Module]:
+        self._check(layer)
+        if (reason := no_projections(self.anatomy)) is not None:
+            raise ValueError(f"{reason}.")
+        return self.block(layer, "attn", self.anatomy.attention_norm, *parts)
+
+    def _gated(self, block: torch.nn.Module, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FFN:
+        gate, up, down = map(_floats, weights)
+        gate_bias, up_bias = (_floats(bias, gate.shape[0]) for bias in biases[:2])
+        scale, shift = self._norm(block, self.anatomy.ffn_norm)
+        return FFN(
+            gate=gate * scale,
+            up=up * scale,
+            down=down,
+            gate_bias=gate_bias + gate @ shift,
+            up_bias=up_bias + up @ shift,
+            activation=ACT2FN[self.anatomy.gate_activation],
+            post_scale=self._post_scale(block, "ln2_post"),
+            down_bias=None if biases[2] is None else _floats(biases[2]),
+        )
+
+    def _check(self, layer: int) -> None:
+        if not isinstance(layer, Integral) or not 0 <= layer < self.anatomy.n_layers:
+            raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {self.anatomy.n_layers - 1}.")
+
+    def _norm(self, block: torch.nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
+        """A norm's scale and its bias; ones and zeros where there is no norm, or one that learns nothing."""
+        norm = _own(dict(block.named_children())[name]) if name is not None else None
+        scale, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
+        ones = torch.ones(self.anatomy.d_model)
+        return (
+            ones if scale is None else _floats(scale) + self.anatomy.norm_scale_offset,
+            _floats(bias, self.anatomy.d_model),
+        )
+
+    def _post_scale(self, block: torch.nn.Module, name: str) -> Tensor | None:
+        norm = dict(block.named_children()).get(name)
+        return None if norm is None else _floats(norm.weight) + self.anatomy.norm_scale_offset
+
+
+def no_form(about: Anatomy) -> str | None:
+    """Why a model's FFN is no quadratic form, or None where it is one."""
+    if about.n_experts:
+        return f"the FFN of this {about.family} model is a mixture of {about.n_experts} experts, not one gated FFN"
+    if about.gate_activation is None:
+        return f"the FFN of this {about.family} model has no gate, so it is no quadratic form"
+    return None
+
+
+def no_projections(about: Anatomy) -> str | None:
+    """Why a model's keys and values are no linear maps of h~, or None where they are."""
+    return None if about.projects else f"the attention of this {about.family} model has no W_K and W_V of its own"
+
+
+def no_linear_attention(about: Anatomy) -> str | None:
+    """Why attention that sees one token alone is no linear map of h~, or None where it is one."""
+    if about.gated_attention:
+        return f"what the heads of this {about.family} model give passes a gate"
+    return no_projections(about)
+
+
+def no_static_map(about: Anatomy) -> str | None:
+    """Why a token that sees itself alone has no path that can be followed block by block, or None where it has."""
+    if about.learned_sink:
+        return f"a learned logit takes part in each softmax of this {about.family} model, also where one token is alone"
+    if about.norm == "tanh":
+        return f"the blocks of this {about.family} model read the stream through DynamicTanh, which has no one scale"
+    return no_separate_ffn(about) or no_linear_attention(about)
+
+
+def no_separate_ffn(about: Anatomy) -> str | None:
+    """Why a model's FFN can neither be run nor seen reading by itself, or None where it can."""
+    return None if about.separate_ffn else f"the FFN of this {about.family} model is no module of its own"
+
+
+def weights_of(model: TransformerBridge) -> Weights:
+    """The weights of a loaded model; of an offloaded one, each layer is read when it is asked for."""
+    return Weights(
+        anatomy(model), lambda layer, *parts: _present(model.blocks[layer], *parts), lambda ids: _embedded(model, ids)
+    )
+
+
+def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dtype | None = None) -> Weights:
+    """The weights of a model that stays on disk; each layer is read when it is asked for, and then let go.
+
+    Args:
+        spec, dtype: as `load` takes them.
+
+    Raises:
+        LoadError: as `load` does.
+    """
+    return weights_of(load(spec, "disk", dtype))
+
+
+def _own(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that a bridge has wrapped; where there is no bridge, itself."""
+    return getattr(module, "original_component", module)
+
+
+@contextmanager
+def _present(block: torch.nn.Module, *parts: str | None) -> Iterator[torch.nn.Module]:
+    """A block with some of its parts' weights in them, also where accelerate keeps them elsewhere in the meantime."""
+    children = dict(block.named_children())
+    if any(parameter.is_meta for parameter in block.parameters()):
+        give_back()
+    with ExitStack() as stack:
+        for module in [m for part in parts if part in children for m in children[part].modules()]:
+            stack.enter_context(align_module_device(module))
+        yield block
+
+
+def give_back() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between blocks in use, more with every layer read."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+Part = tuple[str, Sequence[Tensor], Sequence[Tensor | None]]  # name; gate, up and down; their biases
+
+
+Found = TypeVar("Found", FFN, Attention, tuple[Tensor, Tensor])
+
+
+def gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
+    """The gated FFNs in a layer's FFN module, in the two forms that transformers keeps them in."""
+    for name, module in mlp.named_modules():
+        if name.endswith("_original_component"):
+            continue  # the bridge's wrapper around it has the same parts
+        both, down = (getattr(module, part, None) for part in ("gate_up_proj", "down_proj"))
+        if isinstance(both, Tensor) and both.ndim == 3:
+            if getattr(module, "is_transposed", False) or any("bias" in n for n, _ in module.named_parameters()):
+                return  # another order of the matrix, or an activation that is not the plain one
+            for expert in range(len(both)):
+                yield str(expert), (*both[expert].chunk(2), down[expert]), (None, None, None)
+        elif all(hasattr(getattr(module, part, None), "weight") for part in ("gate_proj", "up_proj", "down_proj")):
+            linears = [getattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")]
+            yield name.split(".")[-1] or "mlp", [part.weight for part in linears], [part.bias for part in linears]
+
+
+def _finite(found: Found, what: str) -> Found:
+    """A layer's matrices as they are, unless some value in them is no finite number."""
+    for values in found if isinstance(found, tuple) else vars(found).values():
+        if isinstance(values, Tensor) and not values.isfinite().all():
+            raise FloatingPointError(
+                f"{what}, or the norm that it reads through, has weights that are not finite; get the model again."
+            )
+    return found
+
+
+@torch.no_grad()
+def _embedded(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
+    entering = _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
+    if len(wrong := ids[~entering.isfinite().all(-1).to(ids.device)]):
+        raise FloatingPointError(f"the embedding of token {int(wrong[0])} is not finite; get the model again.")
+    return entering
+
+
+def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """A projection's matrix and bias, of what the norm before it makes: with that norm's scale and bias folded in."""
+    matrix = _matrix(linear)
+    return matrix * scale, _floats(linear.bias, matrix.shape[0]) + matrix @ shift
+
+
+def _matrix(linear: torch.nn.Module) -> Float[Tensor, "out in"]:
+    """A linear module's matrix; some families keep it transposed."""
+    weight = _floats(linear.weight)
+    return weight.T if isinstance(_own(linear), Conv1D) else weight
+
+
+def _floats(values: Tensor | None, zeros: int = 0) -> Tensor:
+    """Float32 on the CPU; zeros for what a family does not have."""
+    return torch.zeros(zeros) if values is None else values.detach().float().cpu()
