@@ -124,10 +124,10 @@ KEYS = torch.linspace(-1, 1, 32).reshape(2, 16)
         (patching.set_to(patching.read(6), VECTOR, 2), edited("read", 6, put((slice(None), 2), VECTOR))),
         (patching.set_to(patching.read(13), VECTOR, 2), edited("read", 13, put((slice(None), 2), VECTOR))),
         (patching.set_to(patching.key(2), KEYS, 0), edited("key", 2, put((slice(None), 0), KEYS))),
-        (patching.zero(patching.value(3), 1, 1), edited("value", 3, put((slice(None), 1, 1), 0))),
-        (patching.zero(patching.z(3), [1, 4], 2), edited("z", 3, put((slice(None), [1, 4], 2), 0))),
+        (patching.zero(patching.value(3), 1, heads=1), edited("value", 3, put((slice(None), 1, 1), 0))),
+        (patching.zero(patching.z(3), [1, 4], heads=2), edited("z", 3, put((slice(None), [1, 4], 2), 0))),
         (
-            patching.apply(patching.key(1), torch.neg, [0, 5], 0),
+            patching.apply(patching.key(1), torch.neg, [0, 5], heads=0),
             edited("key", 1, lambda x: x.__setitem__((slice(None), [0, 5], 0), -x[:, [0, 5], 0])),
         ),
     ],
@@ -308,7 +308,7 @@ CUTS_WHILE_WRITING = [
     (patching.zero(patching.stream(4), 0, [3, 9]),),
     (patching.scale(patching.stream(5), 0.2),),
     (patching.mask_key(0, range(6)),),
-    (patching.set_to(patching.key(range(6)), KEYS, 0), patching.zero(patching.value([2, 3]), [0, 1], 1)),
+    (patching.set_to(patching.key(range(6)), KEYS, 0), patching.zero(patching.value([2, 3]), [0, 1], heads=1)),
     (patching.skip(6, [2, 17, 18]), patching.mask_key([5, 16], [1, 2], [0, 3])),
     (patching.set_to(patching.read(13), VECTOR, 15),),
 ]
@@ -357,7 +357,7 @@ def test_interventions_take_effect_in_every_family(family, tmp_path):
         "readout": patching.set_to(patching.read(7), VECTOR, 3),
         "key": patching.set_to(patching.key(1), keys, 3),
         "value": patching.set_to(patching.value(1), keys, 3),
-        "z": patching.zero(patching.z(1), 3, 2),
+        "z": patching.zero(patching.z(1), 3, heads=2),
         "mask": patching.mask_key(0, [1]),
     }
     if about.attention_norm is not None:
@@ -510,7 +510,7 @@ def test_means_are_of_the_given_windows_and_positions(random_model, tokens):
     torch.testing.assert_close(some[0], found[names[0]][:, [0, 2]][..., [5, 1]].mean((0, 1)))
     keys = patching.mean_of(random_model, tokens, patching.key(1), mask)
     torch.testing.assert_close(keys[0], found[names[2]][mask].mean(0))
-    everywhere = patching.mean_of(random_model, tokens, patching.key(1), None, 1)
+    everywhere = patching.mean_of(random_model, tokens, patching.key(1), heads=1)
     torch.testing.assert_close(everywhere[0], found[names[2]][:, :, [1]].mean((0, 1)))
 
 
@@ -607,7 +607,7 @@ def test_models_of_our_own_can_be_patched_too():
         (lambda: patching.mask_key(0, [2, -1]), "layer -1 does not exist"),
         (lambda: patching.zero(patching.stream(4), 0, 64), "channel 64 does not exist; there are channels 0 to 63"),
         (lambda: patching.zero(patching.stream(4), 0, -1), "channel -1 does not exist"),
-        (lambda: patching.zero(patching.key(2), 0, 2), "head 2 does not exist; there are heads 0 to 1"),
+        (lambda: patching.zero(patching.key(2), 0, heads=2), "head 2 does not exist; there are heads 0 to 1"),
         (lambda: patching.mask_key(0, 2, 4), "head 4 does not exist; there are heads 0 to 3"),
         (lambda: patching.zero(patching.stream(4), 24), "position 24 does not exist; there are positions 0 to 23"),
         (lambda: patching.zero(patching.stream(4), -1), "position -1 does not exist; positions count from 0"),
@@ -628,8 +628,10 @@ def test_models_of_our_own_can_be_patched_too():
         (lambda: patching.apply(patching.stream(4), lambda x: None), "the function returned None"),
         (lambda: patching.zero(patching.stream("24")), "'24' is no block or layer; give a whole number"),
         (lambda: patching.zero(patching.stream(4), 0, "507"), "'507' is no channel"),
-        (lambda: patching.zero(patching.key(2), 0, 1.5), "1.5 is no head"),
+        (lambda: patching.zero(patching.key(2), 0, heads=1.5), "1.5 is no head"),
         (lambda: patching.zero(patching.stream(4), 0, torch.arange(64) == 9), "False is no channel"),
+        (lambda: patching.zero(patching.stream(4), 0, heads=1), "has channels, not heads; name them as channels="),
+        (lambda: patching.zero(patching.key(2), 0, 1), "of layer 2 has heads, not channels; name them as heads="),
         (lambda: patching.zero(patching.stream(4), "0"), "'0' is no position"),
         (lambda: patching.zero(patching.stream(4), [1.7]), "1.7 is no position"),
         (lambda: patching.zero(patching.stream(4), True), "True is no position"),

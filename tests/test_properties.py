@@ -427,8 +427,8 @@ CHANNELS, LENGTH = 6, 5
 def cuts(draw) -> tuple[torch.Tensor, dict]:
     """A stream [window, position, channel], and where in it to change something."""
     at = draw(st.none() | st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=LENGTH, unique=True))
-    parts = draw(st.none() | st.lists(st.integers(0, CHANNELS - 1), min_size=1, max_size=CHANNELS, unique=True))
-    return normal(draw(SEEDS), 2, LENGTH, CHANNELS), {"positions": at, "parts": parts}
+    channels = draw(st.none() | st.lists(st.integers(0, CHANNELS - 1), min_size=1, max_size=CHANNELS, unique=True))
+    return normal(draw(SEEDS), 2, LENGTH, CHANNELS), {"positions": at, "channels": channels}
 
 
 def changed(x: torch.Tensor, *those: patching.Intervention) -> torch.Tensor:
@@ -455,7 +455,7 @@ def test_scaling_multiplies(drawn, a, b):
 @given(cuts(), SEEDS, FACTORS)
 def test_what_is_added_can_be_taken_away(drawn, seed, factor):
     x, where = drawn
-    vector = normal(seed, len(where["parts"] or range(CHANNELS)))
+    vector = normal(seed, len(where["channels"] or range(CHANNELS)))
     added = changed(x, patching.add(STREAM, vector, **where, factor=factor))
     torch.testing.assert_close(changed(added, patching.add(STREAM, vector, **where, factor=-factor)), x)
     again = changed(x, *2 * [patching.add(STREAM, vector, **where, factor=factor / 2)])
@@ -469,12 +469,12 @@ def test_what_is_added_can_be_taken_away(drawn, seed, factor):
 def test_only_what_is_named_is_changed_and_all_of_it(drawn, seed):
     x, where = drawn
     named = torch.zeros(LENGTH, CHANNELS, dtype=torch.bool)
-    at, parts = where["positions"] or range(LENGTH), where["parts"] or range(CHANNELS)
-    named[torch.tensor(list(at))[:, None], torch.tensor(list(parts))] = True
+    at, channels = where["positions"] or range(LENGTH), where["channels"] or range(CHANNELS)
+    named[torch.tensor(list(at))[:, None], torch.tensor(list(channels))] = True
     before = x.clone()
     for cut in (
         patching.zero(STREAM, **where),
-        patching.set_to(STREAM, normal(seed, len(list(parts))), **where),
+        patching.set_to(STREAM, normal(seed, len(list(channels))), **where),
         patching.apply(STREAM, torch.neg, **where),
     ):
         assert torch.equal((changed(x, cut) != x).any(0), named)

@@ -2,7 +2,7 @@
 
     from spikesink import patching
 
-    cut = patching.zero(patching.stream(after=24), positions=0, parts=507)
+    cut = patching.zero(patching.stream(after=24), positions=0, channels=507)
     print(patching.evaluate(model, tokens, cut))
 
 `interventions` are small values that say what is changed, where; `patched` holds them while a context lasts, during

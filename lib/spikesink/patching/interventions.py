@@ -115,14 +115,18 @@ class Intervention:
         return min(layers)
 
 
-def zero(site: Site, positions: At = None, parts: Places | None = None) -> Intervention:
-    """Set to zero. `parts` are channels, or heads where the site is queries, keys, values, z or attention."""
-    return scale(site, 0.0, positions, parts)
+def zero(
+    site: Site, positions: At = None, channels: Places | None = None, *, heads: Places | None = None
+) -> Intervention:
+    """Set to zero: all channels, or some; of queries, keys, values, z and attention all heads, or some."""
+    return scale(site, 0.0, positions, channels, heads=heads)
 
 
-def scale(site: Site, factor: float, positions: At = None, parts: Places | None = None) -> Intervention:
+def scale(
+    site: Site, factor: float, positions: At = None, channels: Places | None = None, *, heads: Places | None = None
+) -> Intervention:
     """Multiply by a factor: 1 is the clean run, bit for bit."""
-    return _intervention(site, Scale(_factor(factor)), positions, parts)
+    return _intervention(site, Scale(_factor(factor)), positions, channels, heads)
 
 
 def _factor(factor: float) -> float:
@@ -131,25 +135,34 @@ def _factor(factor: float) -> float:
     return float(factor)
 
 
-def set_to(site: Site, values: Tensor, positions: At = None, parts: Places | None = None) -> Intervention:
+def set_to(
+    site: Site, values: Tensor, positions: At = None, channels: Places | None = None, *, heads: Places | None = None
+) -> Intervention:
     """Put given values in the place of what is there.
 
     Args:
         site: which activations.
         values: one part for all: [channel] of a stream, a write or a read, [head, d_head] of queries, keys, values or z
-            (of the chosen parts only, where `parts` are given); with a first dimension more, one for each of the site's
-            places, as `mean_of` returns it; with two more, [place, position, ...], as `record` returns it.
+            (of the chosen ones only, where channels or heads are given); with a first dimension more, one for each of
+            the site's places, as `mean_of` returns it; with two more, [place, position, ...], as `record` returns it.
         positions: one, several, a mask [position] or [window, position]; None: all.
-        parts: channels or heads; None: all.
+        channels: which; None: all.
+        heads: which, where the site has heads.
     """
-    return _intervention(site, Given(_given(site, values)), positions, parts)
+    return _intervention(site, Given(_given(site, values)), positions, channels, heads)
 
 
 def add(
-    site: Site, values: Tensor, positions: At = None, parts: Places | None = None, *, factor: float = 1.0
+    site: Site,
+    values: Tensor,
+    positions: At = None,
+    channels: Places | None = None,
+    *,
+    heads: Places | None = None,
+    factor: float = 1.0,
 ) -> Intervention:
     """Add `factor` times given values, of shapes as in `set_to`."""
-    return _intervention(site, Given(_given(site, values), _factor(factor)), positions, parts)
+    return _intervention(site, Given(_given(site, values), _factor(factor)), positions, channels, heads)
 
 
 def skip(block: Places, positions: At = None) -> Intervention:
@@ -165,22 +178,32 @@ def mask_key(positions: At, layers: Places, heads: Places | None = None) -> Inte
     """
     if positions is None:
         raise ValueError("with every key masked no attention is left; name the positions to mask.")
-    return zero(attention(layers), positions, heads)
+    return zero(attention(layers), positions, heads=heads)
 
 
 def apply(
-    site: Site, function: Callable[[Tensor], Tensor], positions: At = None, parts: Places | None = None
+    site: Site,
+    function: Callable[[Tensor], Tensor],
+    positions: At = None,
+    channels: Places | None = None,
+    *,
+    heads: Places | None = None,
 ) -> Intervention:
     """A change of your own: `function` gets the selected activations [..., part] and returns others of that shape."""
-    return _intervention(site, Apply(function), positions, parts)
+    return _intervention(site, Apply(function), positions, channels, heads)
 
 
-def _intervention(site: Site, change: Change, positions: At, parts: Places | None) -> Intervention:
+def _intervention(
+    site: Site, change: Change, positions: At, channels: Places | None = None, heads: Places | None = None
+) -> Intervention:
     if not isinstance(site, Site):
         raise ValueError(f"{site!r} is no site; give one of stream(24), write(24), key(12), hook(name) and the like.")
     if site.kind == "attention" and isinstance(change, Given | Apply):
         raise ValueError("attention can be scaled or masked; to do anything else to it, name its hook: hook(name).")
-    what = "head" if site.of_heads else "channel"
+    what, parts, wrong = ("head", heads, channels) if site.of_heads else ("channel", channels, heads)
+    if wrong is not None:
+        other = "channel" if site.of_heads else "head"
+        raise ValueError(f"{site} has {what}s, not {other}s; name them as {what}s=.")
     return Intervention(site, change, Positions.of(positions), None if parts is None else _places(parts, what))
 
 
@@ -208,22 +231,30 @@ def mean_of(
     tokens: Int[Tensor, "n length"],
     site: Site,
     positions: At = None,
-    parts: Places | None = None,
+    channels: Places | None = None,
+    *,
+    heads: Places | None = None,
 ) -> Float[Tensor, " place *part"]:
     """The mean of a site's activations over windows and positions, for `set_to`.
 
     Raises:
         ValueError: as `patched` does.
     """
-    return means_of(model, tokens, {"": (site, positions, parts)})[""]
+    return _means(model, tokens, {"": (site, positions, channels, heads)})[""]
 
 
 def means_of(
     model: TransformerBridge,
     tokens: Int[Tensor, "n length"],
-    of: Mapping[str, tuple[Site, At] | tuple[Site, At, Places | None]],
+    selected: Mapping[str, tuple[Site, At]],
 ) -> dict[str, Float[Tensor, " place *part"]]:
-    """`mean_of` for several sites in one pass: each given as site, positions and, where it is not all, parts."""
+    """`mean_of` for several sites in one pass: each given as site and positions."""
+    return _means(model, tokens, selected)
+
+
+def _means(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], of: Mapping[str, tuple]
+) -> dict[str, Float[Tensor, " place *part"]]:
     sums = {name: [[0.0, 0] for _ in site.places] for name, (site, *_) in of.items()}
 
     def taking(name: str, site: Site) -> Callable:
@@ -239,7 +270,13 @@ def means_of(
 
 
 def record(
-    model: TransformerBridge, tokens: Int[Tensor, " length"], site: Site, positions: At, parts: Places | None = None
+    model: TransformerBridge,
+    tokens: Int[Tensor, " length"],
+    site: Site,
+    positions: At,
+    channels: Places | None = None,
+    *,
+    heads: Places | None = None,
 ) -> Float[Tensor, " place position *part"]:
     """A site's activations at given positions of one prompt, for `set_to`: activation patching proper.
 
@@ -252,7 +289,7 @@ def record(
     def take(place: int, x: Tensor, order: Tensor | None) -> None:
         found[place] = x.flatten(0, -(_part_dims(site) + 1)).float().cpu()
 
-    _watch(model, tokens, {"": (site, positions, parts, take)})
+    _watch(model, tokens, {"": (site, positions, channels, heads, take)})
     return torch.stack([found[i] for i in range(len(site.places))])
 
 
@@ -276,7 +313,9 @@ def patch_from(
     site: Site,
     positions: At,
     into: At = None,
-    parts: Places | None = None,
+    channels: Places | None = None,
+    *,
+    heads: Places | None = None,
 ) -> Intervention:
     """Put in what another prompt has at these positions of a site.
 
@@ -286,13 +325,14 @@ def patch_from(
         site: which activations.
         positions: of the other prompt.
         into: as many positions of the prompt that is patched; by default the same.
-        parts: channels or heads.
+        channels: which; None: all.
+        heads: which, where the site has heads.
     """
-    values = record(model, tokens, site, positions, parts)
+    values = record(model, tokens, site, positions, channels, heads=heads)
     target = Positions.of(positions if into is None else into)
     if target.same is None or len(target.same) != values.shape[1]:
         raise ValueError(f"{values.shape[1]} positions were recorded; name as many to put them into.")
-    return set_to(site, values, target.same, parts)
+    return set_to(site, values, target.same, channels, heads=heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,12 +347,12 @@ class _Take:
 
 
 def _watch(model: TransformerBridge, tokens: Int[Tensor, "n length"], of: Mapping[str, tuple]) -> None:
-    """Run windows once, and hand what passes to each of `of`: site, positions, perhaps parts, and who takes it."""
+    """Run windows once, and hand what passes to each of `of`: site, positions, channels and heads, and who takes it."""
     about, watches = anatomy(model), []
     for site, at, *parts, take in of.values():
         if site.kind == "attention":
             raise ValueError("attention is not averaged or recorded; scale it, or look at it with trace.profile.")
-        watches.append(_intervention(site, _Take(take), at, parts[0] if parts else None))
+        watches.append(_intervention(site, _Take(take), at, *parts))
     tokens = checked(model, tokens, watches)
     with torch.inference_mode():
         for rows in progress(batches(about, tokens), "recording", "batch"):
