@@ -1,0 +1,150 @@
+"""Every claim that can be put to one model, measured in one call: what its notebooks measure, without pictures."""
+
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from spikesink.chain import amplifier, collapse, experts, firsttoken, keys
+from spikesink.chain.lifecycle import Lifecycle, find_lifecycle
+from spikesink.chain.trace import trace_windows
+from spikesink.common import NotApplicable
+from spikesink.ledger.claims import Evidence
+from spikesink.ledger.evidence import amplifier as am
+from spikesink.ledger.evidence import collapse as nm
+from spikesink.ledger.evidence import cuts as ab
+from spikesink.ledger.evidence import firsttoken as tk
+from spikesink.ledger.evidence import keys as sk
+from spikesink.ledger.evidence import lifecycle as lc
+from spikesink.ledger.evidence import serving as sv
+from spikesink.ledger.evidence import sinks
+from spikesink.model import texts
+from spikesink.model.weights import weights_of
+from spikesink.patching import cuts
+from spikesink.serving import cache, cells, quantize
+from spikesink.serving import long as long_text
+from spikesink.serving.long import Long
+
+Claims = dict[str, Evidence | NotApplicable]
+
+
+def measure_all(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "n length"],
+    seed: int = 0,
+    text: str | texts.Text = "house",
+    long: Long | None = None,
+) -> Claims:
+    """What every claim of a model (all but TR…) is judged by, or why it cannot be put to this model.
+
+    The cuts and the serving techniques are judged on the windows and lengths that notebooks 08 and 10 take.
+
+    Args:
+        model, tokens, seed: as everywhere.
+        text: what the windows were cut from: its tokens are counted, and SV2 and SV3 read it as far as it goes.
+        long: what SV2 and SV3 are judged by, where it was measured before; None: it is measured on `text`.
+    """
+    life = find_lifecycle(trace_windows(model, tokens, seed))
+    return (
+        _lifecycle(model, life)
+        | _amplifier(model, tokens, life)
+        | _first_token(model, tokens, life, text, seed)
+        | _norm_and_sinks(model, tokens, life, seed)
+        | _cuts_and_serving(model, life, long or long_text.measure(model, text), seed)
+    )
+
+
+def _lifecycle(model: TransformerBridge, life: Lifecycle) -> Claims:
+    return {
+        "LC1": lc.lc1_step_up(life),
+        "LC2": lc.lc2_plateau(life),
+        "LC3": lc.lc3_step_down(life),
+        "LC4": lc.lc4_few_channels(life),
+        "LC5": lc.lc5_same_channels(life),
+        "LC6": lc.lc6_fixed_ratios(life),
+        "LC7": lc.lc7_few_tokens(life, model.tokenizer.decode),
+    }
+
+
+def _amplifier(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> Claims:
+    weights = weights_of(model)
+    reading, census = amplifier.read(model, weights, tokens, life), amplifier.census(weights)
+    routing = experts.route(model, weights, tokens, life)
+    return {
+        "AM1": am.am1_near_identity(reading),
+        "AM2": am.am2_high_gain(reading, life, census),
+        "AM3": am.am3_rank_one(reading),
+        "AM4": am.am4_shared_direction(reading),
+        "AM5": am.am5_quadratic_form(reading),
+        "AM6": am.am6_alignment(reading),
+        "AM7": am.am7_weights_alone(life, census),
+        "X-AM8": am.x_am8_output_norm(reading),
+        "X-MX1": am.x_mx1_same_choice(routing),
+        "X-MX2": am.x_mx2_one_writer(routing),
+    }
+
+
+def _first_token(
+    model: TransformerBridge, tokens: Tensor, life: Lifecycle, text: str | texts.Text, seed: int
+) -> Claims:
+    weights = weights_of(model)
+    probe = firsttoken.probe(weights, life)
+    elsewhere = tk.tk3_not_elsewhere(model, weights, probe, tokens, seed=seed)
+    smaller = life.cycles[1] if len(life.cycles) > 1 else None
+    return {
+        "TK1": tk.tk1_nearly_any(probe, texts.token_counts(model, text), elsewhere),
+        "TK2": tk.tk2_static_map(model, weights, tokens),
+        "TK3": elsewhere,
+        "TK4": tk.tk4_delimiters(model, weights, tokens, life, life.main),
+        "X-TK5": tk.tk4_delimiters(model, weights, tokens, life, smaller),
+    }
+
+
+def _norm_and_sinks(model: TransformerBridge, tokens: Tensor, life: Lifecycle, seed: int) -> Claims:
+    weights = weights_of(model)
+    collapsed = collapse.collapse(model, tokens, life, seed)
+    attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
+    return {
+        "NM1": nm.nm1_bounded(collapsed),
+        "NM2": nm.nm2_sparse(collapsed, weights),
+        "NM3": nm.nm3_constant(collapsed),
+        "NM4": nm.nm4_constant_over_depth(collapsed),
+        "NM5": nm.nm5_implicit_parameter(collapse.replace(model, tokens, life, collapsed)),
+        "SK1": sinks.sk1_many_heads(attention.scores),
+        "SK2": sinks.sk2_on_spikes(attention, life),
+        "SK3": sk.sk3_few_dimensions(attention, life),
+        "SK4": sk.sk4_favoured(attention, life),
+        "SK5": sinks.sk5_over_depth(attention, life),
+        "SK6": sk.sk6_few_rows(keys.rebuild(weights, life, collapsed), attention),
+        "SK7": sk.sk7_small_values(attention, life),
+        "X-SK8": sinks.x_sk8_smaller_cycle(attention, life),
+        "X-SK9": sinks.x_sk9_secondary(attention),
+    }
+
+
+def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: Long, seed: int) -> Claims:
+    """On windows that the means are not taken from: shorter ones for cuts and rounding, whole ones for caches."""
+    length = life.trace.length
+    budget = length // 4
+    held_out, (judged, where) = cuts.split_windows(life, length=max(4, budget))
+    means = cuts.spike_means(model, life, *held_out)
+    broken = cuts.break_chain(model, means, judged, where, seed=seed)
+
+    techniques = quantize.activations(model, quantize.ranges(model, *held_out), where)
+    of = cells.cells(means, where)
+    rounded = quantize.weights(model, judged, of, cells.cross(model, judged, of, techniques, where))
+
+    _, (whole, spikes) = cuts.split_windows(life, length=length)
+    policies = cache.evictions(model, means, budget, spikes, seed)
+    evicted = cells.cross(model, whole, cells.cells(means, spikes), policies, spikes)
+    return {
+        "AB1": ab.ab1_zeroing_breaks(broken),
+        "AB2": ab.ab2_mean_does_not(broken),
+        "AB3": ab.ab3_step_up_makes_the_sink(broken),
+        "AB4": ab.ab4_spike_removed(broken),
+        "AB5": ab.ab5_sink_removed(broken),
+        "AB6": ab.ab6_wrong_places(broken),
+        "AB7": ab.ab7_dose_response(cuts.doses(model, broken)),
+        "SV1": sv.sv1_sets_the_scale(rounded),
+        "SV2": sv.sv2_needs_the_sink(long, evicted, budget),
+        "SV3": sv.sv3_over_lengths(long.lengths),
+    }
