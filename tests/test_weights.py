@@ -153,6 +153,6 @@ def test_memory_is_given_back_with_each_layer_that_is_read_and_only_then(planted
 )
 def test_a_family_without_one_gated_ffn_says_so(family, reason, tmp_path):
     weights = weights_of(spikesink.load(tiny(family, tmp_path)))
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(NotApplicable, match=reason):
         weights.ffn(0)
     assert amplifier.census(weights) == NotApplicable(reason)

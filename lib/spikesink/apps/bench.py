@@ -36,7 +36,7 @@ from spikesink.model.anatomy import anatomy
 from spikesink.model.load import LoadError, load, prepare
 from spikesink.model.names import DEFAULT_MODEL
 from spikesink.model.texts import TextError, windows
-from spikesink.model.weights import FFN, Weights, no_form, weights_of
+from spikesink.model.weights import FFN, Weights, weights_of
 
 TURNS = 3
 
@@ -130,7 +130,7 @@ def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: i
         rows.append(whole_passes(model, weights, life, tokens[:: max(1, len(tokens) // SAMPLE)], turns))
         rows += [vocabulary] if vocabulary else []
     block = first_step_up(life)
-    if no_form(weights.anatomy) is None and not isinstance(block, NotApplicable):
+    if weights.anatomy.one_gated_ffn and not isinstance(block, NotApplicable):
         ffn = weights.ffn(block_layer(block))
         rows += [census(ffn, turns), lanczos(ffn, life.main.channel, turns), lanczos(random_ffn(wide), 0, turns)]
     if life.main is not None:

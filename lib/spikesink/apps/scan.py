@@ -36,10 +36,10 @@ from spikesink.chain import amplifier, firsttoken
 from spikesink.chain.lifecycle import STEP
 from spikesink.chain.trace import SPIKE_OVER_MEDIAN
 from spikesink.cli import INTERRUPTED, NotebookError, Parser, at_least, check_writable, model_names
-from spikesink.common import brief, progress, write_atomically
+from spikesink.common import NotApplicable, brief, progress, write_atomically
 from spikesink.model.load import LoadError, cache_directory, configuration, gguf_file, prepare, quiet, twin_of
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
-from spikesink.model.weights import FFN, Weights, gated_parts, give_back, no_form, no_static_map, open_weights
+from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights, require_static_map
 
 KEY = 16  # hexadecimal digits, of all that a scan depends on
 
@@ -284,8 +284,10 @@ def scan(
     weights = open_weights(spec, ready.config.dtype)
     about = weights.anatomy
     _check_entries(entries, about.d_vocab)
-    if (reason := no_static_map(about)) is not None:
-        raise ValueError(f"{reason}; see what it does on text instead, with make figures.")
+    try:
+        require_static_map(about)
+    except NotApplicable as why:
+        raise ValueError(f"{why.reason}; see what it does on text instead, with make figures.") from None
     # Where the tokenizer puts BOS first, nothing else ever stands there.
     spread = torch.arange(entries) * about.d_vocab // entries
     first = torch.tensor([about.bos_token]) if about.prepends_bos else spread
@@ -352,7 +354,7 @@ def _one_layer(weights: Weights, layer: int, x: Float[Tensor, "token d_model"]) 
 
 def _ffns(weights: Weights, layer: int) -> list[tuple[str | None, FFN]]:
     """The gated FFNs of a layer, with their names where there are several."""
-    if no_form(weights.anatomy) is None:
+    if weights.anatomy.one_gated_ffn:
         return [(None, weights.ffn(layer))]
     return list(weights.experts(layer).items()) if weights.anatomy.n_experts else []
 

@@ -32,7 +32,7 @@ from spikesink.chain.lifecycle import (
 from spikesink.chain.trace import median
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import anatomy
-from spikesink.model.weights import FFN, Weights, no_form
+from spikesink.model.weights import FFN, Weights, require_form
 
 KERNEL = 2**22  # entries of a d_mlp x d_mlp kernel that are held at a time
 
@@ -195,6 +195,7 @@ class Census:
         return self.gain[self.blocks.tolist().index(block)]
 
 
+@measure
 def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | NotApplicable:
     """Measure every channel of every FFN block, a layer at a time, without running any text.
 
@@ -211,8 +212,7 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | No
     """
     if not isinstance(weights, Weights):
         raise ValueError(f"a census is of weights, not of a {type(weights).__name__}; give weights_of(model).")
-    if (reason := no_form(weights.anatomy)) is not None:
-        return NotApplicable(reason)
+    require_form(weights.anatomy)
     layers = range(weights.anatomy.n_layers) if layers is None else layers
     rows = []
     for layer in progress(layers, "weighing FFN blocks", "block"):
@@ -220,6 +220,7 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | No
     return Census(torch.tensor([2 * layer + 2 for layer in layers]), torch.stack(rows))
 
 
+@measure
 def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_model"] | NotApplicable:
     """s* of the first step-up block's first channel, from the weights; or why there is none."""
     block = _block_to_read(weights, life)
@@ -231,8 +232,8 @@ def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_mo
 def _block_to_read(weights: Weights, life: Lifecycle) -> int | NotApplicable:
     """The first step-up block; or why there is none to take apart."""
     check_model(life, weights.anatomy)
-    reason = no_form(weights.anatomy)
-    return first_step_up(life) if reason is None else NotApplicable(reason)
+    require_form(weights.anatomy)
+    return first_step_up(life)
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ class Reading:
         return float(self.pairs.values[0]) * self.d_model * self.cosine**2
 
 
+@measure
 def read(
     model: TransformerBridge,
     weights: Weights,

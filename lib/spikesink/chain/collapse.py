@@ -29,7 +29,7 @@ from spikesink.chain.lifecycle import (
 from spikesink.chain.trace import follow
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Anatomy, anatomy, normalise
-from spikesink.model.weights import Weights, no_separate_ffn
+from spikesink.model.weights import Weights, require_separate_ffn
 
 MOST_KEPT = 32  # tokens of either kind whose h~ is kept at every point
 
@@ -303,8 +303,7 @@ def replace(
     check_windows(life, tokens)
     layers = plateau_layers(found.cycle)
     where = is_spike(life, found.cycle)
-    if (reason := no_separate_ffn(found.about)) is not None:
-        return NotApplicable(reason)
+    require_separate_ffn(found.about)
     if not layers:
         return NotApplicable("no layer reads the plateau")
     if found.spike.mean.isnan().any():

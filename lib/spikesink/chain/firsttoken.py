@@ -19,9 +19,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.amplifier import step_up_direction
 from spikesink.chain.lifecycle import STEP, Lifecycle, check_model, first_step_up
-from spikesink.common import NotApplicable, progress
+from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Anatomy, check_tokens, check_vocabulary, normalise
-from spikesink.model.weights import Weights, no_form, no_static_map
+from spikesink.model.weights import Weights, require_static_map
 
 BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
 
@@ -32,6 +32,7 @@ Watch = Callable[[int, slice, Float[Tensor, "token d_model"]], None]  # point, w
 Decode = Callable[[list[int]], str]
 
 
+@measure
 @torch.inference_mode()
 def static_path(
     weights: Weights,
@@ -62,9 +63,8 @@ def static_path(
     about = weights.anatomy
     if not isinstance(block, Integral) or not 0 <= block <= about.n_blocks:
         raise ValueError(f"block {block!r} does not exist; this model has blocks 1 to {about.n_blocks}.")
-    if (reason := no_static_map(about)) is not None:
-        raise ValueError(f"{reason}.")
-    _check(tokens, about)
+    require_static_map(about)
+    _check(weights, tokens)
     x = weights.embed(tokens).to(device)  # all at once: an embedding that is on disk is read for every call
     for part in batches(len(tokens)) if watch else ():
         watch(0, part, x[part])
@@ -113,10 +113,10 @@ def through_layer(
         raise FloatingPointError(f"the static path is not finite after layer {layer} in {name}; {advice}.")
 
 
-def _check(tokens: Int[Tensor, " token"], about: Anatomy) -> None:
+def _check(model: TransformerBridge | Weights, tokens: Int[Tensor, " token"]) -> None:
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError("tokens must be a one-dimensional tensor of token ids, and not empty.")
-    check_vocabulary(about, tokens)
+    check_vocabulary(model, tokens)
 
 
 def _attend(weights: Weights, layer: int, dtype: torch.dtype, device) -> Callable[[Tensor, Tensor], None]:
@@ -135,7 +135,7 @@ def _attend(weights: Weights, layer: int, dtype: torch.dtype, device) -> Callabl
 def _feed(weights: Weights, layer: int, dtype: torch.dtype, device) -> Callable[[Tensor, Tensor], None]:
     """Add a layer's FFN, of the stream in the first argument, to the second."""
     about = weights.anatomy
-    if no_form(about) is not None:
+    if not about.one_gated_ffn:
         return _feed_through(weights, layer)
     ffn = weights.ffn(layer)
     gate, up, down = (t.to(device, dtype) for t in (ffn.gate, ffn.up, ffn.down))
@@ -204,7 +204,7 @@ def after_text(
     """
     if not 0 < block <= about.n_blocks:
         raise ValueError(f"block {block} does not exist; this model has blocks 1 to {about.n_blocks}.")
-    _check(tokens, about)
+    _check(model, tokens)
     last = torch.zeros(len(tokens), about.d_model)
     windows = torch.cat([prefixes, tokens[:, None]], dim=1)
     size = max(1, BATCH // windows.shape[1])
@@ -266,6 +266,7 @@ class Probe:
         return self.tokens[which][self.value[which].argsort(descending=not self.mostly)]
 
 
+@measure
 def probe(
     weights: Weights,
     life: Lifecycle,
@@ -294,10 +295,9 @@ def probe(
         return NotApplicable(life.reason)
     if not cycle.step_up:
         return NotApplicable("no block is step-up, so there is no place to look for the spike")
-    if (reason := no_static_map(weights.anatomy)) is not None:
-        return NotApplicable(reason)
+    require_static_map(weights.anatomy)
     tokens = torch.arange(weights.anatomy.d_vocab) if tokens is None else tokens
-    _check(tokens, weights.anatomy)
+    _check(weights, tokens)
     sign, first, last = math.copysign(1, cycle.value), cycle.step_up[0], cycle.step_up[-1]
     before = torch.zeros(len(tokens))
 
@@ -536,7 +536,7 @@ def looking(
     Raises:
         ValueError: `tokens` is not two-dimensional or empty, or a token is not in the model's vocabulary.
     """
-    check_tokens(about, tokens)
+    check_tokens(model, tokens)
     n_layers = (block + 1) // 2
     own, value = torch.zeros(n_layers, *tokens.shape), torch.zeros(tokens.shape)
     for row, window in enumerate(progress(tokens, "watching attention", "window")):

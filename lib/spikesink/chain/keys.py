@@ -28,7 +28,7 @@ from spikesink.chain.sinks import (
 from spikesink.chain.trace import EPSILON, follow
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy, anatomy
-from spikesink.model.weights import Weights, no_projections
+from spikesink.model.weights import Weights, require_projections
 
 HOOKS = {
     "q": "attn.q.hook_out",
@@ -108,10 +108,10 @@ def _nothing_to_read(life: Lifecycle) -> NotApplicable | None:
     return None if plateau_layers(life.main) else NotApplicable("no layer reads the plateau of the spike")
 
 
+@measure
 def _no_keys(about: Anatomy) -> NotApplicable | None:
     """Why queries, keys and values are not to be seen, or None where they are."""
-    reason = no_projections(about)
-    return None if reason is None else NotApplicable(reason)
+    require_projections(about)
 
 
 class _Mean:

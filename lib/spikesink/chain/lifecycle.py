@@ -353,7 +353,7 @@ def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "
             found in another model.
     """
     check_model(life, anatomy(model))
-    check_tokens(life.trace.anatomy, tokens)
+    check_tokens(model, tokens)
     found = torch.zeros(tokens.shape, dtype=torch.bool)
     cycle, trace = life.main, life.trace
     if cycle is None:

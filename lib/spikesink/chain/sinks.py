@@ -20,7 +20,7 @@ from spikesink.chain.collapse import Collapse
 from spikesink.chain.lifecycle import Lifecycle, is_spike, right_after
 from spikesink.chain.trace import EPSILON, follow, median, received
 from spikesink.common import NotApplicable, progress
-from spikesink.model.anatomy import Anatomy, anatomy, check_not_padding, check_tokens, normalise
+from spikesink.model.anatomy import Anatomy, anatomy, check_length, check_not_padding, check_tokens, normalise
 
 ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the same way
 
@@ -95,7 +95,7 @@ def score(
         FloatingPointError: as `follow` does.
     """
     about = anatomy(model)
-    length = _length(tokens, length, about)
+    length = _length(model, tokens, length)
     check_not_padding(model, tokens)
     if position not in range(length):
         raise ValueError(f"key position {position} is not in a window of {length} tokens; give 0 to {length - 1}.")
@@ -115,15 +115,14 @@ def _checked(epsilon: float) -> float:
     return epsilon
 
 
-def _length(tokens: Int[Tensor, "n length"], length: int | None, about: Anatomy) -> int:
-    check_tokens(about, tokens)
+def _length(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int | None) -> int:
+    check_tokens(model, tokens)
     if tokens.shape[1] < 2:
         raise ValueError("windows of one token have nobody to attend to; cut longer ones.")
     length = tokens.shape[1] if length is None else length
     if not isinstance(length, Integral) or isinstance(length, bool):
         raise ValueError(f"length must be a whole number of tokens, but is {length!r}.")
-    if length > about.context:
-        raise ValueError(f"{length} tokens are longer than the model's context of {about.context}.")
+    check_length(model, length)
     if not 2 <= length <= tokens.shape[1]:
         raise ValueError(
             f"scores over {length} tokens cannot be had of windows of {tokens.shape[1]}; give 2 to {tokens.shape[1]}, "

@@ -23,6 +23,7 @@ from spikesink.model.anatomy import (
     Anatomy,
     anatomy,
     check_ids,
+    check_length,
     check_not_padding,
     check_tokens,
     check_vocabulary,
@@ -168,9 +169,8 @@ def trace_windows(
         FloatingPointError: as `follow` does.
     """
     about = anatomy(model)
-    check_tokens(about, tokens)
-    if tokens.shape[1] > about.context:
-        raise ValueError(f"windows of {tokens.shape[1]} tokens are longer than the model's context of {about.context}.")
+    check_tokens(model, tokens)
+    check_length(model, tokens.shape[1])
     check_not_padding(model, tokens)
     if not isinstance(threshold, Real) or isinstance(threshold, bool) or not 1 < threshold < math.inf:
         raise ValueError(f"threshold is {threshold!r}; give a number of medians above 1.")
@@ -200,7 +200,7 @@ def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile
         raise ValueError(
             f"a prompt of shape {list(tokens.shape)} cannot be looked at; give 1 to {about.context} tokens."
         )
-    check_vocabulary(about, tokens)
+    check_vocabulary(model, tokens)
     n_points, length = about.n_blocks + 1, len(tokens)
     magnitude = torch.zeros(n_points, length)
     channel = torch.zeros(n_points, length, dtype=torch.long)

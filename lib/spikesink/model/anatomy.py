@@ -58,6 +58,11 @@ class Anatomy:
     learned_sink: bool = False  # a learned logit takes part in each softmax, so that a token alone gets less than all
 
     @property
+    def one_gated_ffn(self) -> bool:
+        """Whether each layer has one FFN, with a gate: a quadratic form."""
+        return not self.n_experts and self.gate_activation is not None
+
+    @property
     def n_blocks(self) -> int:
         """Number of blocks as the paper counts them: two a layer, attention first."""
         return 2 * self.n_layers
@@ -133,20 +138,27 @@ def check_ids(tokens: Tensor) -> None:
         raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
 
 
-def check_vocabulary(about: Anatomy, tokens: Tensor) -> None:
-    """Raise ValueError where an id, of one or more, is not in a model's vocabulary."""
+def check_vocabulary(model: TransformerBridge, tokens: Tensor) -> None:
+    """Raise ValueError where an id, of one or more, is not in the vocabulary of a model (or of its weights)."""
+    d_vocab = model.anatomy.d_vocab
     least, most = int(tokens.min()), int(tokens.max())
-    if not 0 <= least <= most < about.d_vocab:
+    if not 0 <= least <= most < d_vocab:
         wrong = least if least < 0 else most
-        raise ValueError(f"token {wrong} does not exist; this model's vocabulary has ids 0 to {about.d_vocab - 1}.")
+        raise ValueError(f"token {wrong} does not exist; this model's vocabulary has ids 0 to {d_vocab - 1}.")
 
 
-def check_tokens(about: Anatomy, tokens: Tensor) -> None:
+def check_tokens(model: TransformerBridge, tokens: Tensor) -> None:
     """Raise ValueError unless these are windows [n, length] of a model's own tokens."""
     check_ids(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be [windows, length] and not empty, but are {list(tokens.shape)}.")
-    check_vocabulary(about, tokens)
+    check_vocabulary(model, tokens)
+
+
+def check_length(model: TransformerBridge, length: int) -> None:
+    """Raise ValueError where windows are longer than the context that a model was made for."""
+    if length > model.anatomy.context:
+        raise ValueError(f"{length} tokens are longer than the model's context of {model.anatomy.context}.")
 
 
 def check_not_padding(model: TransformerBridge, tokens: Tensor) -> None:

@@ -23,6 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from spikesink.common import NotApplicable
 from spikesink.model.anatomy import Anatomy, anatomy
 from spikesink.model.load import DEFAULT_MODEL, load
 
@@ -81,13 +82,12 @@ class Weights:
         """The gated FFN of a layer (from 0), in float32 on the CPU.
 
         Raises:
-            ValueError: the model has no such layer, or its FFN is not one gated FFN.
+            ValueError: the model has no such layer.
+            NotApplicable: its FFN is not one gated FFN.
             FloatingPointError: its weights are not finite.
         """
-        about = self.anatomy
         self._check(layer)
-        if (reason := no_form(about)) is not None:
-            raise ValueError(f"{reason}.")
+        require_form(self.anatomy)
         with self._of_ffn(layer) as block:
             parts = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
             found = self._gated(block, [part.weight for part in parts], [part.bias for part in parts])
@@ -114,12 +114,12 @@ class Weights:
         """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
 
         Raises:
-            ValueError: the model has no such layer, no W_V, or a gate on what the heads give.
+            ValueError: the model has no such layer.
+            NotApplicable: it has no W_V, or a gate on what the heads give.
             FloatingPointError: its weights are not finite.
         """
         about = self.anatomy
-        if (reason := no_linear_attention(about)) is not None:
-            raise ValueError(f"{reason}.")
+        require_linear_attention(about)
         with self._of_attention(layer, "ln1_post") as block:
             value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
             heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))
@@ -140,7 +140,8 @@ class Weights:
         Before any QK norm and any rotation; the norm's scale and bias are folded in.
 
         Raises:
-            ValueError: the model has no such layer, or no W_K.
+            ValueError: the model has no such layer.
+            NotApplicable: it has no W_K.
             FloatingPointError: its weights are not finite.
         """
         with self._of_attention(layer) as block:
@@ -163,8 +164,7 @@ class Weights:
 
     def _of_attention(self, layer: int, *parts: str) -> AbstractContextManager[torch.nn.Module]:
         self._check(layer)
-        if (reason := no_projections(self.anatomy)) is not None:
-            raise ValueError(f"{reason}.")
+        require_projections(self.anatomy)
         return self.block(layer, "attn", self.anatomy.attention_norm, *parts)
 
     def _gated(self, block: torch.nn.Module, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FFN:
@@ -201,39 +201,47 @@ class Weights:
         return None if norm is None else _floats(norm.weight) + self.anatomy.norm_scale_offset
 
 
-def no_form(about: Anatomy) -> str | None:
-    """Why a model's FFN is no quadratic form, or None where it is one."""
-    if about.n_experts:
-        return f"the FFN of this {about.family} model is a mixture of {about.n_experts} experts, not one gated FFN"
-    if about.gate_activation is None:
-        return f"the FFN of this {about.family} model has no gate, so it is no quadratic form"
-    return None
+def require_form(anatomy: Anatomy) -> None:
+    """Raise NotApplicable unless a layer's FFN is one gated FFN: without a gate there is no quadratic form."""
+    if anatomy.n_experts:
+        raise NotApplicable(
+            f"the FFN of this {anatomy.family} model is a mixture of {anatomy.n_experts} experts, not one gated FFN"
+        )
+    if anatomy.gate_activation is None:
+        raise NotApplicable(f"the FFN of this {anatomy.family} model has no gate, so it is no quadratic form")
 
 
-def no_projections(about: Anatomy) -> str | None:
-    """Why a model's keys and values are no linear maps of h~, or None where they are."""
-    return None if about.projects else f"the attention of this {about.family} model has no W_K and W_V of its own"
+def require_projections(anatomy: Anatomy) -> None:
+    """Raise NotApplicable unless keys and values are linear maps of h~."""
+    if not anatomy.projects:
+        raise NotApplicable(f"the attention of this {anatomy.family} model has no W_K and W_V of its own")
 
 
-def no_linear_attention(about: Anatomy) -> str | None:
-    """Why attention that sees one token alone is no linear map of h~, or None where it is one."""
-    if about.gated_attention:
-        return f"what the heads of this {about.family} model give passes a gate"
-    return no_projections(about)
+def require_linear_attention(anatomy: Anatomy) -> None:
+    """Raise NotApplicable unless attention that sees one token alone is a linear map of h~."""
+    if anatomy.gated_attention:
+        raise NotApplicable(f"what the heads of this {anatomy.family} model give passes a gate")
+    require_projections(anatomy)
 
 
-def no_static_map(about: Anatomy) -> str | None:
-    """Why a token that sees itself alone has no path that can be followed block by block, or None where it has."""
-    if about.learned_sink:
-        return f"a learned logit takes part in each softmax of this {about.family} model, also where one token is alone"
-    if about.norm == "tanh":
-        return f"the blocks of this {about.family} model read the stream through DynamicTanh, which has no one scale"
-    return no_separate_ffn(about) or no_linear_attention(about)
+def require_static_map(anatomy: Anatomy) -> None:
+    """Raise NotApplicable unless a token that sees itself alone can be followed from block to block."""
+    if anatomy.learned_sink:
+        raise NotApplicable(
+            f"a learned logit takes part in each softmax of this {anatomy.family} model, also where one token is alone"
+        )
+    if anatomy.norm == "tanh":
+        raise NotApplicable(
+            f"the blocks of this {anatomy.family} model read the stream through DynamicTanh, which has no one scale"
+        )
+    require_separate_ffn(anatomy)
+    require_linear_attention(anatomy)
 
 
-def no_separate_ffn(about: Anatomy) -> str | None:
-    """Why a model's FFN can neither be run nor seen reading by itself, or None where it can."""
-    return None if about.separate_ffn else f"the FFN of this {about.family} model is no module of its own"
+def require_separate_ffn(anatomy: Anatomy) -> None:
+    """Raise NotApplicable unless a layer's FFN can be run, and be seen reading, by itself."""
+    if not anatomy.separate_ffn:
+        raise NotApplicable(f"the FFN of this {anatomy.family} model is no module of its own")
 
 
 def weights_of(model: TransformerBridge) -> Weights:

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.chain.lifecycle import Cycle, Lifecycle, block_kind, find_spikes, is_spike, plateau_layers
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy
-from spikesink.model.weights import no_projections
+from spikesink.model.weights import require_projections
 from spikesink.patching.interventions import (
     Intervention,
     add,
@@ -214,12 +214,11 @@ def decouple(
         readout: as in `decoupled`.
 
     Raises:
-        ValueError: nothing spikes in this model, in these tokens or in those held out; or it has no keys and values
-            that could be held.
+        ValueError: nothing spikes in this model, in these tokens or in those held out.
+        NotApplicable: the model has no keys and values that could be held.
     """
     tokens = _windows(tokens)
-    if (reason := no_projections(life.trace.anatomy)) is not None:
-        raise ValueError(f"{reason}.")
+    require_projections(model.anatomy)
     known = spike_means(model, life, life.trace.tokens if held_out is None else held_out)
     if isinstance(known, NotApplicable):
         raise ValueError(f"{known.reason}.")

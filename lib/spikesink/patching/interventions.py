@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import progress
-from spikesink.model.anatomy import Anatomy, anatomy, body_of, check_ids, check_tokens
+from spikesink.model.anatomy import Anatomy, anatomy, body_of, check_ids, check_length, check_tokens
 from spikesink.patching.sites import (
     EVERYWHERE,
     MOST_LISTED,
@@ -375,10 +375,9 @@ def checked(
     _check_interventions(interventions)
     about = anatomy(model)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
-    check_tokens(about, tokens)
+    check_tokens(model, tokens)
     n, length = tokens.shape
-    if length > about.context:
-        raise ValueError(f"{length} tokens are longer than the model's context of {about.context}.")
+    check_length(model, length)
     for intervention in interventions:
         positions = intervention.positions
         if positions.last() >= length:

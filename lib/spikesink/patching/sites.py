@@ -10,7 +10,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from spikesink.model.anatomy import Anatomy
-from spikesink.model.weights import no_projections, no_separate_ffn
 
 Places = int | Iterable[int]
 
@@ -148,8 +147,10 @@ def _hook(kind: str, place: int | str, about: Anatomy) -> str:
         norm = about.attention_norm if place % 2 else about.ffn_norm
         if norm is None:
             raise ValueError(f"the blocks of this {about.family} model read the stream itself, not through a norm.")
-        if place % 2 == 0 and (reason := no_separate_ffn(about)) is not None:
-            raise ValueError(f"{reason}; change what it writes (write) instead.")
+        if place % 2 == 0 and not about.separate_ffn:
+            raise ValueError(
+                f"the FFN of this {about.family} model is no module of its own; change what it writes (write) instead."
+            )
         return f"blocks.{(place - 1) // 2}.{norm}.hook_normalized"
     if kind == "attention" and not about.edits_pattern:
         # TransformerLens leaves such attention to the model itself: https://github.com/TransformerLensOrg/TransformerLens/pull/1673
@@ -157,8 +158,11 @@ def _hook(kind: str, place: int | str, about: Anatomy) -> str:
             f"the attention of this {about.family} model has read its pattern before a hook can change it; change its "
             "keys (key) or what it writes (write) instead."
         )
-    if kind in ("query", "key", "value") and (reason := no_projections(about)) is not None:
-        raise ValueError(f"{reason}; change what it reads (read) or what it writes (write) instead.")
+    if kind in ("query", "key", "value") and not about.projects:
+        raise ValueError(
+            f"the attention of this {about.family} model has no W_K and W_V of its own; change what it reads (read) or "
+            "what it writes (write) instead."
+        )
     return f"blocks.{place}.{HEADS[kind]}" if kind in HEADS else about.pattern_hooks[place]
 
 

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.chain.lifecycle import block_kind, block_layer
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy
-from spikesink.model.weights import no_projections
+from spikesink.model.weights import require_projections
 from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, skip, zero
 from spikesink.patching.cuts import SpikeMeans, decoupled, sink_held
 from spikesink.patching.outcome import student_interval
@@ -54,8 +54,7 @@ def cells(known: SpikeMeans | NotApplicable, where: Bool[Tensor, "window positio
     Returns:
         Interventions by cell, or why there are none.
     """
-    if (reason := no_projections(known.about)) is not None:
-        return NotApplicable(reason)
+    require_projections(known.about)
     if not where.any():
         return NotApplicable("no token of these windows spikes")
     made = tuple(f"blocks.{block_layer(block)}.{HIDDEN}" for block in known.steps if block_kind(block) == "FFN")

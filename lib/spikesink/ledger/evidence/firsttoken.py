@@ -11,10 +11,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.firsttoken import Probe, _attend, after_text, is_delimiter, looking, prefixes
 from spikesink.chain.lifecycle import Cycle, Lifecycle, check_model, check_windows, is_spike
-from spikesink.common import NotApplicable
+from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
 from spikesink.model.anatomy import check_tokens, not_finite, run_layers
-from spikesink.model.weights import Weights, no_linear_attention
+from spikesink.model.weights import Weights, require_linear_attention
 
 
 def tk1_nearly_any(
@@ -52,6 +52,7 @@ def tk1_nearly_any(
 
 
 @torch.inference_mode()
+@measure
 def tk2_static_map(
     model: TransformerBridge, weights: Weights, tokens: Int[Tensor, "n length"], length: int = 16
 ) -> Evidence | NotApplicable:
@@ -73,11 +74,10 @@ def tk2_static_map(
         FloatingPointError: a weight or an activation is not finite.
     """
     about = weights.anatomy
-    check_tokens(about, tokens)
-    if (reason := no_linear_attention(about)) is not None:
-        return NotApplicable(reason)
+    check_tokens(model, tokens)
+    require_linear_attention(about)
     if model.cfg.dtype != torch.float32:
-        return NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
+        raise NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
     seen: dict[str, Tensor] = {}
     names = (*about.layer_hooks[:-1], *about.write_hooks[::2])
     with model.hooks(fwd_hooks=[(n, lambda v, hook: seen.update({hook.name: v.float().cpu()})) for n in names]):
