@@ -9,6 +9,7 @@ import spikesink
 from spikesink.chain import amplifier
 from spikesink.common import NotApplicable
 from spikesink.ledger import claims, evidence
+from spikesink.model.anatomy import mlp
 from spikesink.model.weights import FFN, open_weights, weights_of
 from tests import planted
 from tests.test_families import tiny
@@ -125,7 +126,7 @@ def planted_life(planted_model, trigger_tokens):
 
 @pytest.fixture(scope="module")
 def reading(planted_model, planted_life, trigger_tokens):
-    return amplifier.read(planted_model, weights_of(planted_model), trigger_tokens, planted_life)
+    return amplifier.read_block(planted_model, trigger_tokens, planted_life)
 
 
 def test_the_planted_amplifier_is_read_with_its_numbers(reading, planted_model):
@@ -226,10 +227,10 @@ def test_controls_of_the_amplifier_are_what_they_say(reading, planted_life, plan
 
 def test_the_worst_of_several_steps_is_ranked(planted_life):
     """Two step-up blocks, one of which the census puts last."""
-    life = replace(planted_life, cycles=(replace(planted_life.main, step_up=(4, 6)),))
+    life = replace(planted_life, cycles=(replace(planted_life.main, step_up=(mlp(1), mlp(2))),))
     gain = torch.ones(6, 64)
     gain[1, 9], gain[2, 9], gain[4, 9] = 5, 0.1, 3
-    found = evidence.am7_weights_alone(life, amplifier.Census(torch.arange(2, 13, 2), gain))
+    found = evidence.am7_weights_alone(life, amplifier.Census(tuple(map(mlp, range(6))), gain))
     assert found.measured["step_up_ranks"] == [[4, 1], [6, 384]]
     assert (found.measured["step_up_rank"], found.measured["step_down_rank"]) == (384, 2)
     assert claims.judge("AM7", found, "04").verdict == "differs"
@@ -240,7 +241,7 @@ def test_controls_leave_the_step_blocks_out(planted_life, reading):
     gain = torch.ones(6, 64)
     gain[[1, 4], 9] = torch.tensor([5.0, 6.0])
     gain[[0, 2, 3, 5], 9] = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    census = amplifier.Census(torch.arange(2, 13, 2), gain)
+    census = amplifier.Census(tuple(map(mlp, range(6))), gain)
     found = evidence.am7_weights_alone(planted_life, census)
     assert found.control["rank_same_channel_other_blocks"] == (382 + 383) / 2  # of 384, 383, 382 and 381
     found = evidence.am2_high_gain(reading, planted_life, census)
@@ -336,13 +337,13 @@ def test_the_scale_of_a_norm_after_the_block_is_measured(reading):
 
 def test_the_census_s_hits_are_followed_on_text(planted_model, planted_life, trigger_tokens):
     weights = weights_of(planted_model)
-    table = amplifier.census_on_text(planted_model, weights, trigger_tokens, planted_life, amplifier.census(weights), 3)
-    many = amplifier.census_on_text(planted_model, weights, trigger_tokens, planted_life, amplifier.census(weights), 60)
-    in_step = many[many["block"].isin([4, 10])]
+    table = amplifier.census_on_text(planted_model, trigger_tokens, planted_life, amplifier.census(weights), 3)
+    many = amplifier.census_on_text(planted_model, trigger_tokens, planted_life, amplifier.census(weights), 60)
+    in_step = many[many["block"].isin([str(mlp(1)), str(mlp(4))])]
     assert set(in_step["step"]) == {"", "up", "down"}
     assert set(in_step[in_step["step"] != ""]["channel"]) <= {planted.Plant().channel, planted.Plant().side_channel}
     first = table.iloc[0]
-    assert (first["block"], first["channel"], first["step"]) == (4, planted.Plant().channel, "up")
+    assert (first["block"], first["channel"], first["step"]) == (str(mlp(1)), planted.Plant().channel, "up")
     assert first["write, spike"] == pytest.approx(1000, rel=0.05)
     assert first["write, other"] < 100
     assert first["cos, spike"] > 0.9 > first["cos, other"]
@@ -351,13 +352,12 @@ def test_the_census_s_hits_are_followed_on_text(planted_model, planted_life, tri
 
 
 def test_another_block_can_be_read(planted_model, planted_life, trigger_tokens, reading):
-    weights = weights_of(planted_model)
-    down = amplifier.read(planted_model, weights, trigger_tokens, planted_life, block=10)
+    down = amplifier.read_block(planted_model, trigger_tokens, planted_life, block=10)
     assert (down.block, down.channel) == (10, reading.channel)
     assert down.write[down.is_spike].mean() < -500
     for wrong in (9, 0, 14):
-        with pytest.raises(ValueError, match=rf"block {wrong} is not among the FFN blocks 2, 4, \.\.\., 12"):
-            amplifier.read(planted_model, weights, trigger_tokens, planted_life, block=wrong)
+        with pytest.raises(ValueError, match=rf"block {wrong}|embedding.*is not among the FFN blocks"):
+            amplifier.read_block(planted_model, trigger_tokens, planted_life, block=wrong)
 
 
 def test_spectra_are_shares_of_the_norm(reading):
@@ -371,7 +371,7 @@ def test_spectra_are_shares_of_the_norm(reading):
 def test_a_model_without_a_spike_gets_the_reason(random_model):
     tokens = spikesink.windows(random_model, "house", 2, 16)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
-    found = amplifier.read(random_model, weights_of(random_model), tokens, life)
+    found = amplifier.read_block(random_model, tokens, life)
     assert found == amplifier.step_up_direction(weights_of(random_model), life) == NotApplicable(life.reason)
     for measure in (evidence.am1_near_identity, evidence.am3_rank_one, amplifier.facts, amplifier.spectra):
         assert measure(found) is found
@@ -386,7 +386,7 @@ def test_the_weights_alone_find_the_planted_blocks(planted_model):
     assert census.top(1)[0][:2] == (4, spike.channel)
     assert census.rank(4, spike.channel) == census.rank_in_block(4, spike.channel) == 1
     assert census.rank(10, spike.channel) <= 4
-    with pytest.raises(ValueError, match=r"block 5, channel 3 is not among the FFN blocks 2, 4, \.\.\., 12"):
+    with pytest.raises(ValueError, match="channel 3 is not among the FFN blocks"):
         census.rank(5, 3)
 
 
@@ -403,7 +403,7 @@ def test_a_norm_after_the_block_is_not_in_its_gain(tmp_path):
 def test_a_census_of_some_layers_is_that_part_of_the_whole(planted_model):
     weights = weights_of(planted_model)
     some = amplifier.census(weights, [1, 4])
-    assert some.blocks.tolist() == [4, 10]
+    assert some.blocks == (4, 10)
     torch.testing.assert_close(some.gain, amplifier.census(weights).gain[[1, 4]])
 
 

@@ -275,7 +275,7 @@ def test_the_map_finds_the_block_that_makes_the_spike(parts, planted_model):
     assert int(spike.argmin()) + 1 == 4
     assert float(spike[3]) < 0.05
     assert spike[4:].tolist() == pytest.approx([1] * 8, abs=0.02)
-    assert "4" in [str(block) for block in chain.block_table(found).index]
+    assert "L1 MLP (block 4)" in chain.block_table(found).index
     skipped = patching.evaluate(planted_model, broken.tokens, patching.skip(4, broken.targets.spike))
     assert found.outcomes[3].perplexity == pytest.approx(skipped.perplexity)
 

@@ -467,17 +467,17 @@ MEASURES = {
         "step must lie between 0 and 1, but is '0.1'.",
     ),
     "other windows, amplifier": (
-        lambda w: amplifier.read(w.model, w.weights, w.tokens.flip(0), w.life),
+        lambda w: amplifier.read_block(w.model, w.tokens.flip(0), w.life),
         ValueError,
         OTHER_WINDOWS,
     ),
     "fewer windows, amplifier": (
-        lambda w: amplifier.read(w.model, w.weights, w.tokens[:2], w.life),
+        lambda w: amplifier.read_block(w.model, w.tokens[:2], w.life),
         ValueError,
         OTHER_WINDOWS,
     ),
     "other windows, hits": (
-        lambda w: amplifier.census_on_text(w.model, w.weights, w.tokens[1:], w.life, amplifier.census(w.weights)),
+        lambda w: amplifier.census_on_text(w.model, w.tokens[1:], w.life, amplifier.census(w.weights)),
         ValueError,
         OTHER_WINDOWS,
     ),
@@ -539,7 +539,7 @@ MEASURES = {
     "an attention block in the census": (
         lambda w: amplifier.census(w.weights).rank_in_block(3, 9),
         ValueError,
-        "block 3, channel 9 is not among the FFN blocks 2, 4, ..., 12 with channels 0 to 63.",
+        "L1 attn (block 3), channel 9 is not among the FFN blocks up to L5 MLP (block 12) with channels 0 to 63.",
     ),
     "a block in words": (
         lambda w: firsttoken.static_path(w.weights, torch.tensor([7]), "4"),

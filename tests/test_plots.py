@@ -16,7 +16,7 @@ from spikesink.plots import style
 def parts(planted_model, trigger_tokens):
     life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
     weights = weights_of(planted_model)
-    reading = amplifier.read(planted_model, weights, trigger_tokens, life)
+    reading = amplifier.read_block(planted_model, trigger_tokens, life)
     return life, weights, reading, firsttoken.probe(weights, life)
 
 
@@ -32,7 +32,7 @@ def test_figures_of_the_amplifier_say_what_they_show(parts, planted_model):
     assert text in title(plots.gains(census, life))
     share = float(reading.spike.shares[0])
     spectrum = plots.spectra(reading, amplifier.spectra(reading, n=5))
-    assert title(spectrum) == f"One direction holds {share:.0%} of the spike channel's form in block 4"
+    assert title(spectrum) == f"One direction holds {share:.0%} of the spike channel's form in L1 MLP (block 4)"
     assert "Spike tokens point along s*" in title(plots.alignment(reading))
     assert title(plots.gates(reading), 1) == "Those that write the spike: 1.00"
     assert "|cos| 1 (median), 1 at least" in title(plots.shared_directions(reading))
@@ -75,7 +75,7 @@ def test_figures_of_the_collapse_say_what_they_show(sunk, planted_model, trigger
     life, found, _, weights = sunk
     assert title(plots.collapsing(found, life)) == "Spike tokens: half-way, channel 9 holds 94.1% of |h~|²"  # 16 of 17
     middle = found.cycle.middle
-    assert title(plots.cosines(found), 1).startswith(f"After block {middle}: spike tokens 1.000, others ")
+    assert title(plots.cosines(found), 1).startswith(f"After {middle}: spike tokens 1.000, others ")
     assert "a participation ratio of 1.12 in spike tokens" in title(plots.depth(found, life))
     ratio = torch.logspace(-1, 1, 5) * 63**0.5
     figure = plots.collapse_of_size(found, ratio, collapse.synthetic(ratio, 64, found.about))

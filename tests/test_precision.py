@@ -21,7 +21,7 @@ def measured(model) -> tuple[dict, dict[str, float]]:
     tokens, weights = spikesink.windows(model, "house", 2, 64), weights_of(model)
     life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
     main = life.main
-    reading = amplifier.read(model, weights, tokens, life)
+    reading = amplifier.read_block(model, tokens, life)
     probe = firsttoken.probe(weights, life, torch.arange(0, weights.anatomy.d_vocab, 512))
     collapsed = collapse.collapse(model, tokens, life)
     cut = patching.zero(patching.stream(main.plateau[0]), 0, main.channels)

@@ -24,6 +24,7 @@ from spikesink.common import NotApplicable
 from spikesink.ledger import claims, evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.model import anatomy, names, texts
+from spikesink.model.anatomy import Block, attn, mlp
 from spikesink.model.weights import FFN
 from spikesink.patching import interventions
 
@@ -133,7 +134,7 @@ def test_no_eigenvalue_has_more_than_all_of_the_norm(ffn):
 @given(SEEDS, st.integers(1, 4), st.integers(1, 6))
 def test_the_census_ranks_as_it_lists(seed, n_blocks, d):
     gain = normal(seed, n_blocks, d).abs().float()
-    found = amplifier.Census(torch.arange(2, 2 * n_blocks + 2, 2), gain)
+    found = amplifier.Census(tuple(map(mlp, range(n_blocks))), gain)
     listed = found.top(n_blocks * d + 3)
     assert [found.rank(block, channel) for block, channel, _ in listed] == list(range(1, n_blocks * d + 1))
     assert sorted(value for *_, value in listed) == sorted(gain.flatten().tolist())
@@ -291,8 +292,8 @@ def test_a_rank_correlation_knows_order_only(seed, n):
 
 @given(st.integers(1, 400))
 def test_a_block_is_one_half_of_one_layer(block):
-    layer, kind = lifecycle.block_layer(block), lifecycle.block_kind(block)
-    assert block == 2 * layer + {"attention": 1, "FFN": 2}[kind]
+    half = Block(block)
+    assert (attn if half.is_attention else mlp)(half.layer) == half == block
 
 
 @given(st.integers(1, 12), st.data())

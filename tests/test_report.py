@@ -144,7 +144,7 @@ def test_weights_alone_say_where_a_spike_can_be_written(family_directory, capsys
     assert {("4", "9"), ("10", "9")} == set(rows)
     assert __main__.main(["probe", str(family_directory("llama")), "--entries", "400"]) == 0
     said = capsys.readouterr().out
-    assert "channel 9 after block 4" in said
+    assert "channel 9 after L1 MLP (block 4)" in said
     assert "Blocks that write it: 4; that take it back: 10." in said
 
 

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink import patching, plots
 from spikesink.apps.memory import Growth, Memory, growth, megabytes, memory, within
 from spikesink.chain import amplifier, firsttoken
-from spikesink.chain.lifecycle import Lifecycle, block_layer, find_lifecycle, first_step_up
+from spikesink.chain.lifecycle import Lifecycle, find_lifecycle, first_step_up
 from spikesink.chain.trace import trace_windows
 from spikesink.common import NotApplicable, brief, escape, write_atomically
 from spikesink.lab import train
@@ -131,7 +131,7 @@ def bench(model: TransformerBridge, life: Lifecycle, turns: int = TURNS, wide: i
         rows += [vocabulary] if vocabulary else []
     block = first_step_up(life)
     if weights.anatomy.one_gated_ffn and not isinstance(block, NotApplicable):
-        ffn = weights.ffn(block_layer(block))
+        ffn = weights.ffn(block.layer)
         rows += [census(ffn, turns), lanczos(ffn, life.main.channel, turns), lanczos(random_ffn(wide), 0, turns)]
     if life.main is not None:
         rows += sweeps(model, life, turns)

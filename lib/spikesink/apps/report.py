@@ -234,7 +234,7 @@ def _spike(of: Subject) -> Section:
         return Section("spike", none, {"reason": life.reason}, short=none)
     prose = [
         _said(
-            "The spike reaches {plateau_value}, in channel(s) {channels}. Block(s) {step_up_blocks} write "
+            "The spike reaches {plateau_value}, in channel(s) {channels}. {step_up_blocks} write "
             "{share_written:.0%} of it"
             + ("." if share >= FEW_BLOCKS else ", the other {rest:.0%} come from other blocks."),
             up,

@@ -22,8 +22,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import (
     Lifecycle,
-    block_kind,
-    block_layer,
     check_model,
     check_windows,
     first_step_up,
@@ -31,8 +29,8 @@ from spikesink.chain.lifecycle import (
 )
 from spikesink.chain.trace import median
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import anatomy
-from spikesink.model.weights import FFN, Weights, require_form
+from spikesink.model.anatomy import Block, mlp
+from spikesink.model.weights import FFN, Weights, require_form, weights_of
 
 KERNEL = 2**22  # entries of a d_mlp x d_mlp kernel that are held at a time
 
@@ -159,14 +157,14 @@ class Census:
     Where a block's output passes a norm of its own, this is before it: that norm divides the size of the output out.
     """
 
-    blocks: Int[Tensor, " ffn"]  # as the paper counts them: 2, 4, ...
+    blocks: tuple[Block, ...]
     gain: Float[Tensor, "ffn d_model"]
 
-    def top(self, n: int) -> list[tuple[int, int, float]]:
+    def top(self, n: int) -> list[tuple[Block, int, float]]:
         """The n pairs of largest gain, the largest first: block, channel, gain."""
         values, where = self.gain.flatten().topk(min(n, self.gain.numel()))
         rows, channels = where // self.gain.shape[1], where % self.gain.shape[1]
-        return [(int(self.blocks[r]), int(c), float(v)) for r, c, v in zip(rows, channels, values, strict=True)]
+        return [(self.blocks[r], int(c), float(v)) for r, c, v in zip(rows, channels, values, strict=True)]
 
     def rank(self, block: int, channel: int) -> int:
         """The place of a pair among all pairs, 1 for the largest gain.
@@ -187,12 +185,12 @@ class Census:
         return float(of_block[channel] / of_block.median())
 
     def _of(self, block: int, channel: int) -> Float[Tensor, " d_model"]:
-        if block not in self.blocks.tolist() or not 0 <= channel < self.gain.shape[1]:
+        if block not in self.blocks or not 0 <= channel < self.gain.shape[1]:
             raise ValueError(
-                f"block {block}, channel {channel} is not among the FFN blocks 2, 4, ..., {int(self.blocks[-1])} "
+                f"{Block(block)}, channel {channel} is not among the FFN blocks up to {self.blocks[-1]} "
                 f"with channels 0 to {self.gain.shape[1] - 1}."
             )
-        return self.gain[self.blocks.tolist().index(block)]
+        return self.gain[self.blocks.index(block)]
 
 
 @measure
@@ -217,7 +215,7 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | No
     rows = []
     for layer in progress(layers, "weighing FFN blocks", "block"):
         rows.append(gains(weights.ffn(layer)).float())
-    return Census(torch.tensor([2 * layer + 2 for layer in layers]), torch.stack(rows))
+    return Census(tuple(mlp(layer) for layer in layers), torch.stack(rows))
 
 
 @measure
@@ -226,24 +224,24 @@ def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_mo
     block = _block_to_read(weights, life)
     if isinstance(block, NotApplicable):
         return block
-    return eigenpairs(weights.ffn(block_layer(block)), life.main.channel, 1).vectors[:, 0].float()
+    return eigenpairs(weights.ffn(block.layer), life.main.channel, 1).vectors[:, 0].float()
 
 
-def _block_to_read(weights: Weights, life: Lifecycle) -> int | NotApplicable:
+def _block_to_read(weights: Weights, life: Lifecycle) -> Block | NotApplicable:
     """The first step-up block; or why there is none to take apart."""
-    check_model(life, weights.anatomy)
+    check_model(weights, life)
     require_form(weights.anatomy)
     return first_step_up(life)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step-up block does to every token, in the spike's first channel; `read` makes it.
+    """What a step-up block does to every token, in the spike's first channel; `read_block` makes it.
 
     Writes are before any norm of the block's output.
     """
 
-    block: int
+    block: Block
     channel: int
     d_model: int
     ffn: FFN
@@ -270,9 +268,8 @@ class Reading:
 
 
 @measure
-def read(
+def read_block(
     model: TransformerBridge,
-    weights: Weights,
     tokens: Int[Tensor, "n length"],
     life: Lifecycle,
     block: int | None = None,
@@ -281,7 +278,6 @@ def read(
 
     Args:
         model: as `load` returns it.
-        weights: its weights (`weights_of`).
         tokens: the windows that `life` was found in.
         life: as `find_lifecycle` returns it.
         block: another FFN block than the main cycle's first step-up block.
@@ -292,21 +288,22 @@ def read(
     Raises:
         ValueError: `block` is no FFN block of this model, or `life` was found in other windows or in another model.
     """
-    about, main = weights.anatomy, life.main
-    check_model(life, anatomy(model))
+    check_model(model, life)
     check_windows(life, tokens)
-    if block is not None and not (block_kind(block) == "FFN" and 0 < block <= about.n_blocks):
-        raise ValueError(f"block {block} is not among the FFN blocks 2, 4, ..., {about.n_blocks}.")
+    weights = weights_of(model)
+    about, main = weights.anatomy, life.main
+    if block is not None and block not in (blocks := [mlp(layer) for layer in range(about.n_layers)]):
+        raise ValueError(f"{Block(block)} is not among the FFN blocks, {blocks[0]} to {blocks[-1]}.")
     first = _block_to_read(weights, life)
     if isinstance(first, NotApplicable):
         return first
-    block = block or first
-    ffn = weights.ffn(block_layer(block))
+    block = Block(block or first)
+    ffn = weights.ffn(block.layer)
     pairs = eigenpairs(ffn, main.channel)
     seen: dict[str, list[Tensor]] = {}
     spiking, drawn = is_spike(life, main), life.trace.channels[life.trace.ordinary].tolist()
     for window, where in zip(progress(tokens, "reading the step-up block", "window"), spiking, strict=True):
-        [(h, own)] = _passing(model, about.ffn_norm, [block_layer(block)], window)
+        [(h, own)] = _passing(model, about.ffn_norm, [block.layer], window)
         found = _measures(ffn, main.channel, pairs, h)
         for name, values in {"h": h[where], "own": own[:, main.channel], **found}.items():
             seen.setdefault(name, []).append(values)
@@ -383,7 +380,7 @@ def step(reading: Reading, name: str) -> pd.DataFrame | NotApplicable:
     tokens the write is nearly nothing, and an error over nearly nothing says little).
 
     Args:
-        reading: as `read` returns it.
+        reading: as `read_block` returns it.
         name: one of STEPS: "exact", "identity", "rank one", "closed form".
     """
     words, field = STEPS[name]
@@ -417,7 +414,7 @@ def spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float
     The squares of all of them would add up to 1.
 
     Args:
-        reading: as `read` returns it.
+        reading: as `read_block` returns it.
         n: how many eigenvalues.
         ordinary: of how many ordinary channels besides.
     """
@@ -430,19 +427,17 @@ def spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float
 
 def census_on_text(
     model: TransformerBridge,
-    weights: Weights,
     tokens: Int[Tensor, "n length"],
     life: Lifecycle,
-    found: Census | NotApplicable,
+    census: Census | NotApplicable,
     n: int = 10,
 ) -> pd.DataFrame | NotApplicable:
     """The census's largest pairs, and what becomes of them on text.
 
     Args:
-        model, weights: a model and its weights.
         tokens: the windows that `life` was found in, or the first of them.
         life: as `find_lifecycle` returns it.
-        found: as `census` returns it.
+        census: as the function of this name returns it.
         n: how many pairs.
 
     Returns:
@@ -454,15 +449,16 @@ def census_on_text(
     Raises:
         ValueError: these are not the windows that `life` was found in, nor the first of them.
     """
-    if isinstance(found, NotApplicable):
-        return found
+    if isinstance(census, NotApplicable):
+        return census
     check_windows(life, tokens, part=True)
-    top = found.top(n)
+    weights = weights_of(model)
+    top = census.top(n)
     spiking = torch.zeros(tokens.shape, dtype=torch.bool)
     if life.main is not None:
         spiking = is_spike(life, life.main)[: len(tokens)]
     blocks = sorted({block for block, _, _ in top})
-    layers = [block_layer(block) for block in blocks]
+    layers = [block.layer for block in blocks]
     each = [
         [h for h, _ in _passing(model, weights.anatomy.ffn_norm, layers, window)]
         for window in progress(tokens, "reading the census's blocks", "window")
@@ -471,13 +467,13 @@ def census_on_text(
     main = () if life.main is None else (("up", life.main.step_up), ("down", life.main.step_down))
     rows = {}
     for block, h in passed.items():
-        ffn, unit = weights.ffn(block_layer(block)), functional.normalize(h, dim=-1)
+        ffn, unit = weights.ffn(block.layer), functional.normalize(h, dim=-1)
         for _, channel, gain in (pair for pair in top if pair[0] == block):
             row = {
-                "block": block,
+                "block": str(block),
                 "channel": channel,
                 "gain": gain,
-                "÷ block's median": found.over_median(block, channel),
+                "÷ block's median": census.over_median(block, channel),
                 "step": next((s for s, blocks in main if block in blocks and channel in life.main.channels), ""),
             }
             sizes = {

@@ -28,7 +28,7 @@ from spikesink.chain.lifecycle import (
 )
 from spikesink.chain.trace import follow
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy, anatomy, normalise
+from spikesink.model.anatomy import Anatomy, normalise
 from spikesink.model.weights import Weights, require_separate_ffn
 
 MOST_KEPT = 32  # tokens of either kind whose h~ is kept at every point
@@ -112,7 +112,7 @@ def collapse(
         ValueError: `life` was found in other windows or in another model.
     """
     about, cycle = life.trace.anatomy, life.main
-    check_model(life, anatomy(model))
+    check_model(model, life)
     if cycle is None:
         return NotApplicable(life.reason)
     if about.attention_norm is None:
@@ -136,7 +136,7 @@ def collapse(
             for side, mine, in_full in sides:
                 side.add(point, h[mine], h[in_full], half)
 
-        follow(model, about, window, on_stream)
+        follow(model, window, on_stream)
         for side, *_ in sides:
             side.end_of_window()
     return Collapse(about, cycle, *(side.group() for side in sums))
@@ -299,7 +299,7 @@ def replace(
     Raises:
         ValueError: `life` was found in other windows or in another model.
     """
-    check_model(life, anatomy(model))
+    check_model(model, life)
     check_windows(life, tokens)
     layers = plateau_layers(found.cycle)
     where = is_spike(life, found.cycle)

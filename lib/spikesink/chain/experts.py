@@ -14,26 +14,26 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain import amplifier
-from spikesink.chain.lifecycle import Lifecycle, block_layer, check_windows, first_step_up, is_spike
+from spikesink.chain.lifecycle import Lifecycle, check_windows, first_step_up, is_spike
 from spikesink.common import NotApplicable, progress
-from spikesink.model.anatomy import Anatomy
-from spikesink.model.weights import Weights
+from spikesink.model.anatomy import Anatomy, Block, anatomy, mlp
+from spikesink.model.weights import Weights, weights_of
 
 
 @dataclass(frozen=True)
 class ExpertCensus:
     """||U_k||_F of every channel of every expert: what the weights alone say about where a spike can be written."""
 
-    blocks: Int[Tensor, " row"]  # as the paper counts them
+    blocks: tuple[Block, ...]  # of each row
     experts: tuple[str, ...]  # of each row, as `Weights.experts` names them
     gain: Float[Tensor, "row d_model"]
 
-    def top(self, n: int) -> list[tuple[int, str, int, float]]:
+    def top(self, n: int) -> list[tuple[Block, str, int, float]]:
         """The n of largest gain, the largest first: block, expert, channel, gain."""
         values, where = self.gain.flatten().topk(min(n, self.gain.numel()))
         found = zip(where.tolist(), values.tolist(), strict=True)
         width = self.gain.shape[1]
-        return [(int(self.blocks[i // width]), self.experts[i // width], i % width, value) for i, value in found]
+        return [(self.blocks[i // width], self.experts[i // width], i % width, value) for i, value in found]
 
     def of(self, block: int, channel: int) -> dict[str, float]:
         """The gain of each expert of a block in one channel.
@@ -41,9 +41,9 @@ class ExpertCensus:
         Raises:
             ValueError: the census has no such block or channel.
         """
-        rows = (self.blocks == block).nonzero().flatten().tolist()
+        rows = [row for row, of in enumerate(self.blocks) if of == block]
         if not rows or not 0 <= channel < self.gain.shape[1]:
-            raise ValueError(f"block {block}, channel {channel} is not in this census of {len(self.blocks)} experts.")
+            raise ValueError(f"{Block(block)}, channel {channel} is not in this census of {len(self.blocks)} experts.")
         return {self.experts[row]: float(self.gain[row, channel]) for row in rows}
 
 
@@ -67,20 +67,20 @@ def census(weights: Weights, layers: Sequence[int] | None = None) -> ExpertCensu
     blocks, names, rows = [], [], []
     for layer in progress(layers, "weighing experts", "layer"):
         for name, ffn in weights.experts(layer).items():
-            blocks.append(2 * layer + 2)
+            blocks.append(mlp(layer))
             names.append(name)
             rows.append(amplifier.gains(ffn).float())
     if not rows and len(layers):
         return NotApplicable(f"the experts of this {about.family} model are kept in a way that is not known here")
     gain = torch.stack(rows) if rows else torch.zeros(0, about.d_model)
-    return ExpertCensus(torch.tensor(blocks), tuple(names), gain)
+    return ExpertCensus(tuple(blocks), tuple(names), gain)
 
 
 @dataclass(frozen=True)
 class Routing:
     """What the router of the first step-up block does, and what each expert writes into the spike's first channel."""
 
-    block: int
+    block: Block
     channel: int
     experts: tuple[str, ...]  # those that the router chooses from
     is_spike: Bool[Tensor, " token"]
@@ -102,14 +102,11 @@ class Routing:
         return int(self.write.abs().mean(0).argmax())
 
 
-def route(
-    model: TransformerBridge, weights: Weights, tokens: Int[Tensor, "n length"], life: Lifecycle
-) -> Routing | NotApplicable:
+def route(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Routing | NotApplicable:
     """Run the windows up to the first step-up block and see which experts its router sends each token to.
 
     Args:
         model: as `load` returns it.
-        weights: its weights (`weights_of`).
         tokens: the windows that `life` was found in.
         life: as `find_lifecycle` returns it.
 
@@ -119,18 +116,18 @@ def route(
     Raises:
         ValueError: these are not the windows that `life` was found in.
     """
-    about = weights.anatomy
+    about = anatomy(model)
     check_windows(life, tokens)
     if (reason := _no_experts(about)) is not None:
         return reason
     block = first_step_up(life)
     if isinstance(block, NotApplicable):
         return block
-    layer, channel = block_layer(block), life.main.channel
-    ffns = weights.experts(layer)
+    layer, channel = block.layer, life.main.channel
+    ffns = weights_of(model).experts(layer)
     routed = {name: ffn for name, ffn in ffns.items() if name.isdecimal()}
     if about.router_hooks[layer] is None or not routed:
-        return NotApplicable(f"in the first step-up block, {block}, no router's choice of known experts can be seen")
+        return NotApplicable(f"in {block}, the first that steps up, no router's choice of known experts can be seen")
     seen = [_pass_router(model, about, layer, window) for window in progress(tokens, "following the router", "window")]
     h, weight, own = (torch.cat([window[name] for window in seen]) for name in ("h", "weight", "own"))
     if weight.shape[1] != len(routed):

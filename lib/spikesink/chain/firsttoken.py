@@ -289,7 +289,7 @@ def probe(
         ValueError: a token that the vocabulary does not have, or `life` was found in another model.
         FloatingPointError: as `static_path` does.
     """
-    check_model(life, weights.anatomy)
+    check_model(weights, life)
     cycle = life.main
     if cycle is None:
         return NotApplicable(life.reason)

@@ -27,7 +27,7 @@ from spikesink.chain.sinks import (
 )
 from spikesink.chain.trace import EPSILON, follow
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.model.anatomy import Anatomy
 from spikesink.model.weights import Weights, require_projections
 
 HOOKS = {
@@ -89,7 +89,7 @@ def read_attention(
     Raises:
         ValueError: epsilon is not between 0 and 1, or `life` was found in other windows or in another model.
     """
-    check_model(life, anatomy(model))
+    check_model(model, life)
     check_windows(life, tokens)
     about, named = life.trace.anatomy, groups(life)
     scores = _Scores(about, _checked(epsilon), tokens.shape[1], 0, named)
@@ -321,7 +321,7 @@ def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) 
     Raises:
         ValueError: `life` was found in another model.
     """
-    check_model(life, weights.anatomy)
+    check_model(weights, life)
     if (reason := _no_keys(weights.anatomy)) is not None:
         return reason
     layers, channels = plateau_layers(found.cycle), list(found.cycle.channels)
@@ -435,7 +435,7 @@ def clouds(
             for layer in {layer for layer, _ in heads}
             for name in names
         ]
-        follow(model, about, window, also=hooks)
+        follow(model, window, also=hooks)
         for layer, head in heads:
             for name, of in zip(names, (head, head * about.n_kv_heads // about.n_heads), strict=True):
                 found.setdefault((layer, head, name), []).append(passed[layer, name][of].cpu()[chosen])

@@ -29,7 +29,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import Rows, Trace, follow
 from spikesink.common import NotApplicable
-from spikesink.model.anatomy import Anatomy, anatomy, check_ids, check_tokens
+from spikesink.model.anatomy import Block, anatomy, check_ids, check_tokens
+from spikesink.model.weights import Weights
 
 STEP = 0.1
 
@@ -49,26 +50,16 @@ STEP_BLOCKS = 3  # the paper's "one to three" blocks; a cycle that needs more to
 MOSTLY = 0.8  # the share of the plateau value that those blocks must write
 
 
-def block_kind(block: int) -> str:
-    """What a block is: "attention" (odd) or "FFN" (even)."""
-    return "attention" if block % 2 else "FFN"
-
-
-def block_layer(block: int) -> int:
-    """The TransformerLens layer (from 0) that a block (from 1) belongs to."""
-    return (block - 1) // 2
-
-
 @dataclass(frozen=True)
 class Cycle:
     """One rise and fall of a channel. Points are places in the stream (p = after block p), values are signed."""
 
     channel: int
     value: float  # plateau value of the first channel, median over the spike tokens
-    peak: int
-    step_up: tuple[int, ...]
-    step_down: tuple[int, ...]
-    plateau: tuple[int, int]  # first and last point
+    peak: Block
+    step_up: tuple[Block, ...]
+    step_down: tuple[Block, ...]
+    plateau: tuple[Block, Block]  # first and last point
     stream: Float[Tensor, " point"]  # first channel, median over the spike tokens
     writes: Float[Tensor, " block"]  # the same of what each block writes
     channels: tuple[int, ...]  # above 100 medians half-way through the plateau, the largest first
@@ -76,9 +67,9 @@ class Cycle:
     blocks_needed: int  # fewest blocks that together write MOSTLY of the value; 0 if all do not
 
     @property
-    def middle(self) -> int:
+    def middle(self) -> Block:
         """The point half-way through the plateau."""
-        return sum(self.plateau) // 2
+        return Block(sum(self.plateau) // 2)
 
     @property
     def shape(self) -> str:
@@ -149,10 +140,10 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) 
     cycle = Cycle(
         channel=int(trace.channels[index]),
         value=float(stream[middle]),
-        peak=peak,
-        step_up=step_up,
-        step_down=step_down,
-        plateau=plateau,
+        peak=Block(peak),
+        step_up=tuple(map(Block, step_up)),
+        step_down=tuple(map(Block, step_down)),
+        plateau=tuple(map(Block, plateau)),
         stream=stream,
         writes=writes,
         channels=_spike_channels(trace, is_spike, middle),
@@ -251,20 +242,20 @@ def middle_row(life: Lifecycle) -> Rows:
     return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
 
 
-def late_step_down(life: Lifecycle) -> tuple[int, ...]:
+def late_step_down(life: Lifecycle) -> tuple[Block, ...]:
     """The step-down blocks of the main cycle that are FFN blocks of the model's second half, as LC3 counts them."""
-    return tuple(b for b in life.main.step_down if b % 2 == 0 and b > life.trace.anatomy.n_blocks // 2)
+    return tuple(b for b in life.main.step_down if not b.is_attention and b > life.trace.anatomy.n_blocks // 2)
 
 
 def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
-    """Every block that writes at least `least` of the main cycle's value: block, layer, kind, write, share, step."""
+    """Every block that writes at least `least` of the main cycle's value: the block, its write, its share, its step."""
     cycle = life.main
     rows = []
-    for block in range(1, life.trace.anatomy.n_blocks + 1):
+    for block in map(Block, range(1, life.trace.anatomy.n_blocks + 1)):
         write = float(cycle.writes[block - 1])
         step = "up" if block in cycle.step_up else "down" if block in cycle.step_down else ""
-        rows.append((block, block_layer(block), block_kind(block), write, write / cycle.value, step))
-    frame = pd.DataFrame(rows, columns=["block", "layer", "kind", "write", "share of the plateau", "step"])
+        rows.append((str(block), write, write / cycle.value, step))
+    frame = pd.DataFrame(rows, columns=["block", "write", "share of the plateau", "step"])
     return frame[frame["share of the plateau"].abs() >= least].set_index("block")
 
 
@@ -293,19 +284,19 @@ def index_of(life: Lifecycle, channel: int) -> int:
     return int((life.trace.channels == channel).nonzero()[0])
 
 
-def first_step_up(life: Lifecycle) -> int | NotApplicable:
+def first_step_up(life: Lifecycle) -> Block | NotApplicable:
     """The main cycle's first FFN block that is step-up: it meets tokens that do not spike yet, a later one may not."""
     if life.main is None:
         return NotApplicable(life.reason)
-    ffn = [block for block in life.main.step_up if block_kind(block) == "FFN"]
+    ffn = [block for block in life.main.step_up if not block.is_attention]
     if not ffn:
         return NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
     return ffn[0]
 
 
-def check_model(life: Lifecycle, about: Anatomy) -> None:
+def check_model(model: TransformerBridge | Weights, life: Lifecycle) -> None:
     """Raise ValueError where a life cycle was found in a model of another shape than this one's."""
-    theirs = life.trace.anatomy
+    about, theirs = anatomy(model), life.trace.anatomy
     if any(getattr(about, name) != getattr(theirs, name) for name in ("family", "n_layers", "d_model", "d_vocab")):
         raise ValueError(
             f"this life cycle was found in a {theirs.family} model of {theirs.n_layers} layers, {theirs.d_model} "
@@ -352,7 +343,7 @@ def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "
         ValueError: `tokens` is not two-dimensional or empty, a token is not in the model's vocabulary, or `life` was
             found in another model.
     """
-    check_model(life, anatomy(model))
+    check_model(model, life)
     check_tokens(model, tokens)
     found = torch.zeros(tokens.shape, dtype=torch.bool)
     cycle, trace = life.main, life.trace
@@ -369,7 +360,7 @@ def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "
                     h[:, cycle.channel] * sign >= torch.maximum(least, trace.threshold * h.abs().median())
                 ).cpu()
 
-        follow(model, trace.anatomy, window, on_stream)
+        follow(model, window, on_stream)
     return found
 
 

@@ -169,7 +169,7 @@ def _over(
         for reducer in reducers:
             reducer.begin(index, window)
         also = [hook for reducer in reducers for hook in reducer.hooks()]
-        follow(model, about, window, all_of("on_stream"), None, on_pattern, also)
+        follow(model, window, all_of("on_stream"), None, on_pattern, also)
         for reducer in reducers:
             reducer.end()
 

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.common import progress
 from spikesink.model.anatomy import (
     Anatomy,
+    Block,
     anatomy,
     check_ids,
     check_length,
@@ -69,10 +70,10 @@ MAX_ROWS = 4096  # of candidates kept, the strongest first
 MAX_DRAWN = 1024  # of ordinary tokens kept
 
 
-OnStream = Callable[[int, Float[Tensor, "token d_model"]], None]
+OnStream = Callable[[Block, Float[Tensor, "token d_model"]], None]
 
 
-OnWrite = Callable[[int, Float[Tensor, "token d_model"]], None]
+OnWrite = Callable[[Block, Float[Tensor, "token d_model"]], None]
 
 
 OnPattern = Callable[[int, Float[Tensor, "head query key"]], None]
@@ -214,7 +215,7 @@ def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile
     def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
         attention[layer] = received(pattern, about.sight[layer]).mean(0).cpu()
 
-    follow(model, about, tokens, on_stream, on_pattern=on_pattern)
+    follow(model, tokens, on_stream, on_pattern=on_pattern)
     return Profile(tuple(model.tokenizer.decode([i]) for i in tokens.tolist()), magnitude, channel, median, attention)
 
 
@@ -257,7 +258,6 @@ def received(pattern: Float[Tensor, "head query key"], sight: int | None = None)
 
 def follow(
     model: TransformerBridge,
-    about: Anatomy,
     tokens: Int[Tensor, " length"],
     on_stream: OnStream | None = None,
     on_write: OnWrite | None = None,
@@ -271,7 +271,6 @@ def follow(
 
     Args:
         model: as `load` returns it.
-        about: its anatomy.
         tokens: one window.
         on_stream: called as on_stream(point, h [token, d_model]) for every point, from 0.
         on_write: called as on_write(block, what it adds [token, d_model]) for every block, from 1.
@@ -282,6 +281,7 @@ def follow(
         FloatingPointError: an activation overflows, as spikes do in float16, or a weight is not finite.
         RuntimeError: a hook of this family never fires.
     """
+    about = anatomy(model)
     entered: dict[int, Tensor] = {}
     fired: set[str] = set()
 
@@ -293,16 +293,16 @@ def follow(
         if not entered[layer].isfinite().all():
             raise FloatingPointError(not_finite(model, f"the residual stream as it enters layer {layer}"))
         if on_stream is not None:
-            on_stream(2 * layer, entered[layer])
+            on_stream(Block(2 * layer), entered[layer])
 
     def write_hook(value, hook):
         fired.add(hook.name)
         block = about.write_hooks.index(hook.name) + 1
         write = value[0].float()
         if on_write is not None:
-            on_write(block, write)
+            on_write(Block(block), write)
         if on_stream is not None and block % 2:
-            on_stream(block, entered[block // 2] + write)
+            on_stream(Block(block), entered[block // 2] + write)
 
     def pattern_hook(value, hook):
         fired.add(hook.name)
@@ -386,7 +386,7 @@ class _Pass:
         def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
             self.attention[layer] += received(pattern[..., :1], about.sight[layer])[:, 0].cpu()
 
-        follow(self.model, about, window, on_stream, on_write, on_pattern)
+        follow(self.model, window, on_stream, on_write, on_pattern)
 
         drawn = torch.zeros(length, dtype=torch.bool)
         drawn[torch.randperm(length, generator=self.generator)[:ORDINARY_TOKENS]] = True

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.chain.lifecycle import Cycle, Lifecycle, block_kind, find_spikes, is_spike, plateau_layers
+from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike, plateau_layers
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy
+from spikesink.model.anatomy import Anatomy, Block
 from spikesink.model.weights import require_projections
 from spikesink.patching.interventions import (
     Intervention,
@@ -585,8 +585,7 @@ def block_table(found: BlockMap | NotApplicable, most: int = 6) -> pd.DataFrame 
     chosen = sorted(ratio.log().abs().argsort(descending=True)[:most].tolist())
     rows = [
         {
-            "block": i + 1,
-            "kind": block_kind(i + 1),
+            "block": str(Block(i + 1)),
             "largest at spike tokens, of clean": f"{float(spike[i]):.0%}",
             "sink ratio": f"{found.outcomes[i].sink_ratio:.2f} (clean {clean.sink_ratio:.2f})",
             "perplexity, of clean": float(ratio[i]),

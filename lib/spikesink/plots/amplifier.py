@@ -59,9 +59,9 @@ def gains(census: Census, life: Lifecycle) -> Figure:
     looks = {"aspect": "auto", "origin": "lower", "cmap": SPIKE_MAP, "norm": LogNorm(), "interpolation": "nearest"}
     image = ax.imshow(census.gain.clamp(min=low), rasterized=True, **looks)
     fig.colorbar(image, ax=ax, label="gain ||U_k||_F (log scale)", pad=0.02)
-    rows = census.blocks.tolist()
-    ax.set_yticks(range(0, len(rows), max(1, len(rows) // 10)), rows[:: max(1, len(rows) // 10)])
-    ax.set(xlabel="channel", ylabel="FFN block")
+    rows = census.blocks
+    ax.set_yticks(range(0, len(rows), max(1, len(rows) // 10)), rows[:: max(1, len(rows) // 10)], fontsize=8)
+    ax.set(xlabel="channel", ylabel="FFN")
     ax.spines[:].set_visible(False)
     levels = range(len(rows))
     right.plot(census.gain.quantile(0.5, dim=1), levels, color=ORDINARY, lw=1.4, label="median channel")
@@ -124,7 +124,7 @@ def spectra(reading: Reading, found: Mapping[int, Float[Tensor, " pair"]]) -> Fi
     )
     thousands(ax)
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_title(f"One direction holds {share:.0%} of the spike channel's form in block {reading.block}", fontsize=11)
+    ax.set_title(f"One direction holds {share:.0%} of the spike channel's form in {reading.block}", fontsize=11)
     return fig
 
 
@@ -192,7 +192,7 @@ def alignment(reading: Reading) -> Figure:
     ax.set(
         yscale="log",
         xlabel="cos(s*, h~): how far the token points along the block's direction (s* has the spike tokens' side)",
-        ylabel=f"|what block {reading.block} writes\ninto channel {reading.channel}|",
+        ylabel=f"|what {reading.block} writes\ninto channel {reading.channel}|",
         ylim=(float(size.quantile(0.002).clamp(min=floor)) / 2, 3 * float(size.max())),
     )
     thousands(ax)

@@ -52,7 +52,7 @@ def cosines(found: Collapse) -> Figure:
         ax.spines[:].set_visible(False)
         between = found.spike.cosine[point], found.other.cosine[point]
         ax.set_title(
-            f"After block {point}: spike tokens {float(between[0]):.3f}, others {float(between[1]):.3f}",
+            f"After {point}: spike tokens {float(between[0]):.3f}, others {float(between[1]):.3f}",
             fontsize=11,
         )
     fig.colorbar(image, ax=axes, label="cosine of h~", pad=0.01)

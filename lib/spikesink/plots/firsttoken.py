@@ -43,8 +43,8 @@ def fork(found: Fork, elsewhere: Evidence | NotApplicable) -> Figure:
         ax.plot(points, path.quantile(0.5, dim=1), color=colour, marker=marker, ms=4, lw=1.6, label=name)
     ax.axhline(0, color="black", lw=0.6)
     ax.set(
-        xlabel=f"depth: after block … (up to block {found.block}, which reads the last point)",
-        ylabel=f"cosine of the stream with s*\nof block {found.block}",
+        xlabel=f"depth: after block … (up to {found.block}, which reads the last point)",
+        ylabel=f"cosine of the stream with s*\nof {found.block}",
     )
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=9)
@@ -77,7 +77,7 @@ def vocabulary(found: Probe, decode: Callable[[list[int]], str], counts: Int[Ten
     value, weight = found.value, counts[found.tokens].double()
     bins = np.linspace(min(0.0, float(value.min())), float(value.max()), 80)
     before = found.before.clamp(bins[0], bins[-1]).numpy()
-    left.hist(value.numpy(), bins=bins, color=SPIKE, alpha=0.8, log=True, label=f"after block {found.block}")
+    left.hist(value.numpy(), bins=bins, color=SPIKE, alpha=0.8, log=True, label=f"after {found.block}")
     left.hist(before, bins=bins, histtype="step", color="black", log=True, label="before the step-up")
     left.legend(fontsize=9, loc="upper center")
     left.axvline(found.threshold, color="black", lw=0.8, ls="--")

@@ -45,6 +45,11 @@ def drawn_if_spiking(draw):
     return drawn_of
 
 
+def _sentence(text: str) -> str:
+    """A text that begins with a capital."""
+    return text[:1].upper() + text[1:]
+
+
 @styled
 def skyline(profile: Profile) -> Figure:
     """00: how large every token gets at every depth, and how much attention it draws, side by side."""
@@ -154,7 +159,7 @@ def magnitudes(life: Lifecycle) -> Figure:
         above.set_title("No spike: the largest channels stay near the median")
     elif cycle.shape == "step":
         above.set_title(
-            f"{blocks_text(cycle.step_up).capitalize()} {verb(cycle.step_up, 'write')} the spike, "
+            f"{_sentence(blocks_text(cycle.step_up))} {verb(cycle.step_up, 'write')} the spike, "
             f"{blocks_text(cycle.step_down)} {verb(cycle.step_down, 'cancel')} it"
         )
     else:
@@ -381,9 +386,7 @@ def lives(life: Lifecycle) -> Figure:
         xlim=(0, points[-1] + 0.5),
     )
     first, last = (float(cycle.stream[p]) for p in cycle.plateau)
-    ax.set_title(
-        f"From block {cycle.plateau[0]} to block {cycle.plateau[1]} the spike goes from {first:,.0f} to {last:,.0f}"
-    )
+    ax.set_title(f"From {cycle.plateau[0]} to {cycle.plateau[1]} the spike goes from {first:,.0f} to {last:,.0f}")
     return fig
 
 
@@ -454,7 +457,7 @@ def cancellation(life: Lifecycle) -> Figure:
     taken = f"{evidence.measured['share_cancelled']:.0%}"
     elsewhere = evidence.control.get("share_cancelled_ordinary_tokens")
     ax.set_title(
-        f"{blocks_text(late).capitalize()} {verb(late, 'take')} back {taken} of the plateau value on spike tokens"
+        f"{_sentence(blocks_text(late))} {verb(late, 'take')} back {taken} of the plateau value on spike tokens"
         + (f", {elsewhere:.1%} elsewhere" if elsewhere is not None else ""),
         fontsize=11,
     )

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from spikesink.chain.lifecycle import Cycle
 from spikesink.common import NotApplicable, brief, write_atomically, writing_to
+from spikesink.model.anatomy import Block
 
 SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
 OTHERS = ("#009E73", "#CC79A7", "#56B4E9")  # for what is none of these
@@ -132,12 +133,12 @@ def quoted(text: str) -> str:
     return f"“{token_text(text)}”"
 
 
-def blocks_text(blocks: Sequence[int], word: str = "block") -> str:
-    """Block 24; blocks 58, 60; no block."""
-    return f"{word}{'s' if len(blocks) != 1 else ''} {', '.join(map(str, blocks))}" if blocks else f"no {word}"
+def blocks_text(blocks: Sequence[Block]) -> str:
+    """L11 MLP (block 24); L28 MLP (block 58), L29 MLP (block 60); no block."""
+    return ", ".join(map(str, blocks)) or "no block"
 
 
-def verb(blocks: Sequence[int], many: str) -> str:
+def verb(blocks: Sequence[Block], many: str) -> str:
     """A verb that agrees with `blocks_text`: "write", or "writes" for one block."""
     return many if len(blocks) != 1 else f"{many}s"
 

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.chain.lifecycle import block_kind, block_layer
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy
 from spikesink.model.weights import require_projections
@@ -57,7 +56,7 @@ def cells(known: SpikeMeans | NotApplicable, where: Bool[Tensor, "window positio
     require_projections(known.about)
     if not where.any():
         return NotApplicable("no token of these windows spikes")
-    made = tuple(f"blocks.{block_layer(block)}.{HIDDEN}" for block in known.steps if block_kind(block) == "FFN")
+    made = tuple(f"blocks.{block.layer}.{HIDDEN}" for block in known.steps if not block.is_attention)
     unmade = (zero(hook(made), where),) if made and shows_ffn(known.about) else ()
     held = {HELD: cuts} if (cuts := sink_held(known, where, known.start)) else {}
     found = {AS_IT_IS: (), **held, NO_SPIKE: (*unmade, *decoupled(known, where))}

@@ -20,7 +20,7 @@ from spikesink.chain.amplifier import (
     write,
 )
 from spikesink.chain.experts import Routing
-from spikesink.chain.lifecycle import Lifecycle, block_kind
+from spikesink.chain.lifecycle import Lifecycle
 from spikesink.chain.trace import median
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
@@ -65,7 +65,7 @@ def am2_high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence
     Controls: ordinary channels of the same block, and the same channel in FFN blocks that are no step (medians).
     """
     steps = {*life.main.step_up, *life.main.step_down}
-    other_blocks = [b for b in census.blocks.tolist() if b not in steps]
+    other_blocks = [b for b in census.blocks if b not in steps]
 
     def typical(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
         ranks = torch.tensor([census.rank_in_block(*pair) for pair in pairs], dtype=torch.float)
@@ -203,10 +203,10 @@ def am7_weights_alone(life: Lifecycle, found: Census | NotApplicable, n: int = 1
     if life.main is None:
         return NotApplicable(life.reason)
     channel = life.main.channel
-    up, down = ([b for b in blocks if block_kind(b) == "FFN"] for blocks in (life.main.step_up, life.main.step_down))
+    up, down = ([b for b in blocks if not b.is_attention] for blocks in (life.main.step_up, life.main.step_down))
     if not up or not down:
         return NotApplicable(f"no FFN block is step-{'down' if up else 'up'}, so there is no pair to look for")
-    ranks = {block: found.rank(block, channel) for block in found.blocks.tolist()}
+    ranks = {block: found.rank(block, channel) for block in found.blocks}
     ordinary = life.trace.channels[life.trace.ordinary].tolist()
     others = [found.rank(block, c) for block in (*up, *down) for c in ordinary]
     elsewhere = [rank for block, rank in ranks.items() if block not in (*up, *down)]

@@ -67,8 +67,8 @@ def _lifecycle(model: TransformerBridge, life: Lifecycle) -> Claims:
 
 def _amplifier(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> Claims:
     weights = weights_of(model)
-    reading, census = amplifier.read(model, weights, tokens, life), amplifier.census(weights)
-    routing = experts.route(model, weights, tokens, life)
+    reading, census = amplifier.read_block(model, tokens, life), amplifier.census(weights)
+    routing = experts.route(model, tokens, life)
     return {
         "AM1": am.am1_near_identity(reading),
         "AM2": am.am2_high_gain(reading, life, census),

@@ -174,7 +174,7 @@ def tk4_delimiters(
         ValueError: `life` was found in other windows or in another model.
     """
     about = weights.anatomy
-    check_model(life, about)
+    check_model(model, life)
     check_windows(life, tokens)
     if cycle is None:
         return NotApplicable(life.reason if life.main is None else "there is no smaller cycle")

@@ -35,7 +35,7 @@ def lc1_step_up(life: Lifecycle) -> Evidence | NotApplicable:
         return NotApplicable(life.reason)
     cycle, n_blocks = life.main, life.trace.anatomy.n_blocks
     share = cycle.writes / cycle.value
-    early = [b for b in cycle.step_up if b % 2 == 0 and b <= n_blocks // 2]
+    early = [b for b in cycle.step_up if not b.is_attention and b <= n_blocks // 2]
     which = torch.tensor(sorted(early, key=lambda b: -share[b - 1])[:STEP_BLOCKS], dtype=torch.long) - 1
     ordinary, spikes, controls = ordinary_rows(life), spike_rows(life), life.trace.ordinary
     same_channel = ordinary.writes[:, which, index_of(life, cycle.channel)].sum(1)  # token
