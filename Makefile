@@ -24,7 +24,7 @@ READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pypr
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
 
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
-	@$(BIN)/python -m spikesink.apps.reproduce --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
+	@$(BIN)/python -m spikesink figures --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
 	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)"
 
 test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
@@ -39,23 +39,23 @@ lab: $(READY)  ## open JupyterLab at the first notebook
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 ablations: $(READY)  ## train what is missing of the lab's models, TIER=task, text or large; stop it at any time, it goes on
-	@$(BIN)/python -m spikesink.lab --tier "$(TIER)" --figures "$(FIGURES)" --device "$(DEVICE)"
+	@$(BIN)/python -m spikesink lab --tier "$(TIER)" --figures "$(FIGURES)" --device "$(DEVICE)"
 
 bench: $(READY)  ## how fast it is and what memory it takes, as ratios within one run: a table here and in figures/bench.json
-	@$(BIN)/python -m spikesink.apps.bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
+	@$(BIN)/python -m spikesink bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
 
 scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models larger than memory
-	@$(AS_A_SCAN)$(BIN)/python -m spikesink.apps.scan --model "$(MODEL)" --figures "$(FIGURES)"
+	@$(AS_A_SCAN)$(BIN)/python -m spikesink scan "$(MODEL)" --figures "$(FIGURES)"
 
 plan: $(READY)  ## only what a scan of MODEL would take, from its configuration alone
-	@$(AS_A_SCAN)$(BIN)/python -m spikesink.apps.scan --model "$(MODEL)" --plan
+	@$(AS_A_SCAN)$(BIN)/python -m spikesink scan "$(MODEL)" --plan
 
 site: $(READY)  ## pages of the notebooks, the READMEs and the figures as they are here, to open or to serve: build/site
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c site . build/site
 	@echo "build/site/README.html"
 
 store: $(READY)  ## run the notebooks as they are and store their outputs in them (after changing one)
-	@$(BIN)/python -m spikesink.apps.reproduce --store
+	@$(BIN)/python -m spikesink figures --store
 
 clean:  ## remove the environment and executed notebooks; figures and the model cache stay
 	rm -rf $(VENV) build
@@ -71,7 +71,7 @@ help:  ## this list
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
 	@echo "make scan takes MODEL and FIGURES, make plan takes MODEL; both work in float32 on the CPU, whatever the files are in."
 	@echo "make ablations takes TIER=$(TIER): task (two to three hours on two cores), text (some ten) or large (DEVICE=cuda); for one run,"
-	@echo "  another text or several processes, see .venv/bin/python -m spikesink.lab --help and the README."
+	@echo "  another text or several processes, see .venv/bin/python -m spikesink lab --help and the README."
 	@echo "PYTHON=$(PYTHON) is what the environment is made with (3.11 or newer)."
 
 $(READY): requirements.txt requirements-model.txt pyproject.toml

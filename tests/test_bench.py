@@ -88,10 +88,10 @@ def test_a_slower_way_is_a_smaller_ratio():
 
 
 def test_a_wrong_model_is_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "spikesink.apps.bench", "--model", "./nowhere", "--figures", str(tmp_path)]
+    command = [sys.executable, "-m", "spikesink", "bench", "--model", "./nowhere", "--figures", str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1
-    assert "there is no file or directory ./nowhere; check the path." in ran.stdout
+    assert "there is no file or directory ./nowhere; check the path." in ran.stderr
     assert not list(tmp_path.iterdir())
 
 

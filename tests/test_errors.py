@@ -23,6 +23,7 @@ from tokenizers import AddedToken
 
 import spikesink
 from spikesink import patching, plots
+from spikesink.__main__ import main
 from spikesink.apps import notebook, reproduce, scan
 from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
 from spikesink.common import NotApplicable
@@ -745,7 +746,7 @@ def test_make_says_it_before_a_kernel_starts(given, sentence, world, tmp_path, m
     }
     arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
     arguments += ["--build", str(tmp_path / "build"), "--model", str(world.whole)]
-    assert reproduce.main([*arguments, *(part.format(**places) for part in given)]) == 1
+    assert main(["figures", *arguments, *(part.format(**places) for part in given)]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 2
     assert says(sentence, lines[1]), lines[1]

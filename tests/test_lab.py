@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from spikesink import find_lifecycle, patching, trace_windows
+from spikesink.__main__ import main
 from spikesink.chain import sinks
 from spikesink.lab import data, families, records, run
 from spikesink.lab.config import BOS, Config, ConfigError, doubled
@@ -548,12 +549,13 @@ def test_each_committed_record_is_of_a_run_that_is_planned():
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be run in the background, where it is ignored
-from spikesink.lab import families, run
+from spikesink.__main__ import main
+from spikesink.lab import families
 from tests.test_lab import LONGER
 if __name__ == "__main__":
     families.BASES["task"] = LONGER
     options = ["--only", "base-0", "--jobs", "1", "--eager", "--precision", "float32", "--checkpoint-every", "0"]
-    sys.exit(run.main([*options, "--figures", sys.argv[1], "--build", sys.argv[2]]))
+    sys.exit(main(["lab", *options, "--figures", sys.argv[1], "--build", sys.argv[2]]))
 """
 LONGER = replace(SMALL, n_layers=1, steps=150)
 
@@ -567,7 +569,7 @@ def written(folder: Path) -> list[str | Path]:
 
 def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys, monkeypatch):
     places = ["--figures", str(tmp_path), "--build", str(tmp_path)]
-    assert run.main(["--only", "no such", *places]) == 2
+    assert main(["lab", "--only", "no such", *places]) == 2
     said = capsys.readouterr().err
     assert said.startswith("no run of the task tier has 'no such' in its name; there are: base, no weight decay, ")
     assert said.count("gate per head") == 1
@@ -575,7 +577,7 @@ def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, c
     monkeypatch.setattr(run, "_is_there", lambda plan, folder: not asked.append(plan.name))
     for part in ("d_head x 2, half", "d-head-x-2-half"):
         asked.clear()
-        assert run.main(["--only", part, *places]) == 0
+        assert main(["lab", "--only", part, *places]) == 0
         assert set(asked) == {"d_head x 2, half as many"}
         assert capsys.readouterr().out.startswith(f"All runs with {part!r} in their name are there")
 
@@ -613,7 +615,7 @@ def killed(plan, args, machine):
 def test_a_process_that_was_killed_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "_in_process", killed)
     arguments = ["--only", "base-0", "--jobs", "1", "--figures", str(tmp_path), "--build", str(tmp_path)]
-    assert run.main(arguments) == 1
+    assert main(["lab", *arguments]) == 1
     assert "was killed, perhaps for want of memory: try --jobs 1" in capsys.readouterr().err
 
 
@@ -640,7 +642,7 @@ def test_what_cannot_be_trained_on_is_one_sentence_even_if_nothing_is_missing(
 ):
     monkeypatch.setattr(run, "_is_there", lambda plan, folder: there)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.main(["--tier", "text", *wrong, "--figures", str(tmp_path), "--build", str(tmp_path)]) == 2
+    assert main(["lab", "--tier", "text", *wrong, "--figures", str(tmp_path), "--build", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(says)
 
 
@@ -649,7 +651,7 @@ def test_where_nothing_can_be_written_nothing_is_trained(where, tmp_path, capsys
     monkeypatch.setattr(run, "_side_by_side", lambda *_: pytest.fail("it trains"))
     (tmp_path / "file").write_text("")
     places = {"--figures": tmp_path / "figures", "--build": tmp_path / "build"} | {where: tmp_path / "file"}
-    assert run.main([part for option, place in places.items() for part in (option, str(place))]) == 2
+    assert main(["lab", *(str(part) for option in places.items() for part in option)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"the folder {tmp_path / 'file' / 'lab'} cannot be written")
     assert said.count("\n") == 1
@@ -667,7 +669,7 @@ def test_where_nothing_can_be_written_nothing_is_trained(where, tmp_path, capsys
 )
 def test_arguments_that_cannot_be_are_one_sentence(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run.main(wrong)
+        main(["lab", *wrong])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert said.endswith("(see --help)\n")
@@ -675,11 +677,11 @@ def test_arguments_that_cannot_be_are_one_sentence(wrong, capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "spikesink.lab", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "spikesink", "lab", "--help"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "--checkpoint-every" in ended.stdout
     assert " torch\n" not in ended.stderr
-    assert "spikesink.lab.arguments" in ended.stderr
+    assert "spikesink.cli" in ended.stderr
 
 
 @pytest.mark.parametrize("there", [{"avx512_f": True}, {"avx512_bf16": True}, {"bf16": True}, {"amx_bf16": True}])
@@ -690,9 +692,9 @@ def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, 
     can, used = bool({"avx512_bf16", "amx_bf16"} & there.keys()), []
     assert multiplies_bfloat16("cpu") == can
     arguments = ["--figures", str(tmp_path), "--build", str(tmp_path)]
-    assert run.main(arguments) == 0
-    assert run.main([*arguments, "--precision", "bfloat16", "--eager"]) == 0
-    assert run.main([*arguments, "--precision", "bfloat16"]) == (0 if can else 2)
+    assert main(["lab", *arguments]) == 0
+    assert main(["lab", *arguments, "--precision", "bfloat16", "--eager"]) == 0
+    assert main(["lab", *arguments, "--precision", "bfloat16"]) == (0 if can else 2)
     assert used == ["float32", "bfloat16"] + can * ["bfloat16"]
     assert ("no instructions for bfloat16" in capsys.readouterr().err) != can
 

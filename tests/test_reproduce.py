@@ -11,7 +11,8 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from spikesink import cli
+from spikesink import common
+from spikesink.__main__ import main
 from spikesink.apps import reproduce
 from spikesink.ledger import claims
 
@@ -123,7 +124,7 @@ def test_an_interrupted_run_leaves_no_half_notebook(project, monkeypatch):
 
     monkeypatch.setattr(papermill, "execute_notebook", interrupted)
     code, said = project()
-    assert code == cli.INTERRUPTED
+    assert code == common.INTERRUPTED
     assert "what was finished is kept" in said
     assert list((project.root / "build" / "tiny").iterdir()) == []
 
@@ -134,7 +135,7 @@ def test_an_interrupted_preparation_changes_nothing(project, monkeypatch):
 
     monkeypatch.setattr(reproduce, "check", interrupted)
     code, said = project()
-    assert (code, "nothing was changed" in said) == (cli.INTERRUPTED, True)
+    assert (code, "nothing was changed" in said) == (common.INTERRUPTED, True)
     assert not (project.root / "build").exists()
 
 
@@ -143,7 +144,7 @@ def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, m
 
     def check(parameters):
         if parameters["MODEL"] == "nosuch":
-            raise cli.NotebookError("there is no model nosuch")
+            raise common.CommandError("there is no model nosuch")
 
     monkeypatch.setattr(reproduce, "check", check)
     notebook = project.root / "notebooks" / "01_one.ipynb"
@@ -188,7 +189,7 @@ def test_an_interrupted_model_stops_those_after_it(project, monkeypatch):
     models = [{"MODEL": name, "TEXT": "house", "SEED": 0} for name in ("tiny", "other")]
     notebooks = sorted((project.root / "notebooks").glob("*.ipynb"))
     code = reproduce.run_each(notebooks, models, project.root / "figures", project.root / "build", console)
-    assert code == cli.INTERRUPTED
+    assert code == common.INTERRUPTED
     assert "running on other" not in console.export_text()
 
 
@@ -201,14 +202,14 @@ def test_models_are_told_apart_by_commas_unless_a_path_has_them(random_directory
     with_comma = tmp_path / "a,b"
     shutil.copytree(random_directory, with_comma)
     for given in ("smollm2-135m", f"smollm2-135m, {random_directory},smollm2-135m,", str(with_comma), "a/b,c/d"):
-        reproduce.main(["--notebooks", str(ROOT / "notebooks"), "--model", given])
+        main(["figures", "--notebooks", str(ROOT / "notebooks"), "--model", given])
     assert asked == [["smollm2-135m"], ["smollm2-135m", str(random_directory)], [str(with_comma)], ["a/b", "c/d"]]
 
 
 @pytest.mark.parametrize(("given", "said"), [(" , ", "names no model"), ("a/b,A/B", "would share the folder a--b")])
 def test_models_that_cannot_be_told_apart_are_one_sentence(given, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main(["--model", given])
+        main(["figures", "--model", given])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert said in error
@@ -230,7 +231,7 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(given, said, random_direct
     monkeypatch.setattr(reproduce, "_execute", lambda *_: pytest.fail("a notebook was started"))
     arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
     arguments += ["--build", str(tmp_path / "build"), "--model", str(random_directory), *given]
-    assert reproduce.main(arguments) == 1
+    assert main(["figures", *arguments]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 2
     assert said in lines[1]
@@ -240,7 +241,7 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(given, said, random_direct
 @pytest.mark.parametrize(("option", "value"), [("--n-prompts", "abc"), ("--n-prompts", "0"), ("--seq-len", "1.5")])
 def test_a_number_that_is_none_is_one_sentence(option, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main([option, value])
+        main(["figures", option, value])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert f"{value!r} is not a whole number of at least" in said
@@ -263,7 +264,7 @@ def test_the_notebooks_run_on_another_model(planted_directory, tmp_path, capfd):
     arguments += ["--build", str(tmp_path / "build"), "--model", str(planted_directory)]
     text = tmp_path / "text.txt"
     text.write_text("The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40)
-    code = reproduce.main([*arguments, "--text", str(text), "--n-prompts", "3", "--seq-len", "48"])
+    code = main(["figures", *arguments, "--text", str(text), "--n-prompts", "3", "--seq-len", "48"])
     assert code == 0, capfd.readouterr().out
     data = claims.ledgers(tmp_path / "figures")["planted-llama"]
     assert set(data["claims"]) == {"LC1", "LC3", "LC4", "LC7"}
@@ -306,8 +307,7 @@ def test_store_keeps_outputs_and_no_timings(tmp_path):
 
 def test_without_notebooks_it_says_where_to_run_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        reproduce.main([])
+    assert main(["figures"]) == 1
     assert "run this from the project's root" in capsys.readouterr().err
 
 
@@ -331,12 +331,12 @@ def test_figures_are_the_same_files_when_drawn_again(tmp_path):
 
 
 def test_to_look_whether_a_folder_can_be_written_leaves_what_was_there(tmp_path):
-    cli.check_writable(tmp_path / "new" / "deep", keep=False)
+    common.check_writable(tmp_path / "new" / "deep", keep=False)
     assert not any(tmp_path.iterdir()), "what was made is gone"
     there = tmp_path / "there"
     there.mkdir()
-    cli.check_writable(there, keep=False)
+    common.check_writable(there, keep=False)
     assert there.is_dir()
     assert not any(there.iterdir())
-    cli.check_writable(tmp_path / "kept" / "deep")
+    common.check_writable(tmp_path / "kept" / "deep")
     assert (tmp_path / "kept" / "deep").is_dir()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 import spikesink
+from spikesink.__main__ import main
 from spikesink.apps import scan
 from spikesink.chain import amplifier, experts, firsttoken
 from spikesink.common import progress
@@ -205,12 +206,12 @@ def test_a_full_disk_ends_a_scan_with_a_sentence_and_it_goes_on_later(planted_di
 
     monkeypatch.setattr(scan, "save_file", full)
     places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
-    command = ["--model", str(planted_directory), "--entries", "40", *places]
-    assert scan.main(command) == 1
+    command = ["scan", str(planted_directory), "--entries", "40", *places]
+    assert main(command) == 1
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"the layers cannot be kept in .* \(.*No space left on device.*\); make room .*", said[-1])
     monkeypatch.undo()
-    assert scan.main(command) == 0
+    assert main(command) == 0
     assert "2 of 6 layers are kept from an earlier run." in capsys.readouterr().out
 
 
@@ -421,32 +422,32 @@ print(before, peak(), *map(str, found.steps()), sep="|")
 
 def test_the_command_plans_scans_and_names_what_is_wrong(planted_directory, tmp_path, capsys, monkeypatch):
     places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
-    command = ["--model", str(planted_directory), "--entries", "40", *places]
-    assert scan.main([*command, "--plan"]) == 0
+    command = ["scan", str(planted_directory), "--entries", "40", *places]
+    assert main([*command, "--plan"]) == 0
     assert capsys.readouterr().out.startswith("planted-llama: 0.236 million parameters in 6 layers.")
     assert list(tmp_path.iterdir()) == []
-    assert scan.main(command) == 0
+    assert main(command) == 0
     said = capsys.readouterr().out
     [kept] = (tmp_path / "build" / "scan").glob("planted-llama-*")
     last = f"Written to {tmp_path / 'figures' / 'planted-llama' / 'scan.json'}; the layers are kept in {kept}, for the"
     assert last in said
     assert "earlier run" not in said
-    assert scan.main(command) == 0
+    assert main(command) == 0
     assert "6 of 6 layers are kept from an earlier run." in capsys.readouterr().out
     assert json.loads((tmp_path / "figures" / "planted-llama" / "scan.json").read_text())["entries"] == 40
-    assert scan.main(["--model", str(planted_directory), "--entries", "500", *places]) == 1
+    assert main(["scan", str(planted_directory), "--entries", "500", *places]) == 1
     too_many = "500 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.\n"
     assert capsys.readouterr().out == too_many
-    assert scan.main(["--model", str(planted_directory), "--entries", "500", "--plan"]) == 1
+    assert main(["scan", str(planted_directory), "--entries", "500", "--plan"]) == 1
     assert capsys.readouterr().out == too_many
-    assert scan.main(["--model", "./nowhere", *places]) == 1
+    assert main(["scan", "./nowhere", *places]) == 1
     assert "there is no file or directory ./nowhere" in capsys.readouterr().out
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scan, "scan", interrupted)
-    assert scan.main(command) == 130
+    assert main(command) == 130
     assert "run the same command to go on" in capsys.readouterr().out
 
 
@@ -454,7 +455,7 @@ def test_the_command_plans_scans_and_names_what_is_wrong(planted_directory, tmp_
 @pytest.mark.parametrize("plan", [[], ["--plan"]])
 def test_what_is_no_number_of_entries_is_said_in_one_sentence(entries, plan, capsys):
     with pytest.raises(SystemExit) as left:
-        scan.main([f"--entries={entries}", *plan])
+        main(["scan", "smollm2-135m", f"--entries={entries}", *plan])
     said = f"argument --entries: {entries!r} is not a whole number of at least 1 (see --help)\n"
     assert (left.value.code, *capsys.readouterr()) == (2, "", said)
 
@@ -467,7 +468,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
     (tmp_path / "file").touch()
     places = {"figures": tmp_path / "figures", "build": tmp_path / "build"} | {place: tmp_path / "file" / "below"}
     arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
-    assert scan.main(["--model", str(planted_directory), "--entries", "40", *arguments]) == 1
+    assert main(["scan", str(planted_directory), "--entries", "40", *arguments]) == 1
     said = capsys.readouterr().out
     assert re.fullmatch(r"the folder .* cannot be written \(Not a directory\); make it writable, .*\n", said)
 
@@ -475,7 +476,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
 def test_several_models_are_scanned_in_turn(planted_directory, random_directory, tmp_path, capsys):
     places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
     several = f"{planted_directory},./nowhere,{random_directory}"
-    assert scan.main(["--model", several, "--entries", "40", *places]) == 1
+    assert main(["scan", several, "--entries", "40", *places]) == 1
     said = capsys.readouterr().out
     assert "there is no file or directory ./nowhere" in said
     for name in ("planted-llama", "random-llama"):

@@ -1,49 +1,161 @@
-"""TODO."""
+"""What `spikesink` can be asked for, without torch: help and wrong arguments need not wait for it."""
 
 import argparse
-import contextlib
-import tempfile
+import os
 from pathlib import Path
 
-from spikesink.model.names import local, slug
+from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
 
-INTERRUPTED = 130
+# What the lab trains by default, here so that its parser imports nothing of it.
+TIERS = ("task", "text", "large")
+SOURCE = "packages"  # the text: Python source of the packages that spikesink is made with
+CHARACTERS = 120_000_000  # of it that are tokenized
+KEPT_EVERY = 60.0  # seconds between checkpoints
 
-
-def check_writable(folder: Path, keep: bool = True) -> None:
-    """Make a folder, if need be, and raise NotebookError unless something can be written there.
-
-    If it is not to be kept, what was made is gone again afterwards.
-    """
-    made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
-    if folder.is_file():
-        raise NotebookError(f"{folder} is a file; give a folder for what is written.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise NotebookError(
-            f"the folder {folder} cannot be written ({error.strerror or error}); make it writable, or give another."
-        ) from None
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+MODEL = "a built-in name (smollm2-135m), .gguf file, directory or hub id"
+SEVERAL = f"{MODEL}; several with commas between them"
+TEXT = "house (spikesink's own prose), pydoc (Python's documentation), a file in UTF-8, or datasets:NAME"
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without two paragraphs of usage before it."""
 
     def error(self, message: str):
-        """Say it, and where help is, and leave."""
+        """Say what is wrong and where help is, and leave."""
         self.exit(2, f"{message} (see --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """What reads the command's arguments; the name of the command is in `command`."""
+    made = Parser(prog="spikesink", description="Where a model's spike and sinks are, and what that means.")
+    commands = made.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_report, _census, _probe, _scan, _figures, _lab, _bench):
+        add(commands)
+    return made
+
+
+def _report(commands) -> None:
+    command = commands.add_parser(
+        "report",
+        aliases=["diagnose"],
+        help="spike, sinks, and which ways of serving fail because of either",
+        description="Measure a model on a text and write report.html (one page that opens offline) and report.json. "
+        "Takes minutes on a small model; what is finished is written as it goes.",
+    )
+    command.add_argument("model", help=MODEL)
+    command.add_argument("--out", type=a_folder, help="folder for the report (default: reports/<model>)")
+    command.add_argument("--long", action="store_true", help="also run one text as far as context and minutes go")
+    _add_measuring(command, least_windows=4, least_tokens=16)
+
+
+def _census(commands) -> None:
+    command = commands.add_parser(
+        "census",
+        help="which channels each FFN can amplify, from the weights alone",
+        description="The gain of every channel of every FFN: how much a gated block, as a quadratic form, can make "
+        "of a token in that channel (||U_k||_F, notebook 04). No text is run.",
+    )
+    command.add_argument("model", help=MODEL)
+    command.add_argument("--top", type=at_least(1), default=10, help="how many to show (default: %(default)s)")
+
+
+def _probe(commands) -> None:
+    command = commands.add_parser(
+        "probe",
+        help="whether tokens spike when they stand first, from the weights alone",
+        description="Send entries of the vocabulary, evenly spread, through the model as first tokens, layer by layer.",
+    )
+    command.add_argument("model", help=MODEL)
+    _add_entries(command)
+
+
+def _scan(commands) -> None:
+    command = commands.add_parser(
+        "scan",
+        help="probe and census of a model larger than memory, planned first",
+        description="Say what a scan takes, then read a model's weights layer by layer: which channel spikes when "
+        "a token stands first, which blocks write it, which channels each FFN can amplify.",
+    )
+    command.add_argument("models", type=model_names, metavar="model", help=SEVERAL)
+    _add_entries(command)
+    command.add_argument("--plan", action="store_true", help="only say what it takes, from the configuration alone")
+    _add_folders(command)
+
+
+def _figures(commands) -> None:
+    command = commands.add_parser(
+        "figures",
+        help="run the notebooks: pictures and claims, in FIGURES/<model>",
+        description="Run every notebook that is not up to date, for one model or several in turn.",
+    )
+    command.add_argument("--model", type=model_names, default=DEFAULT_MODEL, dest="models", help=SEVERAL)
+    _add_measuring(command, least_windows=1, least_tokens=2)
+    command.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="their folder")
+    command.add_argument("--store", action="store_true", help="run as the notebooks are, keep outputs in them")
+    _add_folders(command)
+
+
+def _lab(commands) -> None:
+    command = commands.add_parser(
+        "lab",
+        help="train small models that differ in one choice each",
+        description="Train what is missing of a tier, several runs at once, or under torchrun one after the other.",
+    )
+    command.add_argument("--tier", choices=TIERS, default=TIERS[0], help="which runs (default: %(default)s)")
+    command.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name")
+    command.add_argument("--text", default=SOURCE, help=f"for the text tiers: {SOURCE} (default), {TEXT}")
+    command.add_argument(
+        "--characters", type=at_least(1), default=CHARACTERS, help="of that text, the most (default: %(default)s)"
+    )
+    command.add_argument(
+        "--jobs", type=at_least(1), default=os.cpu_count() or 1, help="runs at once (default: %(default)s)"
+    )
+    command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    command.add_argument(
+        "--precision", choices=("bfloat16", "float32"), help="of products (default: float32; on a GPU bfloat16)"
+    )
+    command.add_argument(
+        "--checkpoint-every", type=_seconds, default=KEPT_EVERY, metavar="SECONDS", help="default: %(default)s"
+    )
+    command.add_argument("--eager", action="store_true", help="do not compile (a compiler is needed for that)")
+    _add_folders(command)
+
+
+def _bench(commands) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="how fast the heavier measures are beside the obvious way to the same answer",
+        description="Time both ways to the same answer within one run, and show the ratios.",
+    )
+    command.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL} (default: %(default)s)")
+    command.add_argument("--readme", type=Path, help="put the table of the default model there")
+    _add_folders(command)
+
+
+def _add_entries(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--entries", type=at_least(1), default=ENTRIES, help="how many (default: %(default)s)")
+
+
+def _add_folders(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--figures", type=a_folder, default=Path("figures"), help="results (default: %(default)s)")
+    command.add_argument("--build", type=a_folder, default=Path("build"), help="what is kept (default: %(default)s)")
+
+
+def _add_measuring(command: argparse.ArgumentParser, least_windows: int, least_tokens: int) -> None:
+    command.add_argument("--text", default="house", help=f"{TEXT} (default: %(default)s)")
+    command.add_argument("--n-prompts", type=at_least(least_windows), default=16, help="windows (default: %(default)s)")
+    command.add_argument(
+        "--seq-len", type=at_least(least_tokens), default=256, help="tokens in a window (default: %(default)s)"
+    )
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk (default: %(default)s)")
+    command.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
+    command.add_argument("--seed", type=at_least(0), default=0, help="of what is drawn (default: %(default)s)")
 
 
 def model_names(given: str) -> list[str]:
     """The models that are asked for: one, or several with commas between them; a path may have commas of its own."""
     parts = [given] if local(given) else [part.strip() for part in given.split(",")]
-    models = list(dict.fromkeys(_absolute(part) for part in parts if part))
+    models = list(dict.fromkeys(absolute(part) for part in parts if part))
     folders: dict[str, str] = {}
     for model in models:
         other = folders.setdefault(slug(model), model)
@@ -56,15 +168,21 @@ def model_names(given: str) -> list[str]:
     return models
 
 
+def absolute(value: str) -> str:
+    """A path as seen from any folder; a name stays what it is."""
+    path = local(value)
+    return value if path is None else str(path.resolve())
+
+
 def a_folder(given: str) -> Path:
-    """The folder that an argument names, or an error of it: an empty name would be the folder one stands in."""
+    """The folder that an argument names; an empty name would be the folder one stands in."""
     if not given.strip():
         raise argparse.ArgumentTypeError("an empty name is no folder")
     return Path(given)
 
 
 def at_least(least: int):
-    """What makes a whole number of at least `least` of an argument, or an error of it."""
+    """The type of an argument that is a whole number of at least `least`."""
 
     def whole_number(text: str) -> int:
         if not text.strip().isdecimal() or int(text) < least:
@@ -74,11 +192,11 @@ def at_least(least: int):
     return whole_number
 
 
-class NotebookError(RuntimeError):
-    """A notebook that raised, or could not be started; the message says what, and in which cell and where to look."""
-
-
-def _absolute(value: str) -> str:
-    """A path as seen from the notebooks' folder; a name stays what it is."""
-    path = local(value)
-    return value if path is None else str(path.resolve())
+def _seconds(given: str) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{given!r} is no number of seconds of at least 0")
+    return seconds

@@ -1,5 +1,6 @@
 """What every part uses and nothing of it needs torch: what is not applicable, files, short numbers, progress."""
 
+import contextlib
 import math
 import os
 import tempfile
@@ -57,6 +58,35 @@ def measure(function):
             _inside.reset(token)
 
     return measured
+
+
+INTERRUPTED = 130  # the exit code of a command that was
+
+
+class CommandError(RuntimeError):
+    """A command that cannot do what it was asked for; the message is a sentence that says why and what would do."""
+
+
+def check_writable(folder: Path, keep: bool = True) -> None:
+    """Make a folder, if need be, and raise CommandError unless something can be written there.
+
+    If it is not to be kept, what was made is gone again afterwards.
+    """
+    made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
+    if folder.is_file():
+        raise CommandError(f"{folder} is a file; give a folder for what is written.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(
+            f"the folder {folder} cannot be written ({error.strerror or error}); make it writable, or give another."
+        ) from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ processes of their own: the most that was resident, above what the libraries tak
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import patching, plots
 from spikesink.apps.memory import Growth, Memory, growth, megabytes, memory, within
+from spikesink.apps.scan import matmul_peak
 from spikesink.chain import amplifier, firsttoken
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle, first_step_up
 from spikesink.chain.trace import trace_windows
@@ -33,9 +33,9 @@ from spikesink.lab.config import LENGTH, Config
 from spikesink.lab.data import Backcopy
 from spikesink.lab.families import BASES
 from spikesink.model.anatomy import anatomy
-from spikesink.model.load import LoadError, load, prepare
+from spikesink.model.load import load, prepare
 from spikesink.model.names import DEFAULT_MODEL
-from spikesink.model.texts import TextError, windows
+from spikesink.model.texts import windows
 from spikesink.model.weights import FFN, Weights, weights_of
 
 TURNS = 3
@@ -222,13 +222,6 @@ def operations(weights: Weights, block: int) -> int:
     return total
 
 
-def matmul_peak(size: int = 2048, repeats: int = 6) -> float:
-    """Operations a second of the fastest of several float32 products of square matrices."""
-    a, b = torch.randn(2, size, size)
-    (seconds,), _ = in_turns([lambda: a @ b], repeats)
-    return 2 * size**3 / seconds
-
-
 def census(ffn: FFN, turns: int = TURNS, some: int = 8) -> Row:
     """||U_k||_F of all channels of one block at once, against forming U_k (some of them, scaled up to all)."""
     d = ffn.down.shape[0]
@@ -390,20 +383,10 @@ def into_readme(readme: Path, table: str) -> None:
     write_atomically(readme, f"{head}{begin}{table}\n{end}{tail}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the bench that `arguments` (by default the command line's) ask for."""
-    parser = argparse.ArgumentParser(prog="python -m spikesink.apps.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, .gguf file, directory or hub id")
-    parser.add_argument("--figures", type=Path, default=Path("figures"))
-    parser.add_argument("--readme", type=Path, help="put the table of the default model there")
-    chosen = parser.parse_args(arguments)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)  # a file's lines need not be short
-    try:
-        model = load(chosen.model)
-        life = find_lifecycle(trace_windows(model, windows(model, "house", 4, 128)))
-    except (LoadError, TextError) as error:
-        console.print(str(error), style="bold red")
-        return 1
+def command(chosen: argparse.Namespace, console: Console) -> None:
+    """Run the bench that the arguments of `spikesink bench` ask for."""
+    model = load(chosen.model)
+    life = find_lifecycle(trace_windows(model, windows(model, "house", 4, 128)))
     with console.status("timing"):
         found = bench(model, life)
     del model
@@ -422,8 +405,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"The probe in float32 reaches {found.peak_share:.0%} of this machine's measured matrix-product peak."
         )
     console.print(f"Written to {chosen.figures / 'bench.json'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

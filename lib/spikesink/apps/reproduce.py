@@ -4,11 +4,12 @@ A notebook runs again only when its cells, the library, a parameter, the model's
 have changed, or when something that it wrote is gone. What it writes is whole or not there, whenever it is stopped.
 """
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
 import os
-import sys
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,34 +19,20 @@ from rich.console import Console
 
 from spikesink import common
 from spikesink.apps import publish
-from spikesink.cli import INTERRUPTED, NotebookError, Parser, _absolute, a_folder, at_least, check_writable, model_names
+from spikesink.cli import absolute
+from spikesink.common import INTERRUPTED, CommandError, check_writable
 from spikesink.lab import config
-from spikesink.model.names import DEFAULT_MODEL, local, slug
+from spikesink.model.names import local, slug
 
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at each start, and tells how it was stopped
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what `arguments` (by default the command line's) ask for; the exit code is 0 when all notebooks ran."""
-    parser = Parser(prog="python -m spikesink.apps.reproduce", description=__doc__.splitlines()[0])
-    what = "built-in name, .gguf file, directory or hub id; several with commas between them"
-    parser.add_argument("--model", type=model_names, default=DEFAULT_MODEL, help=what)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, auto or disk")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--text", default="house", help="house, pydoc, a file or datasets:NAME")
-    parser.add_argument("--n-prompts", type=at_least(1), default=16, help="windows to measure")
-    parser.add_argument("--seq-len", type=at_least(2), default=256, help="tokens in a window")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--notebooks", type=Path, default=Path("notebooks"))
-    parser.add_argument("--figures", type=a_folder, default=Path("figures"))
-    parser.add_argument("--build", type=a_folder, default=Path("build"))
-    parser.add_argument("--store", action="store_true", help="run with the notebooks' own parameters, keep the outputs")
-    chosen = parser.parse_args(arguments)
+def command(chosen: argparse.Namespace, console: Console) -> int:
+    """Run what the arguments of `spikesink figures` ask for; returns the exit code, 0 when all notebooks ran."""
     notebooks = sorted(chosen.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
-        parser.error(f"there are no notebooks in {chosen.notebooks}; run this from the project's root")
+        raise CommandError(f"there are no notebooks in {chosen.notebooks}; run this from the project's root.")
     os.environ["TQDM_DISABLE"] = "1"  # progress bars have no place in a notebook that is stored
-    console = Console(highlight=False, soft_wrap=True)
     if chosen.store:
         from spikesink.model.load import prepare
 
@@ -59,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parameters = {
         "DEVICE": chosen.device,
         "DTYPE": chosen.dtype,
-        "TEXT": _absolute(chosen.text),
+        "TEXT": absolute(chosen.text),
         "N_PROMPTS": chosen.n_prompts,
         "SEQ_LEN": chosen.seq_len,
         "SEED": chosen.seed,
@@ -67,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # Folders of figures do not share what was done: the same model can be in two of them, with other settings.
     build = chosen.build / chosen.figures.name
-    models = [{"MODEL": model, **parameters} for model in chosen.model]
+    models = [{"MODEL": model, **parameters} for model in chosen.models]
     of_models = [notebook for notebook in notebooks if asks_for_a_model(notebook)]
     code = run_each(of_models, models, chosen.figures, build, console)
     if code:
@@ -96,7 +83,7 @@ def run_lab(
         _run_one(config.LAB, given, stamps, figures, build, console)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except NotebookError as error:
+    except CommandError as error:
         console.print(str(error), style="bold red")
         return 1
     return 0
@@ -131,7 +118,7 @@ def run_each(
         except KeyboardInterrupt:
             console.print("interrupted; nothing was changed")
             return INTERRUPTED
-        except NotebookError as error:
+        except CommandError as error:
             console.print(str(error), style="bold red")
             failed[name] = str(error)
     for name, parameters, stamps in ready:
@@ -139,7 +126,7 @@ def run_each(
             _run_one(name, parameters, stamps, figures, build, console)
         except KeyboardInterrupt:
             return INTERRUPTED
-        except NotebookError as error:
+        except CommandError as error:
             console.print(str(error), style="bold red")
             failed[name] = str(error)
     if len(models) > 1:
@@ -156,7 +143,7 @@ def _prepare(
     """The stamps of a model's notebooks; if one of them has to run, after it is sure that it can.
 
     Raises:
-        NotebookError: the model, the text or a folder is not to be used.
+        CommandError: the model, the text or a folder is not to be used.
     """
     name = slug(parameters["MODEL"])
     stamps = [Stamp(notebook, parameters, figures / name, build / name) for notebook in notebooks]
@@ -174,7 +161,7 @@ def _run_one(
     """Run a model's notebooks that are not up to date.
 
     Raises:
-        NotebookError: a notebook failed; its message begins with which.
+        CommandError: a notebook failed; its message begins with which.
         KeyboardInterrupt: after it was said what is kept.
     """
     begun = time.monotonic()
@@ -191,9 +178,9 @@ def _run_one(
         except KeyboardInterrupt:
             console.print(f"{head}: interrupted; what was finished is kept, run the same command to go on")
             raise
-        except NotebookError as error:
+        except CommandError as error:
             _publish(figures)
-            raise NotebookError(f"{head}: failed. {error}") from None
+            raise CommandError(f"{head}: failed. {error}") from None
         stamp.write()
         publish.render(figures)
         console.print(f"{head}: done in {time.monotonic() - started:.0f} s ({executed})")
@@ -213,7 +200,7 @@ def check(parameters: Mapping[str, Any]) -> None:
     """Find, fetch or dequantize the model and cut the windows, so that what is wrong is known before a kernel starts.
 
     Raises:
-        NotebookError: with the message of the LoadError or TextError that every notebook would raise.
+        CommandError: with the message of the LoadError or TextError that every notebook would raise.
     """
     from spikesink.model.load import LoadError, prepare
     from spikesink.model.texts import TextError, cut
@@ -223,7 +210,7 @@ def check(parameters: Mapping[str, Any]) -> None:
         ready = prepare(parameters["MODEL"], parameters["DEVICE"], parameters["DTYPE"])
         cut(parameters["TEXT"], ready.tokenizer, ready.prepends_bos, ready.context, n, length, seed, ready.d_vocab)
     except (LoadError, TextError) as error:
-        raise NotebookError(str(error)) from None
+        raise CommandError(str(error)) from None
 
 
 class Stamp:
@@ -235,7 +222,7 @@ class Stamp:
         cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
         library = sorted(p for p in Path(__file__).parents[1].rglob("*") if p.suffix in (".py", ".txt"))
         versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
-        versions.append(sys.version)
+        versions.append(platform.python_version())
         named = [str(parameters[key]) for key in ("MODEL", "TEXT") if key in parameters]
         given = (local(name.removeprefix("datasets:")) for name in named)
         paths = [path for path in given if path is not None]
@@ -306,14 +293,10 @@ def _execute(notebook: Path, parameters: Mapping[str, Any], build: Path) -> Path
     except PapermillExecutionError as error:
         failed = build / f"{notebook.stem}.failed.ipynb"
         os.replace(partial, failed)
-        raise NotebookError(f"{error.ename}: {error.evalue} (cell {error.cell_index}; all of it in {failed})") from None
+        raise CommandError(f"{error.ename}: {error.evalue} (cell {error.cell_index}; all of it in {failed})") from None
     except KeyboardInterrupt:
         partial.unlink(missing_ok=True)
         raise
     os.replace(partial, whole)
     (build / f"{notebook.stem}.failed.ipynb").unlink(missing_ok=True)
     return whole
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,14 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
-from spikesink.apps.bench import matmul_peak
 from spikesink.chain import amplifier, firsttoken
 from spikesink.chain.lifecycle import STEP
 from spikesink.chain.trace import SPIKE_OVER_MEDIAN
-from spikesink.cli import INTERRUPTED, NotebookError, Parser, at_least, check_writable, model_names
-from spikesink.common import NotApplicable, brief, progress, write_atomically
+from spikesink.common import CommandError, NotApplicable, brief, check_writable, progress, write_atomically
 from spikesink.model.load import LoadError, cache_directory, configuration, gguf_file, prepare, quiet, twin_of
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
 from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights, require_static_map
@@ -484,6 +482,13 @@ def table(found: Scan) -> Table:
     return shown
 
 
+def matmul_peak(size: int = 2048, repeats: int = 6) -> float:
+    """Operations a second of the fastest of several float32 products of square matrices."""
+    a, b = torch.randn(2, size, size)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(1).median for _ in range(repeats))
+
+
 def _size(n_bytes: float) -> str:
     return f"{brief(n_bytes / 1e9)} GB" if n_bytes >= 1e9 else f"{brief(n_bytes / 1e6)} MB"
 
@@ -499,32 +504,20 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Plan and scan what `arguments` (by default the command line's) ask for; 0, 1 for an error, 130 if interrupted."""
-    parser = Parser(prog="python -m spikesink.apps.scan", description=__doc__.splitlines()[0])
-    what = "built-in name, .gguf file, directory or hub id; several with commas between them"
-    parser.add_argument("--model", type=model_names, default=DEFAULT_MODEL, help=what)
-    parser.add_argument("--entries", type=at_least(1), default=ENTRIES, help="of the vocabulary, at position 0")
-    parser.add_argument("--plan", action="store_true", help="only say what it takes")
-    parser.add_argument("--figures", type=Path, default=Path("figures"))
-    parser.add_argument("--build", type=Path, default=Path("build"))
-    chosen = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+def command(chosen: argparse.Namespace, console: Console) -> int:
+    """Plan and scan what the arguments of `spikesink scan` ask for; returns 0, or 1 for an error."""
     failed = False
-    for model in chosen.model:
+    for model in chosen.models:
         try:
             _scan_one(model, chosen, console)
-        except (LoadError, ValueError, FloatingPointError, NotebookError, OSError) as error:
+        except (LoadError, ValueError, FloatingPointError, CommandError, OSError) as error:
             console.print(str(error), style="bold red")
             failed = True
-        except KeyboardInterrupt:
-            console.print("interrupted; the layers that are done are kept, run the same command to go on")
-            return INTERRUPTED
     return int(failed)
 
 
 def _scan_one(model: str, chosen: argparse.Namespace, console: Console) -> None:
-    """Plan a model's scan and, unless only that was asked for, do it; raises what both raise, and NotebookError."""
+    """Plan a model's scan and, unless only that was asked for, do it; raises what both raise, and CommandError."""
     with console.status(f"planning {slug(model)}"):
         planned = plan(model, chosen.entries)
     figures, kept = chosen.figures / planned.model, chosen.build / "scan"
@@ -541,7 +534,3 @@ def _scan_one(model: str, chosen: argparse.Namespace, console: Console) -> None:
     if found.suspects is not None and found.block_norm:
         console.print("A norm follows each block of this model, so a channel of large gain need not get a large write.")
     console.print(f"Written to {figures / 'scan.json'}; the layers are kept in {found.kept}, for the same scan again")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

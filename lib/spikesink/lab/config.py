@@ -7,9 +7,6 @@ from typing import Any
 
 BOS = 0  # the token that every window begins with
 LENGTH = 64  # tokens of the windows that every model is looked at: Gu et al.'s T
-SOURCE = "packages"  # the text that is trained on by default: Python source of the packages that spikesink is made with
-CHARACTERS = 120_000_000  # of it that are tokenized
-KEPT_EVERY = 60.0  # seconds between checkpoints
 CHOICES = {
     "task": ("backcopy", "text"),
     "norm": ("pre", "sandwich", "sandwich_qk", "qk", "dynamic_tanh"),

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from spikesink.cli import CHARACTERS, SOURCE
 from spikesink.common import progress, write_atomically
-from spikesink.lab.config import BOS, CHARACTERS, LENGTH, SOURCE, Config, ConfigError, doubled
+from spikesink.lab.config import BOS, LENGTH, Config, ConfigError, doubled
 from spikesink.model import texts
 from spikesink.model.load import cache_directory
 

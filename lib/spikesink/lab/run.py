@@ -19,9 +19,9 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from spikesink.cli import NotebookError, check_writable
-from spikesink.lab.arguments import parser
-from spikesink.lab.config import LAB, SOURCE, Config, ConfigError
+from spikesink.cli import SOURCE
+from spikesink.common import INTERRUPTED, CommandError, check_writable
+from spikesink.lab.config import LAB, Config, ConfigError
 from spikesink.lab.data import Task, open_task
 from spikesink.lab.families import Planned, planned
 from spikesink.lab.records import Record, file_of, keep, keep_text, read
@@ -31,16 +31,14 @@ from spikesink.model.texts import TextError
 
 DEVICES = ("cpu", "cuda")
 POLLED = 0.5  # seconds between looks at what the processes tell
-INTERRUPTED = 130
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted."""
-    return run(parser().parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what is missing of what the arguments ask for; returns what `main` does."""
+    """Train what is missing of what the arguments of `spikesink lab` ask for.
+
+    Returns:
+        The exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted.
+    """
     folder, build = args.figures / LAB, args.build / LAB
     plans = list(planned(args.tier))
     wanted = [plan for plan in plans if args.only in plan.name or args.only in plan.label]
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             check_writable(place)
         # A text is tokenized once, before several processes ask for it.
         keep_text(_task(missing[0], args), folder / args.tier)
-    except (ConfigError, NotebookError, TextError) as error:
+    except (ConfigError, CommandError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
     try:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from spikesink.cli import KEPT_EVERY
 from spikesink.common import progress, write_atomically
-from spikesink.lab.config import KEPT_EVERY, Config
+from spikesink.lab.config import Config
 from spikesink.lab.data import Backcopy, Task, batch, held_out
 from spikesink.lab.measures import WINDOWS, backcopy_truth, stream_median
 from spikesink.lab.model import Decoder

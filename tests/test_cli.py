@@ -1,0 +1,82 @@
+"""One command: what it asks for is known without torch, and each part imports what it needs and no more."""
+
+import subprocess
+import sys
+
+import pytest
+
+from spikesink import cli
+from spikesink.__main__ import COMMANDS, main
+from spikesink.lab.families import BASES
+
+LOADED = "; import sys; print([name for name in sys.modules if name.startswith(('torch', 'spikesink.'))])"
+
+
+def modules(script: str) -> set[str]:
+    """The modules of spikesink, and torch, that are loaded after a script in a process of its own."""
+    ran = subprocess.run([sys.executable, "-c", script + LOADED], capture_output=True, text=True, check=True)
+    return set(eval(ran.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_answers_to_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: spikesink ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["no-such"], "invalid choice: 'no-such'"),
+        (["report", "a", "--n-prompts", "3"], "whole number of at least 4"),
+        (["report", "a", "--out", " "], "empty name is no folder"),
+        (["scan", "a", "--entries", ""], "'' is not a whole number of at least 1"),
+        (["figures", "--seq-len", "1.5"], "whole number of at least 2"),
+        (["figures", "--model", " , "], "names no model"),
+        (["figures", "--model", "a/b,A/B"], "would share the folder a--b"),
+        (["lab", "--tier", "foo"], "invalid choice: 'foo'"),
+        (["lab", "--checkpoint-every", "-4"], "no number of seconds"),
+        (["lab", "--jobs", "0"], "whole number of at least 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(arguments, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.endswith("(see --help)\n")
+    assert error.count("\n") == 1
+
+
+def test_models_are_told_apart_by_commas_unless_a_path_has_them(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    given = ("smollm2-135m", f"smollm2-135m, {tmp_path},smollm2-135m,", f"{tmp_path}/a,b", "a/b,c/d")
+    assert [cli.model_names(names) for names in given] == [
+        ["smollm2-135m"],
+        ["smollm2-135m", str(tmp_path)],
+        [f"{tmp_path}/a,b"],
+        ["a/b", "c/d"],
+    ]
+
+
+def test_the_tiers_are_those_of_the_lab():
+    assert tuple(BASES) == cli.TIERS
+
+
+@pytest.mark.slow
+def test_help_and_the_package_do_not_wait_for_torch():
+    assert "torch" not in modules("import spikesink.__main__")
+    assert "torch" in modules("import spikesink; spikesink.load")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["from spikesink import patching", "{probe}"])
+def test_patching_and_probe_import_neither_plots_nor_ledger_nor_lab(script, planted_directory):
+    probe = f"from spikesink.__main__ import main; main(['probe', {str(planted_directory)!r}, '--entries', '40'])"
+    there = modules(script.format(probe=probe))
+    assert "spikesink.chain.trace" in there
+    assert not {name for name in there if name.split(".")[1:2] in (["plots"], ["ledger"], ["lab"], ["serving"])}
