@@ -276,7 +276,7 @@ def test_the_map_finds_the_block_that_makes_the_spike(parts, planted_model):
     assert float(spike[3]) < 0.05
     assert spike[4:].tolist() == pytest.approx([1] * 8, abs=0.02)
     assert "L1 MLP (block 4)" in chain.block_table(found).index
-    skipped = patching.evaluate(planted_model, broken.tokens, patching.skip(4, broken.targets.spike))
+    skipped = patching.evaluate(planted_model, broken.tokens, patching.skip(patching.mlp(1), broken.targets.spike))
     assert found.outcomes[3].perplexity == pytest.approx(skipped.perplexity)
 
 
@@ -286,7 +286,7 @@ def test_decouple_and_unsink_find_the_spike_tokens_of_a_prompt(planted_model, tr
     assert all(cut.positions.same == (20,) for cut in cuts)
     outcome = patching.evaluate(planted_model, prompt, *cuts)
     assert float(outcome.largest.max()) < 50
-    assert len(patching.decouple(planted_model, life, prompt, readout=False)) == len(cuts) - 1
+    assert len(patching.decouple(planted_model, life, prompt, hold_readout=False)) == len(cuts) - 1
     (mask,) = patching.unsink(planted_model, life, prompt)
     assert (mask.positions.same, mask.site.places) == ((20,), (2, 3, 4))
     with pytest.raises(ValueError, match="none of these tokens spikes, so there is nothing to take apart"):

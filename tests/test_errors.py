@@ -444,7 +444,9 @@ NOT_FINITE = {
         "get the model again.",
     ),
     "NaN in the unembedding": (
-        lambda w: patching.evaluate(spikesink.load(w.poisoned("lm_head.weight", NAN)), w.tokens, patching.skip(4)),
+        lambda w: patching.evaluate(
+            spikesink.load(w.poisoned("lm_head.weight", NAN)), w.tokens, patching.skip(patching.mlp(1))
+        ),
         FloatingPointError,
         "what the model predicts when nothing is changed is not finite in float32, because the weight lm_head.weight "
         "is not; get the model again.",
@@ -583,7 +585,7 @@ CLAIMS = {
     "a claim that there is not": (
         lambda w: claims.judge("LC99", NONE, "01_one"),
         ValueError,
-        "there is no claim 'LC99'; rules.RULES lists those there are.",
+        "there is no claim 'LC99'; claims.RULES lists those there are.",
     ),
     "a dictionary for evidence": (
         lambda w: claims.judge("LC2", {"plateau_write_ratio": 0.0}, "01_one"),
@@ -688,7 +690,7 @@ def test_what_is_broken_in_the_table_is_all_that_is_wrong_with_it(world):
     assert amplifier.census(spikesink.open_weights(world.folder / "sharded")).gain.isfinite().all()
     assert firsttoken.probe(world.weights, world.life).spiking.any()
     assert sinks.score(world.model, world.tokens).at.isfinite().all()
-    assert math.isfinite(patching.evaluate(world.model, world.tokens, patching.skip(4)).perplexity)
+    assert math.isfinite(patching.evaluate(world.model, world.tokens, patching.skip(patching.mlp(1))).perplexity)
 
 
 def test_a_larger_embedding_than_the_tokenizer_is_no_error(world):

@@ -56,7 +56,9 @@ def test_every_link_of_the_chain_measures_the_same_when_offloaded(spread_model, 
         life = spikesink.find_lifecycle(spikesink.trace_windows(model, trigger_tokens))
         reading = amplifier.read_block(model, trigger_tokens, life)
         probe = firsttoken.probe(weights, life)
-        cut = patching.zero(patching.stream(life.main.plateau[0]), positions=0, channels=life.main.channels)
+        cut = patching.zero(
+            patching.stream(patching.block(life.main.plateau[0])), positions=0, channels=life.main.channels
+        )
         compared = patching.compare(model, trigger_tokens, {"cut": cut})
         collapsed = collapse.collapse(model, trigger_tokens, life)
         found.append(

@@ -23,7 +23,7 @@ def panel(planted_model, life):
 
 
 def test_a_view_is_one_prompt_with_and_without(planted_model, trigger_tokens):
-    prompt, cut = trigger_tokens[2], patching.zero(patching.stream(4), 20, 9)
+    prompt, cut = trigger_tokens[2], patching.zero(patching.stream(patching.mlp(1)), 20, 9)
     seen = patching.view(planted_model, prompt, cut)
     about = spikesink.anatomy(planted_model)
     for run, cuts in enumerate(((), (cut,))):
@@ -78,18 +78,24 @@ def test_what_names_no_channel_is_said(text, said, planted_model):
 
 def test_the_panel_starts_where_the_spike_is(panel):
     assert panel.block.value == 4
-    assert panel.said.value == "<b>zero channels 9, 30 of the stream after block 4 at position 0</b>"
+    assert panel.said.value == "<b>zero channels 9, 30 of the stream after L1 MLP (block 4) at position 0</b>"
     assert bytes(panel.picture.value).startswith(b"\x89PNG")
     assert panel.table.value.count("<tr>") == 9
 
 
 def test_every_control_redraws_and_is_obeyed(panel):
     for change, sentence in (
-        (lambda: setattr(panel.factor, "value", 0.5), "scale by 0.5 channels 9, 30 of the stream after block 4"),
-        (lambda: setattr(panel.block, "value", 8), "of the stream after block 8 at position 0"),
-        (lambda: setattr(panel.channels, "value", "1-3"), "channels 1 to 3 of the stream after block 8"),
-        (lambda: setattr(panel.channels, "value", "all"), "scale by 0.5 the stream after block 8 at position 0"),
-        (lambda: setattr(panel.position, "value", 2), "after block 8 at position 2"),
+        (
+            lambda: setattr(panel.factor, "value", 0.5),
+            "scale by 0.5 channels 9, 30 of the stream after L1 MLP",
+        ),
+        (lambda: setattr(panel.block, "value", 8), "of the stream after L3 MLP (block 8) at position 0"),
+        (lambda: setattr(panel.channels, "value", "1-3"), "channels 1 to 3 of the stream after L3 MLP (block 8)"),
+        (
+            lambda: setattr(panel.channels, "value", "all"),
+            "scale by 0.5 the stream after L3 MLP (block 8)",
+        ),
+        (lambda: setattr(panel.position, "value", 2), "after L3 MLP (block 8) at position 2"),
         (lambda: setattr(panel.mask, "value", True), "; then zero the attention of layers 4, 5 at position 2"),
     ):
         picture = panel.picture.value
@@ -135,7 +141,7 @@ def test_a_model_without_a_spike_has_a_panel_too(random_model):
     tokens = spikesink.windows(random_model, "house", 2, 16)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
     panel = panels.panel(random_model, life, PROMPT)
-    assert panel.said.value == "<b>zero the stream after block 6 at position 0</b>"
+    assert panel.said.value == "<b>zero the stream after L2 MLP (block 6) at position 0</b>"
     panel.channels.value = "spike"
     assert "no channel was given" in panel.said.value
 

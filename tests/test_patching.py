@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 import spikesink
 from spikesink import patching
-from spikesink.patching import prefix
+from spikesink.patching import block, prefix
 from spikesink.patching.interventions import batches
 from spikesink.patching.sites import Positions
 from tests import planted
@@ -104,25 +104,25 @@ KEYS = torch.linspace(-1, 1, 32).reshape(2, 16)
 @pytest.mark.parametrize(
     ("intervention", "change"),
     [
-        (patching.zero(patching.stream(4), 0, [9, 30]), edited("stream", 4, put((slice(None), 0, [9, 30]), 0))),
-        (patching.zero(patching.stream(5), 3), edited("stream", 5, put((slice(None), 3), 0))),
-        (patching.zero(patching.stream(0), [0, 2], 7), edited("stream", 0, put((slice(None), [0, 2], 7), 0))),
-        (patching.zero(patching.stream(12), 1), edited("stream", 12, put((slice(None), 1), 0))),
-        (patching.scale(patching.stream(6), 2.5, 4), edited("stream", 6, lambda x: x[:, 4].mul_(2.5))),
-        (patching.set_to(patching.stream(7), VECTOR), edited("stream", 7, put(slice(None), VECTOR))),
+        (patching.zero(patching.stream(block(4)), 0, [9, 30]), edited("stream", 4, put((slice(None), 0, [9, 30]), 0))),
+        (patching.zero(patching.stream(block(5)), 3), edited("stream", 5, put((slice(None), 3), 0))),
+        (patching.zero(patching.stream(block(0)), [0, 2], 7), edited("stream", 0, put((slice(None), [0, 2], 7), 0))),
+        (patching.zero(patching.stream(block(12)), 1), edited("stream", 12, put((slice(None), 1), 0))),
+        (patching.scale(patching.stream(block(6)), 2.5, 4), edited("stream", 6, lambda x: x[:, 4].mul_(2.5))),
+        (patching.set_to(patching.stream(block(7)), VECTOR), edited("stream", 7, put(slice(None), VECTOR))),
         (
-            patching.set_to(patching.stream(6), VECTOR[:3], 2, [1, 5, 60]),
+            patching.set_to(patching.stream(block(6)), VECTOR[:3], 2, [1, 5, 60]),
             edited("stream", 6, put((slice(None), 2, [1, 5, 60]), VECTOR[:3])),
         ),
         (
-            patching.add(patching.write(8), VECTOR, 1, factor=-0.5),
+            patching.add(patching.write(block(8)), VECTOR, 1, factor=-0.5),
             edited("write", 8, lambda x: x[:, 1].sub_(0.5 * VECTOR)),
         ),
-        (patching.skip(4, [0, 1]), edited("write", 4, put((slice(None), [0, 1]), 0))),
-        (patching.skip(5), edited("write", 5, put(slice(None), 0))),
-        (patching.set_to(patching.read(3), VECTOR, 2), edited("read", 3, put((slice(None), 2), VECTOR))),
-        (patching.set_to(patching.read(6), VECTOR, 2), edited("read", 6, put((slice(None), 2), VECTOR))),
-        (patching.set_to(patching.read(13), VECTOR, 2), edited("read", 13, put((slice(None), 2), VECTOR))),
+        (patching.skip(block(4), [0, 1]), edited("write", 4, put((slice(None), [0, 1]), 0))),
+        (patching.skip(block(5)), edited("write", 5, put(slice(None), 0))),
+        (patching.set_to(patching.read(block(3)), VECTOR, 2), edited("read", 3, put((slice(None), 2), VECTOR))),
+        (patching.set_to(patching.read(block(6)), VECTOR, 2), edited("read", 6, put((slice(None), 2), VECTOR))),
+        (patching.set_to(patching.readout(), VECTOR, 2), edited("read", 13, put((slice(None), 2), VECTOR))),
         (patching.set_to(patching.key(2), KEYS, 0), edited("key", 2, put((slice(None), 0), KEYS))),
         (patching.zero(patching.value(3), 1, heads=1), edited("value", 3, put((slice(None), 1, 1), 0))),
         (patching.zero(patching.z(3), [1, 4], heads=2), edited("z", 3, put((slice(None), [1, 4], 2), 0))),
@@ -188,15 +188,17 @@ def test_positions_can_differ_between_windows(random_model, tokens):
     mask[0, 0] = mask[3, 2] = mask[3, 5] = True
     name = "blocks.2.hook_in"
     clean = seen(random_model, tokens, [name])[0][name]
-    changed = seen(random_model, tokens, [name], patching.zero(patching.stream(4), mask))[0][name]
+    changed = seen(random_model, tokens, [name], patching.zero(patching.stream(block(4)), mask))[0][name]
     expected = clean.clone()
     expected[mask] = 0
     assert torch.equal(changed, expected)
-    part = seen(random_model, tokens[3:5], [name], patching.zero(patching.stream(4), mask), rows=range(3, 5))[0][name]
+    part = seen(random_model, tokens[3:5], [name], patching.zero(patching.stream(block(4)), mask), rows=range(3, 5))[0][
+        name
+    ]
     torch.testing.assert_close(part, expected[3:5])
 
     with pytest.raises(ValueError, match="the positions are of 5 windows, but the model was given 2"):
-        seen(random_model, tokens[:2], [], patching.zero(patching.stream(4), mask))
+        seen(random_model, tokens[:2], [], patching.zero(patching.stream(block(4)), mask))
 
 
 def test_values_can_differ_between_places_and_positions(random_model, tokens):
@@ -205,20 +207,24 @@ def test_values_can_differ_between_places_and_positions(random_model, tokens):
     mask[1, 4] = mask[1, 6] = mask[4, 0] = True
     names = ["blocks.1.hook_in", "blocks.3.hook_in"]
     for at, index in ((mask, mask), ([4, 6, 9], (slice(None), [4, 6, 9]))):
-        found = seen(random_model, tokens, names, patching.set_to(patching.stream([2, 6]), values, at))[0]
+        found = seen(random_model, tokens, names, patching.set_to(patching.stream([block(2), block(6)]), values, at))[0]
         for place, name in enumerate(names):
             expected = values[place] if at is mask else values[place].expand(5, -1, -1)
             assert torch.equal(found[name][index], expected)
     # In a batch that starts in the middle, the positions before it have been counted.
     late = seen(
-        random_model, tokens[3:], names, patching.set_to(patching.stream([2, 6]), values, mask), rows=range(3, 5)
+        random_model,
+        tokens[3:],
+        names,
+        patching.set_to(patching.stream([block(2), block(6)]), values, mask),
+        rows=range(3, 5),
     )
     assert torch.equal(late[0][names[1]][1, 0], values[1, 2])
 
 
 def test_a_change_between_attention_and_ffn_leaves_other_channels_to_the_bit(random_model, tokens):
     name = spikesink.anatomy(random_model).write_hooks[4]
-    cut = patching.zero(patching.stream(5), 3, 7)
+    cut = patching.zero(patching.stream(block(5)), 3, 7)
     clean, changed = seen(random_model, tokens, [name])[0][name], seen(random_model, tokens, [name], cut)[0][name]
     same = torch.ones_like(clean, dtype=torch.bool)
     same[:, 3, 7] = False
@@ -246,13 +252,13 @@ def test_a_masked_key_stays_masked_when_a_sliding_window_moves_on(tmp_path):
 
 
 def test_interventions_act_in_their_order(random_model, tokens):
-    site, name = patching.stream(4), "blocks.2.hook_in"
+    site, name = patching.stream(block(4)), "blocks.2.hook_in"
     double, plus = patching.scale(site, 2.0, 1), patching.add(site, VECTOR, 1)
     clean = seen(random_model, tokens, [name])[0][name][:, 1]
     torch.testing.assert_close(seen(random_model, tokens, [name], double, plus)[0][name][:, 1], 2 * clean + VECTOR)
     torch.testing.assert_close(seen(random_model, tokens, [name], plus, double)[0][name][:, 1], 2 * (clean + VECTOR))
     # The stream between attention and FFN is changed after what enters the layer, whatever order they were named in.
-    late = patching.scale(patching.stream(5), 3.0, 1)
+    late = patching.scale(patching.stream(block(5)), 3.0, 1)
     for cuts in ((late, double), (double, late)):
         found = seen(random_model, tokens, [name, "blocks.2.hook_attn_out", "blocks.2.ln2.hook_in"], *cuts)[0]
         torch.testing.assert_close(
@@ -270,8 +276,8 @@ def _write(model, tokens, *cuts):
 def test_zero_strength_is_the_clean_run_bit_for_bit(point, at, random_model, tokens):
     clean = random_model(tokens)
     for cut in (
-        patching.scale(patching.stream(point), 1.0, at),
-        patching.add(patching.stream(point), VECTOR, at, factor=0.0),
+        patching.scale(patching.stream(block(point)), 1.0, at),
+        patching.add(patching.stream(block(point)), VECTOR, at, factor=0.0),
         patching.scale(patching.attention(range(6)), 1.0, at),
     ):
         assert torch.equal(seen(random_model, tokens, [], cut)[1], clean)
@@ -284,7 +290,7 @@ def test_zero_strength_is_the_clean_run_bit_for_bit(point, at, random_model, tok
 def test_hooks_are_gone_afterwards_also_after_an_exception(random_model, tokens):
     clean = random_model(tokens)
     n_pre = len(random_model.original_model.base_model._forward_pre_hooks)
-    cut = patching.zero(patching.stream(5), 0)
+    cut = patching.zero(patching.stream(block(5)), 0)
 
     def broken(x):
         raise ZeroDivisionError
@@ -297,20 +303,20 @@ def test_hooks_are_gone_afterwards_also_after_an_exception(random_model, tokens)
         except ZeroDivisionError:
             pass
     with pytest.raises(ZeroDivisionError):
-        patching.evaluate(random_model, tokens, patching.apply(patching.stream(8), broken))
+        patching.evaluate(random_model, tokens, patching.apply(patching.stream(block(8)), broken))
     assert torch.equal(random_model(tokens), clean)
     assert len(random_model.original_model.base_model._forward_pre_hooks) == n_pre
     assert not any(point.fwd_hooks for point in random_model.hook_dict.values())
-    assert all(type(block).__name__ == "BlockBridge" for block in random_model.original_model.model.layers)
+    assert all(type(layer).__name__ == "BlockBridge" for layer in random_model.original_model.model.layers)
 
 
 CUTS_WHILE_WRITING = [
-    (patching.zero(patching.stream(4), 0, [3, 9]),),
-    (patching.scale(patching.stream(5), 0.2),),
+    (patching.zero(patching.stream(block(4)), 0, [3, 9]),),
+    (patching.scale(patching.stream(block(5)), 0.2),),
     (patching.mask_key(0, range(6)),),
     (patching.set_to(patching.key(range(6)), KEYS, 0), patching.zero(patching.value([2, 3]), [0, 1], heads=1)),
-    (patching.skip(6, [2, 17, 18]), patching.mask_key([5, 16], [1, 2], [0, 3])),
-    (patching.set_to(patching.read(13), VECTOR, 15),),
+    (patching.skip(block(6), [2, 17, 18]), patching.mask_key([5, 16], [1, 2], [0, 3])),
+    (patching.set_to(patching.readout(), VECTOR, 15),),
 ]
 
 
@@ -351,25 +357,25 @@ def test_interventions_take_effect_in_every_family(family, tmp_path):
     clean = model(tokens)
     keys = torch.linspace(-1, 1, about.n_kv_heads * 16).reshape(-1, 16)
     sites = {
-        "stream": patching.set_to(patching.stream(2), VECTOR, 3),
-        "last stream": patching.scale(patching.stream(6), 3.0, 3, 5),
-        "write": patching.set_to(patching.write([3, 4]), VECTOR, 3),
-        "readout": patching.set_to(patching.read(7), VECTOR, 3),
+        "stream": patching.set_to(patching.stream(block(2)), VECTOR, 3),
+        "last stream": patching.scale(patching.stream(block(6)), 3.0, 3, 5),
+        "write": patching.set_to(patching.write([block(3), block(4)]), VECTOR, 3),
+        "readout": patching.set_to(patching.readout(), VECTOR, 3),
         "key": patching.set_to(patching.key(1), keys, 3),
         "value": patching.set_to(patching.value(1), keys, 3),
         "z": patching.zero(patching.z(1), 3, heads=2),
         "mask": patching.mask_key(0, [1]),
     }
     if about.attention_norm is not None:
-        sites["read"] = patching.set_to(patching.read(3), VECTOR, 3)
+        sites["read"] = patching.set_to(patching.read(block(3)), VECTOR, 3)
     if not about.parallel:
-        sites["stream between"] = patching.set_to(patching.stream(3), VECTOR, 3)
+        sites["stream between"] = patching.set_to(patching.stream(block(3)), VECTOR, 3)
     for name, cut in sites.items():
         changed = seen(model, tokens, [], cut)[1]
         assert not torch.equal(changed[:, 3:], clean[:, 3:]), name
         if name != "mask":
             torch.testing.assert_close(changed[:, :3], clean[:, :3], rtol=0, atol=1e-5)
-    stream = seen(model, tokens, [about.layer_hooks[2]], patching.set_to(patching.stream(4), VECTOR, 3))[0]
+    stream = seen(model, tokens, [about.layer_hooks[2]], patching.set_to(patching.stream(block(4)), VECTOR, 3))[0]
     assert torch.equal(stream[about.layer_hooks[2]][:, 3], VECTOR.expand(2, -1))
     assert prefix.layer_returns_tuple(model, tokens, [1, 2]) is not None
     outcomes = patching.compare(model, tokens, sites)
@@ -397,7 +403,7 @@ def test_a_later_start_is_a_whole_run_bit_for_bit(random_model, tokens):
 
 
 def test_where_a_later_start_gives_something_else_every_run_is_whole(random_model, tokens, monkeypatch):
-    cuts = {"late": patching.zero(patching.stream(8), 0), "early": patching.skip(1, 0)}
+    cuts = {"late": patching.zero(patching.stream(block(8)), 0), "early": patching.skip(block(1), 0)}
     quick = patching.compare(random_model, tokens, cuts)
     monkeypatch.setattr(prefix, "injected", lambda about, layer, stream: (about.layer_hooks[layer], lambda v, hook: v))
     assert prefix.layer_returns_tuple(random_model, tokens, [4]) is None
@@ -409,7 +415,7 @@ def test_where_a_later_start_gives_something_else_every_run_is_whole(random_mode
 
 
 def test_an_outcome_is_what_it_says(random_model, tokens):
-    cut = patching.zero(patching.stream(4), 0)
+    cut = patching.zero(patching.stream(block(4)), 0)
     about = spikesink.anatomy(random_model)
     clean_logits = random_model(tokens).double()
     found, logits = seen(random_model, tokens, [*about.layer_hooks, *about.pattern_hooks], cut)
@@ -429,13 +435,13 @@ def test_an_outcome_is_what_it_says(random_model, tokens):
     size = torch.stack([found[name].abs().amax(-1) for name in about.layer_hooks]).amax(0)
     assert torch.equal(outcome.largest, size)
     assert outcome.max_activation == pytest.approx(float(size.amax(1).median()))
-    assert str(outcome).startswith("zero the stream after block 4 at position 0: perplexity ")
+    assert str(outcome).startswith("zero the stream after L1 MLP (block 4) at position 0: perplexity ")
 
 
 def test_windows_may_come_in_batches(random_model, tokens, monkeypatch):
     mask = torch.zeros(5, 24, dtype=torch.bool)
     mask[1, 2] = mask[4, 0] = True
-    cut = patching.zero(patching.stream(4), mask)
+    cut = patching.zero(patching.stream(block(4)), mask)
     together = patching.evaluate(random_model, tokens, cut)
     monkeypatch.setattr(
         "spikesink.patching.outcome.batches", lambda about, tokens: [range(0, 2), range(2, 3), range(3, 5)]
@@ -486,7 +492,7 @@ def test_an_interval_of_few_windows_is_students(random_model, tokens):
 
 
 def test_a_sweep_is_a_tidy_table(random_model, tokens):
-    doses = {dose: patching.scale(patching.stream(4), dose, 0) for dose in (0.0, 1.0, 2.0)}
+    doses = {dose: patching.scale(patching.stream(block(4)), dose, 0) for dose in (0.0, 1.0, 2.0)}
     found = patching.sweep(random_model, tokens, doses, over="dose")
     assert found.index.tolist() == ["clean", 0.0, 1.0, 2.0]
     assert found.index.name == "dose"
@@ -504,9 +510,9 @@ def test_means_are_of_the_given_windows_and_positions(random_model, tokens):
     mask[0, 3] = mask[2, 1] = mask[2, 9] = True
     names = ["blocks.2.hook_in", "blocks.4.hook_in", "blocks.1.attn.k.hook_out"]
     found = seen(random_model, tokens, names)[0]
-    mean = patching.mean_of(random_model, tokens, patching.stream([4, 8]), mask)
+    mean = patching.mean_of(random_model, tokens, patching.stream([block(4), block(8)]), mask)
     torch.testing.assert_close(mean, torch.stack([found[name][mask].mean(0) for name in names[:2]]))
-    some = patching.mean_of(random_model, tokens, patching.stream(4), [0, 2], [5, 1])
+    some = patching.mean_of(random_model, tokens, patching.stream(block(4)), [0, 2], [5, 1])
     torch.testing.assert_close(some[0], found[names[0]][:, [0, 2]][..., [5, 1]].mean((0, 1)))
     keys = patching.mean_of(random_model, tokens, patching.key(1), mask)
     torch.testing.assert_close(keys[0], found[names[2]][mask].mean(0))
@@ -518,16 +524,16 @@ def test_activation_patching_puts_one_prompt_into_another(random_model, tokens):
     source, target = tokens[0], tokens[1:2]
     names = ["blocks.2.hook_in", "blocks.1.attn.v.hook_out"]
     own = seen(random_model, source[None], names)[0]
-    cut = patching.patch_from(random_model, source, patching.stream(4), [2, 3], [7, 5])
+    cut = patching.patch_from(random_model, source, patching.stream(block(4)), [2, 3], [7, 5])
     found = seen(random_model, target, names, cut)[0]
     torch.testing.assert_close(found[names[0]][0, [7, 5]], own[names[0]][0, [2, 3]])
     values = patching.patch_from(random_model, source, patching.value(1), 4)
     assert torch.equal(seen(random_model, target, names, values)[0][names[1]][0, 4], own[names[1]][0, 4])
     # All of a prompt's stream put in is that prompt's own run from there on.
-    whole = patching.patch_from(random_model, source, patching.stream(4), range(24))
+    whole = patching.patch_from(random_model, source, patching.stream(block(4)), range(24))
     torch.testing.assert_close(seen(random_model, target, [], whole)[1], random_model(source[None]))
     with pytest.raises(ValueError, match="2 positions were recorded; name as many"):
-        patching.patch_from(random_model, source, patching.stream(4), [2, 3], 7)
+        patching.patch_from(random_model, source, patching.stream(block(4)), [2, 3], 7)
 
 
 def test_any_hook_can_be_named(random_model, tokens):
@@ -537,7 +543,7 @@ def test_any_hook_can_be_named(random_model, tokens):
     assert float(changed[:, 2, :40].abs().max()) == 0
     assert torch.equal(changed[:, 2, 40:], clean[:, 2, 40:])
     assert cut.first_layer(spikesink.anatomy(random_model)) == 3
-    assert patching.skip(13 - 1).first_layer(spikesink.anatomy(random_model)) == 5
+    assert patching.skip(block(12)).first_layer(spikesink.anatomy(random_model)) == 5
     assert patching.zero(patching.hook("hook_embed")).first_layer(spikesink.anatomy(random_model)) == 0
 
 
@@ -574,19 +580,19 @@ class Lab(HookedRootModule):
 
     def forward(self, tokens):
         x = self.embed(tokens)
-        for block, mix in zip(self.blocks, self.mixes, strict=True):
-            x = block["hook_in"](x)
+        for layer, mix in zip(self.blocks, self.mixes, strict=True):
+            x = layer["hook_in"](x)
             scores = x @ x.transpose(1, 2) + torch.full((x.shape[1],) * 2, -math.inf).triu(1)
-            pattern = block["attn"]["hook_pattern"](scores.softmax(-1)[:, None])
-            x = x + block["hook_attn_out"](pattern[:, 0] @ x)
-            x = block["hook_out"](x + block["hook_mlp_out"](torch.tanh(mix(x))))
+            pattern = layer["attn"]["hook_pattern"](scores.softmax(-1)[:, None])
+            x = x + layer["hook_attn_out"](pattern[:, 0] @ x)
+            x = layer["hook_out"](x + layer["hook_mlp_out"](torch.tanh(mix(x))))
         return self.unembed(x)
 
 
 def test_models_of_our_own_can_be_patched_too():
     model, tokens = Lab(), torch.arange(12).reshape(2, 6)
     clean = model(tokens)
-    cut = patching.set_to(patching.stream(2), torch.arange(8.0), 1)
+    cut = patching.set_to(patching.stream(block(2)), torch.arange(8.0), 1)
     found, changed = seen(model, tokens, ["blocks.1.hook_in"], cut)
     assert torch.equal(found["blocks.1.hook_in"][:, 1], torch.arange(8.0).expand(2, -1))
     assert torch.equal(changed[:, 0], clean[:, 0])
@@ -600,53 +606,79 @@ def test_models_of_our_own_can_be_patched_too():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: patching.zero(patching.stream(13)), "block 13 does not exist; this model has blocks 0 to 12"),
-        (lambda: patching.zero(patching.write(0)), "block 0 does not exist; this model has blocks 1 to 12"),
-        (lambda: patching.zero(patching.read(14)), "block 14 does not exist; this model has blocks 1 to 13"),
+        (
+            lambda: patching.zero(patching.stream(block(13))),
+            r"block 13\) does not exist; this model has blocks 0 to 12",
+        ),
+        (
+            lambda: patching.zero(patching.write(block(0))),
+            "the embedding does not exist; this model has blocks 1 to 12",
+        ),
+        (lambda: patching.zero(patching.read(block(13))), "this model has blocks 1 to 12"),
         (lambda: patching.zero(patching.key(6)), "layer 6 does not exist; this model has layers 0 to 5"),
         (lambda: patching.mask_key(0, [2, -1]), "layer -1 does not exist"),
-        (lambda: patching.zero(patching.stream(4), 0, 64), "channel 64 does not exist; there are channels 0 to 63"),
-        (lambda: patching.zero(patching.stream(4), 0, -1), "channel -1 does not exist"),
+        (
+            lambda: patching.zero(patching.stream(block(4)), 0, 64),
+            "channel 64 does not exist; there are channels 0 to 63",
+        ),
+        (lambda: patching.zero(patching.stream(block(4)), 0, -1), "channel -1 does not exist"),
         (lambda: patching.zero(patching.key(2), 0, heads=2), "head 2 does not exist; there are heads 0 to 1"),
         (lambda: patching.mask_key(0, 2, 4), "head 4 does not exist; there are heads 0 to 3"),
-        (lambda: patching.zero(patching.stream(4), 24), "position 24 does not exist; there are positions 0 to 23"),
-        (lambda: patching.zero(patching.stream(4), -1), "position -1 does not exist; positions count from 0"),
-        (lambda: patching.zero(patching.stream(4), []), "no position was given"),
-        (lambda: patching.zero(patching.stream([])), "no block or layer was given"),
-        (lambda: patching.zero(patching.stream(4), torch.zeros(5, 24)), "a mask of positions must hold truth values"),
-        (lambda: patching.zero(patching.stream(4), torch.zeros(5, 24).bool()), "the mask of positions is empty"),
-        (lambda: patching.zero(patching.stream(4), torch.ones(3, 24).bool()), "are of 3 windows, but there are 5"),
-        (lambda: patching.set_to(patching.stream(4), torch.ones(63)), r"values are \[63\], but the stream .* \[64\]"),
-        (lambda: patching.set_to(patching.stream(4), torch.ones(2), 0, [1, 2, 3]), r"\[2\], but .* takes \[3\]"),
+        (
+            lambda: patching.zero(patching.stream(block(4)), 24),
+            "position 24 does not exist; there are positions 0 to 23",
+        ),
+        (lambda: patching.zero(patching.stream(block(4)), -1), "position -1 does not exist; positions count from 0"),
+        (lambda: patching.zero(patching.stream(block(4)), []), "no position was given"),
+        (lambda: patching.zero(patching.stream([])), "no block was given"),
+        (
+            lambda: patching.zero(patching.stream(block(4)), torch.zeros(5, 24)),
+            "a mask of positions must hold truth values",
+        ),
+        (lambda: patching.zero(patching.stream(block(4)), torch.zeros(5, 24).bool()), "the mask of positions is empty"),
+        (
+            lambda: patching.zero(patching.stream(block(4)), torch.ones(3, 24).bool()),
+            "are of 3 windows, but there are 5",
+        ),
+        (
+            lambda: patching.set_to(patching.stream(block(4)), torch.ones(63)),
+            r"values are \[63\], but the stream .* \[64\]",
+        ),
+        (lambda: patching.set_to(patching.stream(block(4)), torch.ones(2), 0, [1, 2, 3]), r"\[2\], but .* takes \[3\]"),
         (lambda: patching.set_to(patching.key(2), torch.ones(3, 16)), r"\[3, 16\], but the keys .* \[2, 16\]"),
         (lambda: patching.set_to(patching.key(2), torch.ones(16)), r"shape \[16\] do not fit the keys of layer 2"),
-        (lambda: patching.set_to(patching.stream(4), torch.ones(3, 64)), "there are values for 3 places, but"),
-        (lambda: patching.set_to(patching.stream(4), torch.ones(1, 3, 64), [0, 1]), "for 3 positions, but it is 2"),
-        (lambda: patching.scale(patching.stream(4), "much"), "a factor must be a number, but is 'much'"),
+        (lambda: patching.set_to(patching.stream(block(4)), torch.ones(3, 64)), "there are values for 3 places, but"),
+        (
+            lambda: patching.set_to(patching.stream(block(4)), torch.ones(1, 3, 64), [0, 1]),
+            "for 3 positions, but it is 2",
+        ),
+        (lambda: patching.scale(patching.stream(block(4)), "much"), "a factor must be a number, but is 'much'"),
         (lambda: patching.zero(patching.hook("blocks.9.hook_in")), "this llama model has no hook blocks.9.hook_in"),
-        (lambda: patching.apply(patching.stream(4), lambda x: x[..., :3]), "the shape must stay the same"),
-        (lambda: patching.apply(patching.stream(4), lambda x: None), "the function returned None"),
-        (lambda: patching.zero(patching.stream("24")), "'24' is no block or layer; give a whole number"),
-        (lambda: patching.zero(patching.stream(4), 0, "507"), "'507' is no channel"),
+        (lambda: patching.apply(patching.stream(block(4)), lambda x: x[..., :3]), "the shape must stay the same"),
+        (lambda: patching.apply(patching.stream(block(4)), lambda x: None), "the function returned None"),
+        (lambda: patching.zero(patching.stream(24)), r"write block\(24\) if it is L11 MLP"),
+        (lambda: patching.zero(patching.key(block(4))), "is a block, but a layer is wanted"),
+        (lambda: patching.zero(patching.stream("24")), "'24' is no block; give a whole number"),
+        (lambda: patching.zero(patching.stream(block(4)), 0, "507"), "'507' is no channel"),
         (lambda: patching.zero(patching.key(2), 0, heads=1.5), "1.5 is no head"),
-        (lambda: patching.zero(patching.stream(4), 0, torch.arange(64) == 9), "False is no channel"),
-        (lambda: patching.zero(patching.stream(4), 0, heads=1), "has channels, not heads; name them as channels="),
-        (lambda: patching.zero(patching.key(2), 0, 1), "of layer 2 has heads, not channels; name them as heads="),
-        (lambda: patching.zero(patching.stream(4), "0"), "'0' is no position"),
-        (lambda: patching.zero(patching.stream(4), [1.7]), "1.7 is no position"),
-        (lambda: patching.zero(patching.stream(4), True), "True is no position"),
-        (lambda: patching.zero(patching.stream(4), slice(0, 3)), "give a range"),
-        (lambda: patching.zero(4, 0), "4 is no site; give one of stream"),
-        (lambda: patching.set_to(patching.stream(4), 3.0), "values must be a tensor, but are 3.0"),
+        (lambda: patching.zero(patching.stream(block(4)), 0, torch.arange(64) == 9), "False is no channel"),
+        (lambda: patching.zero(patching.stream(block(4)), 0, heads=1), "has channels; name them as channels="),
+        (lambda: patching.zero(patching.key(2), 0, 1), "of layer 2 has heads; name them as heads="),
+        (lambda: patching.zero(patching.stream(block(4)), "0"), "'0' is no position"),
+        (lambda: patching.zero(patching.stream(block(4)), [1.7]), "1.7 is no position"),
+        (lambda: patching.zero(patching.stream(block(4)), True), "True is no position"),
+        (lambda: patching.zero(patching.stream(block(4)), slice(0, 3)), "give a range"),
+        (lambda: patching.zero(4, 0), "4 is no site; give one such as stream"),
+        (lambda: patching.set_to(patching.stream(block(4)), 3.0), "values must be a tensor, but are 3.0"),
         (lambda: patching.set_to("stream", VECTOR), "'stream' is no site"),
-        (lambda: patching.add(patching.stream(4), VECTOR, factor="2"), "a factor must be a number, but is '2'"),
+        (lambda: patching.add(patching.stream(block(4)), VECTOR, factor="2"), "a factor must be a number, but is '2'"),
         (lambda: patching.set_to(patching.attention(2), torch.ones(4), 0), "attention can be scaled or masked"),
         (lambda: patching.apply(patching.attention(2), torch.neg, 0), "attention can be scaled or masked"),
         (lambda: patching.mask_key(None, 2), "with every key masked no attention is left"),
         (lambda: patching.zero(patching.hook("blocks.1.hook_in"), 0, 9999), r"what passes there is \[5, 24, 64\]"),
         (lambda: patching.set_to(patching.hook("blocks.1.hook_in"), torch.ones(63), 0), "which does not fit: replace"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_in_one_sentence(make, said, random_model, tokens):
     with pytest.raises(ValueError, match=said) as raised:
         patching.evaluate(random_model, tokens, make())
@@ -654,7 +686,7 @@ def test_what_is_wrong_is_said_in_one_sentence(make, said, random_model, tokens)
 
 
 def test_positions_may_be_numbers_or_masks_of_any_kind(random_model):
-    site = patching.stream(4)
+    site = patching.stream(block(4))
     for at in ([1, 3], (1, 3), torch.tensor([1, 3]), torch.tensor([False, True, False, True]).numpy(), range(1, 4, 2)):
         assert patching.zero(site, at).positions.same == (1, 3)
     assert patching.zero(site, [False, True]).positions.same == (1,)
@@ -663,7 +695,7 @@ def test_positions_may_be_numbers_or_masks_of_any_kind(random_model):
 
 
 def test_what_is_no_model_no_token_and_no_cut_is_said(random_model, tokens):
-    cut = patching.skip(4)
+    cut = patching.skip(block(4))
     for make, said in (
         (
             lambda: patching.evaluate(random_model, "The old clock", cut),
@@ -676,7 +708,7 @@ def test_what_is_no_model_no_token_and_no_cut_is_said(random_model, tokens):
         (lambda: patching.compare(random_model, tokens, {"clean": cut}), "is the name of the run without any cut"),
         (lambda: patching.view(random_model, tokens, cut), r"one prompt is wanted, but tokens are \[5, 24\]"),
         (lambda: patching.view(random_model, "The old clock"), "of a text, model.to_tokens"),
-        (lambda: patching.record(random_model, tokens, patching.stream(4), 0), "one prompt is wanted"),
+        (lambda: patching.record(random_model, tokens, patching.stream(block(4)), 0), "one prompt is wanted"),
         (lambda: patching.patched(random_model, [cut]).__enter__(), r"give each by itself: \*cuts"),
     ):
         with pytest.raises(ValueError, match=said) as raised:
@@ -696,7 +728,7 @@ def test_what_is_no_model_no_token_and_no_cut_is_said(random_model, tokens):
 )
 def test_bad_prompts_are_refused(wrong, said, random_model):
     with pytest.raises(ValueError, match=said):
-        patching.evaluate(random_model, wrong, patching.skip(4))
+        patching.evaluate(random_model, wrong, patching.skip(block(4)))
 
 
 def test_a_hook_that_never_fires_is_told(random_model, tokens):
@@ -706,9 +738,9 @@ def test_a_hook_that_never_fires_is_told(random_model, tokens):
 
 
 def test_a_position_that_is_never_reached_is_told(random_model, tokens):
-    cut = patching.skip(4, 30)
+    cut = patching.skip(block(4), 30)
     with (
-        pytest.raises(RuntimeError, match="no token stood at any of its positions, so nothing came of: zero what"),
+        pytest.raises(RuntimeError, match="no token stood at any of its positions, so nothing came of: zero the write"),
         patching.patched(random_model, cut),
     ):
         random_model(tokens)
@@ -720,21 +752,24 @@ def test_families_without_a_place_say_so(tmp_path):
     parallel = spikesink.load(tiny("gpt_neox", tmp_path))
     tokens = spikesink.windows(parallel, "house", 1, 12)
     with pytest.raises(ValueError, match="attention and FFN of this gpt_neox model read the same stream"):
-        patching.evaluate(parallel, tokens, patching.zero(patching.stream(3)))
+        patching.evaluate(parallel, tokens, patching.zero(patching.stream(block(3))))
     post = spikesink.load(tiny("olmo2", tmp_path))
     with pytest.raises(ValueError, match="the blocks of this olmo2 model read the stream itself"):
-        patching.evaluate(post, tokens, patching.zero(patching.read(3)))
+        patching.evaluate(post, tokens, patching.zero(patching.read(block(3))))
 
 
 @pytest.mark.parametrize(
     ("intervention", "sentence"),
     [
-        (patching.zero(patching.stream(24), 0, 507), "zero channel 507 of the stream after block 24 at position 0"),
         (
-            patching.scale(patching.stream([4, 6]), 0.5, [0, 1], [1, 2, 3]),
-            "scale by 0.5 channels 1 to 3 of the stream after blocks 4, 6 at positions 0, 1",
+            patching.zero(patching.stream(block(24)), 0, 507),
+            "zero channel 507 of the stream after L11 MLP (block 24) at position 0",
         ),
-        (patching.skip(24), "zero what block 24 writes at all positions"),
+        (
+            patching.scale(patching.stream([block(4), block(6)]), 0.5, [0, 1], [1, 2, 3]),
+            "scale by 0.5 channels 1 to 3 of the stream after L1 MLP (block 4), L2 MLP (block 6) at positions 0, 1",
+        ),
+        (patching.skip(block(24)), "zero the write of L11 MLP (block 24) at all positions"),
         (
             patching.mask_key(range(9), range(3, 8), 2),
             "zero head 2 of the attention of layers 3 to 7 at 9 positions",
@@ -744,19 +779,19 @@ def test_families_without_a_place_say_so(tmp_path):
             "replace the values of layer 3 at 6 tokens of 2 windows",
         ),
         (
-            patching.add(patching.read([3, 4]), VECTOR, 0, range(10), factor=-2),
-            "add -2 times a vector to 10 channels of h~ as blocks 3, 4 read it at position 0",
+            patching.add(patching.read([block(3), block(4)]), VECTOR, 0, range(10), factor=-2),
+            "add -2 times a vector to 10 channels of h~ as read by L1 attn (block 3), L1 MLP (block 4) at position 0",
         ),
         (patching.apply(patching.hook("hook_embed"), torch.neg, 1), "apply neg to hook hook_embed at position 1"),
     ],
-)  # fmt: skip
+)
 def test_an_intervention_prints_as_a_sentence(intervention, sentence):
     assert str(intervention) == sentence
 
 
 def test_interventions_are_immutable_values():
-    cut = patching.zero(patching.stream(24), 0, 507)
-    assert cut == patching.zero(patching.stream([24]), [0], [507])
-    assert len({cut, patching.zero(patching.stream(24), 0, 507)}) == 1
+    cut = patching.zero(patching.stream(block(24)), 0, 507)
+    assert cut == patching.zero(patching.stream([block(24)]), [0], [507])
+    assert len({cut, patching.zero(patching.stream(block(24)), 0, 507)}) == 1
     with pytest.raises(AttributeError):
         cut.positions = Positions()

@@ -192,7 +192,9 @@ def test_the_keys_are_along_the_planted_dimension_and_the_values_nothing(grown):
 
 def test_without_the_step_up_there_is_no_sink_and_with_constants_there_is_no_spike(grown):
     clean = patching.evaluate(grown.model, grown.tokens)
-    skipped = patching.evaluate(grown.model, grown.tokens, patching.skip(list(grown.step_up_blocks), grown.spikes))
+    skipped = patching.evaluate(
+        grown.model, grown.tokens, patching.skip(map(patching.block, grown.step_up_blocks), grown.spikes)
+    )
     assert clean.sink_ratio == pytest.approx(len(grown.plant.sinks) / 24)
     assert skipped.sink_ratio == 0
     assert skipped.max_activation < 0.01 * clean.max_activation

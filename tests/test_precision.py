@@ -24,7 +24,7 @@ def measured(model) -> tuple[dict, dict[str, float]]:
     reading = amplifier.read_block(model, tokens, life)
     probe = firsttoken.probe(weights, life, torch.arange(0, weights.anatomy.d_vocab, 512))
     collapsed = collapse.collapse(model, tokens, life)
-    cut = patching.zero(patching.stream(main.plateau[0]), 0, main.channels)
+    cut = patching.zero(patching.stream(patching.block(main.plateau[0])), 0, main.channels)
     outcomes = patching.compare(model, tokens, {"cut": cut})
     counted = {
         "step-up": main.step_up,

@@ -439,7 +439,7 @@ def changed(x: torch.Tensor, *those: patching.Intervention) -> torch.Tensor:
     return x
 
 
-STREAM = patching.stream(2)
+STREAM = patching.stream(patching.mlp(0))
 
 
 @given(cuts(), FACTORS, FACTORS)

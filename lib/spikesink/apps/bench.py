@@ -259,7 +259,7 @@ def sweeps(model: TransformerBridge, life: Lifecycle, turns: int = TURNS) -> lis
     """Ten doses of the spike in one sweep, against ten evaluations and against runs that reuse nothing; and one cut."""
     n, length = SWEPT
     tokens = windows(model, "house", n, min(length, anatomy(model).context))
-    site, channels = patching.stream(life.main.plateau[0]), life.main.channels
+    site, channels = patching.stream(patching.block(life.main.plateau[0])), life.main.channels
     cuts = {dose: patching.scale(site, dose, 0, channels) for dose in DOSES}
 
     def losses(outcomes) -> Tensor:

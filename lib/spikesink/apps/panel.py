@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import plots
 from spikesink.chain.lifecycle import Lifecycle
-from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.model.anatomy import Anatomy, anatomy, block
 from spikesink.patching.interventions import Intervention, mask_key, scale
 from spikesink.patching.sites import stream
 from spikesink.patching.view import view
@@ -91,7 +91,7 @@ class Panel(ipywidgets.VBox):
         at = self.position.value
         cuts = [
             scale(
-                stream(self.block.value),
+                stream(block(self.block.value)),
                 self.factor.value,
                 at,
                 None if len(channels) == self.about.d_model else channels,

@@ -2,7 +2,7 @@
 
     from spikesink import patching
 
-    cut = patching.zero(patching.stream(after=24), positions=0, channels=507)
+    cut = patching.zero(patching.stream(after=patching.mlp(11)), positions=0, channels=507)
     print(patching.evaluate(model, tokens, cut))
 
 `interventions` are small values that say what is changed, where; `patched` holds them while a context lasts, during
@@ -10,6 +10,7 @@
 `behaviour` asks what that does beyond perplexity.
 """
 
+from spikesink.model.anatomy import attn, block, mlp
 from spikesink.patching.cuts import decouple, unsink
 from spikesink.patching.interventions import (
     Intervention,
@@ -27,7 +28,7 @@ from spikesink.patching.interventions import (
     zero,
 )
 from spikesink.patching.outcome import Outcome, compare, evaluate, sweep, table
-from spikesink.patching.sites import Site, attention, hook, key, query, read, stream, value, write, z
+from spikesink.patching.sites import Site, attention, hook, key, query, read, readout, stream, value, write, z
 from spikesink.patching.view import View, next_tokens, view
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "add",
     "apply",
     "attention",
+    "attn",
+    "block",
     "compare",
     "decouple",
     "evaluate",
@@ -46,11 +49,13 @@ __all__ = [
     "mask_key",
     "mean_of",
     "means_of",
+    "mlp",
     "next_tokens",
     "patch_from",
     "patched",
     "query",
     "read",
+    "readout",
     "record",
     "scale",
     "set_to",

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike, plateau_layers
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy, Block
+from spikesink.model.anatomy import Anatomy, Block, block
 from spikesink.model.weights import require_projections
 from spikesink.patching.interventions import (
     Intervention,
@@ -31,7 +31,7 @@ from spikesink.patching.interventions import (
     zero,
 )
 from spikesink.patching.outcome import CLEAN, Outcome, compare
-from spikesink.patching.sites import At, key, read, stream, value
+from spikesink.patching.sites import At, key, read, readout, stream, value
 
 Where = Bool[Tensor, "window position"]
 
@@ -66,7 +66,7 @@ class SpikeMeans:
 
     about: Anatomy
     cycle: Cycle
-    point: int  # in the stream, right after the step-up
+    point: Block  # in the stream, right after the step-up
     stream: Float[Tensor, " d_model"]  # of spike tokens, at that point
     # Of spike tokens, before QK norm and RoPE; None where the model has no projections of its own to them.
     keys: Float[Tensor, "layer kv_head d_head"] | None
@@ -88,12 +88,12 @@ class SpikeMeans:
         return (min(self.cycle.step_up, default=self.cycle.peak) + 1) // 2
 
     @property
-    def steps(self) -> tuple[int, ...]:
+    def steps(self) -> tuple[Block, ...]:
         """All step-up and step-down blocks."""
-        return self.cycle.step_up + self.cycle.step_down
+        return tuple(map(block, self.cycle.step_up + self.cycle.step_down))
 
     @property
-    def reading(self) -> tuple[int, ...]:
+    def reading(self) -> tuple[Block, ...]:
         """The blocks that read the plateau."""
         return _reading(self.about, self.cycle)
 
@@ -104,10 +104,10 @@ class SpikeMeans:
         return [c for c in order if c not in self.cycle.channels]
 
 
-def _reading(about: Anatomy, cycle: Cycle) -> tuple[int, ...]:
+def _reading(about: Anatomy, cycle: Cycle) -> tuple[Block, ...]:
     first, last = cycle.plateau
     read_point = {b: b - 2 if about.parallel and b % 2 == 0 else b - 1 for b in range(1, about.n_blocks + 1)}
-    return tuple(block for block, point in read_point.items() if first <= point <= last)
+    return tuple(block(b) for b, point in read_point.items() if first <= point <= last)
 
 
 @measure
@@ -137,10 +137,10 @@ def spike_means(
         kind = "no" if not where.any() else "every"
         return NotApplicable(f"{kind} token of the windows that means are taken of spikes; measure more windows")
     layers, blocks = range(about.n_layers), _reading(about, cycle)
-    point = cycle.plateau[0] + (cycle.plateau[0] % 2 if about.parallel else 0)
+    point = block(cycle.plateau[0] + (cycle.plateau[0] % 2 if about.parallel else 0))
     of = {
         "stream": (stream(point), where),
-        "readout": (read(about.n_blocks + 1), where),
+        "readout": (readout(), where),
     }
     if about.projects:
         of |= {"keys": (key(layers), where), "values": (value(layers), where), "other_keys": (key(layers), ~where)}
@@ -152,7 +152,7 @@ def spike_means(
     return SpikeMeans(about, cycle, point, **found)
 
 
-def decoupled(known: SpikeMeans, where: Where, readout: bool = True) -> tuple[Intervention, ...]:
+def decoupled(known: SpikeMeans, where: Where, hold_readout: bool = True) -> tuple[Intervention, ...]:
     """No spike, and yet its sinks: all that others read of spike tokens are constants, so nothing needs the spike.
 
     The step-up and step-down blocks write nothing at the spike tokens, and the spike channels are kept empty there for
@@ -161,7 +161,7 @@ def decoupled(known: SpikeMeans, where: Where, readout: bool = True) -> tuple[In
     Args:
         known: as `constants` returns it.
         where: the spike tokens of the windows to be run.
-        readout: whether what the unembedding reads of the spike tokens is held too. Without it, their own next-token
+        hold_readout: whether what the unembedding reads of the spike tokens is held too. Without it, their own
             predictions, and nothing else, are those of a token that has lost its spike.
 
     Returns:
@@ -172,11 +172,11 @@ def decoupled(known: SpikeMeans, where: Where, readout: bool = True) -> tuple[In
         return ()
     cuts = [skip(known.steps, where)] if known.steps else []
     cuts += [
-        zero(stream(range(2 * known.start, about.n_blocks + 1, 2)), where, known.cycle.channels),
+        zero(stream(map(block, range(2 * known.start, about.n_blocks + 1, 2))), where, known.cycle.channels),
         *sink_held(known, where, known.start),
     ]
-    if readout:
-        cuts.append(set_to(read(about.n_blocks + 1), known.readout, where))
+    if hold_readout:
+        cuts.append(set_to(readout(), known.readout, where))
     return tuple(cuts)
 
 
@@ -202,7 +202,7 @@ def decouple(
     life: Lifecycle,
     tokens: Int[Tensor, "n length"],
     held_out: Int[Tensor, "m length"] | None = None,
-    readout: bool = True,
+    hold_readout: bool = True,
 ) -> tuple[Intervention, ...]:
     """Interventions that take the spike out of a model's run on these windows or prompts and keep its sinks.
 
@@ -211,7 +211,7 @@ def decouple(
         life: as `find_lifecycle` returns it.
         tokens: what will be run; one prompt [length], or several of one length.
         held_out: other windows, of which the constants are taken; by default those that `life` was found in.
-        readout: as in `decoupled`.
+        hold_readout: as in `decoupled`.
 
     Raises:
         ValueError: nothing spikes in this model, in these tokens or in those held out.
@@ -222,7 +222,7 @@ def decouple(
     known = spike_means(model, life, life.trace.tokens if held_out is None else held_out)
     if isinstance(known, NotApplicable):
         raise ValueError(f"{known.reason}.")
-    return decoupled(known, _spikes(model, life, tokens), readout)
+    return decoupled(known, _spikes(model, life, tokens), hold_readout)
 
 
 def unsink(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "n length"]) -> tuple[Intervention, ...]:
@@ -318,21 +318,21 @@ def _read_instead(
     known: SpikeMeans, at: CutTokens, means: Float[Tensor, "block d_model"] | None, kinds: Sequence[int] = (0, 1)
 ) -> list[Intervention]:
     """What blocks of some kinds (1 attention, 0 FFN) read at the spike tokens is one vector, as long as any h~."""
-    blocks = [block for block in known.reading if block % 2 in kinds]
+    blocks = [b for b in known.reading if b % 2 in kinds]
     if means is None or not blocks:
         return []
     mean = means.mean(0)
     return [set_to(read(blocks), mean * (known.about.d_model**0.5 / mean.norm()), at.spike)]
 
 
-def _following(known: SpikeMeans) -> list[int]:
+def _following(known: SpikeMeans) -> list[Block]:
     """As many FFN blocks right after the step-up as there are step-up blocks."""
-    after = [b for b in range(known.cycle.plateau[0] + 1, known.cycle.plateau[1] + 1) if b % 2 == 0]
+    after = [block(b) for b in range(known.cycle.plateau[0] + 1, known.cycle.plateau[1] + 1) if b % 2 == 0]
     return after[: len(known.cycle.step_up)]
 
 
 def _up(known: SpikeMeans, blocks: Sequence[int], where: Where) -> list[Intervention]:
-    return [skip(blocks, where)] if known.cycle.step_up and blocks else []
+    return [skip(map(block, blocks), where)] if known.cycle.step_up and blocks else []
 
 
 def _masked(known: SpikeMeans, where: Where, layers: Sequence[int], *others: Intervention) -> list[Intervention]:
@@ -422,7 +422,7 @@ CUTS: Mapping[str, Cut] = {
     ),
     "decoupled": Cut("spike out, keys and values held", "both", lambda k, at: decoupled(k, at.spike)),
     "decoupled_open": Cut(
-        "the same, own prediction left alone", "both", lambda k, at: decoupled(k, at.spike, readout=False)
+        "the same, own prediction left alone", "both", lambda k, at: decoupled(k, at.spike, hold_readout=False)
     ),
 }
 
@@ -573,7 +573,7 @@ def block_map(
     """For every block of the model, let it write nothing at the spike tokens. Takes what `break_chain` does."""
     if not where.any():
         return NotApplicable(NONE_TO_JUDGE)
-    found = compare(model, tokens, {b: skip(b, where) for b in range(1, known.about.n_blocks + 1)})
+    found = compare(model, tokens, {b: skip(block(b), where) for b in range(1, known.about.n_blocks + 1)})
     return BlockMap(known.cycle, found.pop(CLEAN), tuple(found.values()), where)
 
 

@@ -23,13 +23,13 @@ from spikesink.patching.sites import (
     EVERYWHERE,
     MOST_LISTED,
     At,
+    Blocks,
     Places,
     Positions,
     Site,
-    _numbers,
-    _part_dims,
-    _places,
     attention,
+    list_places,
+    whole_numbers,
     write,
 )
 
@@ -98,11 +98,9 @@ class Intervention:
     parts: tuple[int, ...] | None = None  # channels, or heads; None: all
 
     def __repr__(self) -> str:
-        part = "heads" if self.site.of_heads else "channels"
-        parts = self.parts or ()
-        listed = _numbers(parts) if len(parts) <= MOST_LISTED else ""
-        word = part if len(parts) != 1 else part[:-1]
-        which = f"{word} {listed} of " if listed else f"{len(parts)} {part} of " if parts else ""
+        parts, what = self.parts or (), f"{self.site.traits.parts}{'s' if len(self.parts or ()) != 1 else ''}"
+        listed = f"{what} {list_places(parts)}" if len(parts) <= MOST_LISTED else f"{len(parts)} {what}"
+        which = f"{listed} of " if parts else ""
         return f"{self.change} {which}{self.site} {self.positions}"
 
     def first_layer(self, about: Anatomy) -> int:
@@ -165,7 +163,7 @@ def add(
     return _intervention(site, Given(_given(site, values), _factor(factor)), positions, channels, heads)
 
 
-def skip(block: Places, positions: At = None) -> Intervention:
+def skip(block: Blocks, positions: At = None) -> Intervention:
     """Let blocks write nothing."""
     return zero(write(block), positions)
 
@@ -196,24 +194,27 @@ def apply(
 def _intervention(
     site: Site, change: Change, positions: At, channels: Places | None = None, heads: Places | None = None
 ) -> Intervention:
-    if not isinstance(site, Site):
-        raise ValueError(f"{site!r} is no site; give one of stream(24), write(24), key(12), hook(name) and the like.")
+    _check_site(site)
     if site.kind == "attention" and isinstance(change, Given | Apply):
         raise ValueError("attention can be scaled or masked; to do anything else to it, name its hook: hook(name).")
-    what, parts, wrong = ("head", heads, channels) if site.of_heads else ("channel", channels, heads)
-    if wrong is not None:
-        other = "channel" if site.of_heads else "head"
-        raise ValueError(f"{site} has {what}s, not {other}s; name them as {what}s=.")
-    return Intervention(site, change, Positions.of(positions), None if parts is None else _places(parts, what))
+    what = site.traits.parts
+    parts, other = (channels, heads) if what == "channel" else (heads, channels)
+    if other is not None:
+        raise ValueError(f"{site} has {what}s; name them as {what}s=.")
+    return Intervention(site, change, Positions.of(positions), None if parts is None else whole_numbers(parts, what))
+
+
+def _check_site(site: Site) -> None:
+    if not isinstance(site, Site):
+        raise ValueError(f"{site!r} is no site; give one such as stream(mlp(11)), write(mlp(11)) or key(12).")
 
 
 def _given(site: Site, values: Tensor) -> Tensor:
     """Values as [place, position, *part], in float32 on the CPU."""
-    if not isinstance(site, Site):
-        raise ValueError(f"{site!r} is no site; give one of stream(24), write(24), key(12), hook(name) and the like.")
+    _check_site(site)
     if not isinstance(values, Tensor):
         raise ValueError(f"values must be a tensor, but are {values!r}; torch.tensor makes one.")
-    n_dims = _part_dims(site)
+    n_dims = site.traits.part_dims
     missing = n_dims + 2 - values.ndim
     if not 0 <= missing <= 2:
         raise ValueError(
@@ -259,7 +260,7 @@ def _means(
 
     def taking(name: str, site: Site) -> Callable:
         def take(place: int, x: Tensor, order: Tensor | None) -> None:
-            x = x.flatten(0, -(_part_dims(site) + 1)).float().cpu()
+            x = x.flatten(0, -(site.traits.part_dims + 1)).float().cpu()
             sums[name][place][0] += x.sum(0)
             sums[name][place][1] += len(x)
 
@@ -287,7 +288,7 @@ def record(
     tokens = one_prompt(tokens)
 
     def take(place: int, x: Tensor, order: Tensor | None) -> None:
-        found[place] = x.flatten(0, -(_part_dims(site) + 1)).float().cpu()
+        found[place] = x.flatten(0, -(site.traits.part_dims + 1)).float().cpu()
 
     _watch(model, tokens, {"": (site, positions, channels, heads, take)})
     return torch.stack([found[i] for i in range(len(site.places))])
@@ -481,7 +482,7 @@ def _bound(model, about: Anatomy, number: int, intervention: Intervention, run: 
                 message = f"what passes there is {list(x.shape)}, which does not fit: {intervention}."
                 raise ValueError(message) from error
 
-        if site.kind == "stream" and site.places[place] % 2:
+        if site.kind == "stream" and site.places[place].is_attention:
             hooked = _between(about, site.places[place], hooked, between)
         hooks.append((name, hooked))
     return hooks
@@ -490,7 +491,8 @@ def _bound(model, about: Anatomy, number: int, intervention: Intervention, run: 
 def _check_parts(about: Anatomy, intervention: Intervention) -> None:
     kind, parts, change = intervention.site.kind, intervention.parts, intervention.change
     n_heads = about.n_kv_heads if kind in ("key", "value") else about.n_heads
-    n, what = (n_heads, "head") if intervention.site.of_heads else (about.d_model, "channel")
+    what = intervention.site.traits.parts
+    n = n_heads if what == "head" else about.d_model
     if kind == "hook":
         return
     if parts is not None and not 0 <= min(parts) <= max(parts) < n:
@@ -499,7 +501,7 @@ def _check_parts(about: Anatomy, intervention: Intervention) -> None:
     if not isinstance(change, Given):
         return
     size = n if parts is None else len(parts)
-    wanted = [size, about.d_head][: _part_dims(intervention.site)]
+    wanted = [size, about.d_head][: intervention.site.traits.part_dims]
     got = list(change.values.shape[2:])
     if any(g not in (1, w) for g, w in zip(got, wanted, strict=True)):
         raise ValueError(f"the values are {got}, but {intervention.site} takes {wanted}.")
@@ -521,7 +523,7 @@ def _edit(x: Tensor, intervention: Intervention, place: int, run: _Run, number: 
     if parts is None:
         x[index] = intervention.change(chosen, place, order)
         return x
-    axis = -_part_dims(intervention.site)
+    axis = -intervention.site.traits.part_dims
     parts = torch.tensor(parts, device=x.device)
     x[index] = chosen.index_copy(
         axis, parts, intervention.change(chosen.index_select(axis, parts), place, order).contiguous()

@@ -1,6 +1,6 @@
-"""TODO."""
+"""Which activations an intervention changes: sites of blocks, layers or hooks, and positions in a prompt."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
@@ -9,18 +9,80 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from spikesink.model.anatomy import Anatomy
+from spikesink.model.anatomy import Anatomy, Block
 
+Blocks = Block | Iterable[Block]
 Places = int | Iterable[int]
-
-
 At = int | Sequence[int] | Bool[Tensor, " position"] | Bool[Tensor, "window position"] | None
-
-
-HEADS = {"query": "attn.q.hook_out", "key": "attn.k.hook_out", "value": "attn.v.hook_out", "z": "attn.o.hook_in"}
-
-
 MOST_LISTED = 6  # numbers that a sentence lists before it only counts them
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All there is to know of one kind of site."""
+
+    sentence: str  # what it is called; {} stands for its places
+    places: str  # what these are: "block", "layer" or "hook"
+    hook: Callable[[Anatomy, Block | int | str], str]  # the TransformerLens hook that carries it, at a place
+    parts: str = "channel"  # what it consists of: channels, or heads
+    part_dims: int = 1  # dimensions of a part: a channel is a number, a head of queries a vector
+    first: int = 0  # place
+
+
+def _stream_hook(anatomy: Anatomy, after: Block) -> str:
+    if after.is_attention and anatomy.parallel:
+        raise ValueError(
+            f"attention and FFN of this {anatomy.family} model read the same stream, so there is none after {after}, "
+            "between them; give an FFN's block, mlp(layer)."
+        )
+    return anatomy.write_hooks[after - 1] if after.is_attention else anatomy.layer_hooks[after // 2]
+
+
+def _read_hook(anatomy: Anatomy, block: Block) -> str:
+    norm = anatomy.attention_norm if block.is_attention else anatomy.ffn_norm
+    if norm is None:
+        raise ValueError(f"the blocks of this {anatomy.family} model read the stream itself, not through a norm.")
+    if not block.is_attention and not anatomy.separate_ffn:
+        raise ValueError(
+            f"the FFN of this {anatomy.family} model is no module of its own; change what it writes (write) instead."
+        )
+    return f"blocks.{block.layer}.{norm}.hook_normalized"
+
+
+def _projection(name: str) -> Callable[[Anatomy, int], str]:
+    def hook(anatomy: Anatomy, layer: int) -> str:
+        if not anatomy.projects:
+            raise ValueError(
+                f"the attention of this {anatomy.family} model has no W_K and W_V of its own; change what it reads "
+                "(read) or what it writes (write) instead."
+            )
+        return f"blocks.{layer}.attn.{name}.hook_out"
+
+    return hook
+
+
+def _pattern_hook(anatomy: Anatomy, layer: int) -> str:
+    if not anatomy.edits_pattern:
+        # TransformerLens leaves such attention to the model itself: https://github.com/TransformerLensOrg/TransformerLens/pull/1673
+        raise ValueError(
+            f"the attention of this {anatomy.family} model has read its pattern before a hook can change it; change "
+            "its keys (key) or what it writes (write) instead."
+        )
+    return anatomy.pattern_hooks[layer]
+
+
+KINDS = {
+    "stream": Kind("the stream after {}", "block", _stream_hook),
+    "write": Kind("the write of {}", "block", lambda anatomy, block: anatomy.write_hooks[block - 1], first=1),
+    "read": Kind("h~ as read by {}", "block", _read_hook, first=1),
+    "readout": Kind("h~ as read by the unembedding", "hook", lambda anatomy, name: name),
+    "query": Kind("the queries of {}", "layer", _projection("q"), "head", 2),
+    "key": Kind("the keys of {}", "layer", _projection("k"), "head", 2),
+    "value": Kind("the values of {}", "layer", _projection("v"), "head", 2),
+    "z": Kind("the mixed values z of {}", "layer", lambda anatomy, i: f"blocks.{i}.attn.o.hook_in", "head", 2),
+    "attention": Kind("the attention of {}", "layer", _pattern_hook, "head"),
+    "hook": Kind("{}", "hook", lambda anatomy, name: name),
+}
 
 
 @dataclass(frozen=True)
@@ -28,71 +90,73 @@ class Site:
     """Which activations: their kind, and the blocks, layers or hooks that they are of."""
 
     kind: str
-    places: tuple[int, ...] | tuple[str, ...]
-
-    def __str__(self) -> str:
-        where = _numbers(self.places)
-        many = len(self.places) != 1
-        block, layer = ("blocks" if many else "block"), ("layers" if many else "layer")
-        plural = {"query": "queries", "key": "keys", "value": "values", "z": "mixed values z"}
-        return {
-            "stream": f"the stream after {block} {where}",
-            "write": f"what {block} {where} write{'' if many else 's'}",
-            "read": f"h~ as {block} {where} read{'' if many else 's'} it",
-            "attention": f"the attention of {layer} {where}",
-            "hook": f"{'hooks' if many else 'hook'} {where}",
-        }.get(self.kind, f"the {plural.get(self.kind)} of {layer} {where}")
+    places: tuple[Block, ...] | tuple[int, ...] | tuple[str, ...]
 
     @property
-    def of_heads(self) -> bool:
-        """Whether its parts are heads; else they are channels."""
-        return self.kind in HEADS or self.kind == "attention"
+    def traits(self) -> Kind:
+        """What is to be known of its kind."""
+        return KINDS[self.kind]
 
-    def hooks(self, about: Anatomy) -> tuple[str, ...]:
+    def __str__(self) -> str:
+        unit = f"{self.traits.places}{'s' if len(self.places) > 1 else ''} "  # a block says so itself
+        return self.traits.sentence.format(("" if self.traits.places == "block" else unit) + list_places(self.places))
+
+    def hooks(self, anatomy: Anatomy) -> tuple[str, ...]:
         """The TransformerLens hook that carries it, place by place.
 
         Raises:
             ValueError: the model has no such block, layer or hook.
         """
-        return tuple(_hook(self.kind, place, about) for place in self.places)
+        kind = self.traits
+        last = anatomy.n_blocks if kind.places == "block" else anatomy.n_layers - 1
+        for place in self.places if kind.places != "hook" else ():
+            if not kind.first <= place <= last:
+                named = place if kind.places == "block" else f"layer {place}"
+                raise ValueError(f"{named} does not exist; this model has {kind.places}s {kind.first} to {last}.")
+        return tuple(kind.hook(anatomy, place) for place in self.places)
 
 
-def stream(after: Places) -> Site:
-    """The residual stream [window, position, d_model] after one or several blocks; after block 0, the embedding."""
-    return Site("stream", _places(after))
+def stream(after: Blocks) -> Site:
+    """The residual stream [window, position, d_model] after blocks; after block(0), the embedding."""
+    return Site("stream", whole_numbers(after, "block"))
 
 
-def write(block: Places) -> Site:
+def write(block: Blocks) -> Site:
     """What blocks add to the stream [window, position, d_model]."""
-    return Site("write", _places(block))
+    return Site("write", whole_numbers(block, "block"))
 
 
-def read(block: Places) -> Site:
+def read(block: Blocks) -> Site:
     """h~, what blocks read [window, position, d_model], before the norm's learned scale.
 
-    Block n_blocks + 1 is the unembedding. Where attention and FFN share one norm, so do their reads.
+    Where attention and FFN share one norm, so do their reads.
     """
-    return Site("read", _places(block))
+    return Site("read", whole_numbers(block, "block"))
+
+
+def readout() -> Site:
+    """h~, what the unembedding reads [window, position, d_model], before the norm's learned scale."""
+    return Site("readout", ("ln_final.hook_normalized",))
 
 
 def query(layer: Places) -> Site:
     """Queries [window, position, head, d_head] of layers, before QK norm and RoPE."""
-    return Site("query", _places(layer))
+    return Site("query", whole_numbers(layer, "layer"))
 
 
 def key(layer: Places) -> Site:
     """Keys [window, position, K/V head, d_head] of layers, before QK norm and RoPE."""
-    return Site("key", _places(layer))
+    return Site("key", whole_numbers(layer, "layer"))
 
 
 def value(layer: Places) -> Site:
     """Values [window, position, K/V head, d_head] of layers."""
-    return Site("value", _places(layer))
+    return Site("value", whole_numbers(layer, "layer"))
 
 
 def z(layer: Places) -> Site:
     """What heads make of the values they attend to, before W_O [window, position, head, d_head], of layers."""
-    return Site("z", _places(layer))
+    return Site("z", whole_numbers(layer, "layer"))
 
 
 def attention(layer: Places) -> Site:
@@ -100,7 +164,7 @@ def attention(layer: Places) -> Site:
 
     After a change, each query's attention is made to add up to 1 again; a query with no other key keeps what it had.
     """
-    return Site("attention", _places(layer))
+    return Site("attention", whole_numbers(layer, "layer"))
 
 
 def hook(name: str | Iterable[str]) -> Site:
@@ -108,72 +172,40 @@ def hook(name: str | Iterable[str]) -> Site:
     return Site("hook", (name,) if isinstance(name, str) else tuple(name))
 
 
-def _places(given: Places, what: str = "block or layer") -> tuple[int, ...]:
-    """Whole numbers, of one or several; anything else is told, for a mask or a text would be read as other numbers."""
+def whole_numbers(given: Places | Blocks, what: str) -> tuple[int, ...]:
+    """Places, positions or parts, one or several: whole numbers, and Blocks where `what` is "block".
+
+    Raises:
+        ValueError: anything else, as a mask or a text would be read as other numbers; a bare number where a block is
+            meant, or a Block where something else is.
+    """
     several = given.tolist() if hasattr(given, "tolist") else given
     several = [several] if isinstance(several, Integral) else several
     if isinstance(several, str) or not isinstance(several, Iterable):
         raise ValueError(f"{given!r} is no {what}; give a whole number, or several.")
-    places = tuple(several)
-    if wrong := [place for place in places if not isinstance(place, Integral) or isinstance(place, bool)]:
-        raise ValueError(f"{wrong[0]!r} is no {what}; give whole numbers.")
-    if not places:
+    numbers = tuple(several)
+    if not numbers:
         raise ValueError(f"no {what} was given; name at least one.")
-    return tuple(map(int, places))
-
-
-def _hook(kind: str, place: int | str, about: Anatomy) -> str:
-    if kind == "hook":
-        return str(place)
-    first, last, what = {
-        "stream": (0, about.n_blocks, "block"),
-        "write": (1, about.n_blocks, "block"),
-        "read": (1, about.n_blocks + 1, "block"),
-    }.get(kind, (0, about.n_layers - 1, "layer"))
-    if not first <= place <= last:
-        raise ValueError(f"{what} {place} does not exist; this model has {what}s {first} to {last}.")
-    if kind == "stream":
-        if place % 2 and about.parallel:
+    for n in numbers:
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise ValueError(f"{n!r} is no {what}; give whole numbers.")
+        if what == "block" and not isinstance(n, Block):
             raise ValueError(
-                f"attention and FFN of this {about.family} model read the same stream, so there is none after block "
-                f"{place}, between them; give an even block."
+                f"a bare {n} may be a block or a layer; write block({n}) if it is {Block(n)}, or attn({n}) or mlp({n})."
             )
-        return about.write_hooks[place - 1] if place % 2 else about.layer_hooks[place // 2]
-    if kind == "write":
-        return about.write_hooks[place - 1]
-    if kind == "read":
-        if place > about.n_blocks:
-            return "ln_final.hook_normalized"
-        norm = about.attention_norm if place % 2 else about.ffn_norm
-        if norm is None:
-            raise ValueError(f"the blocks of this {about.family} model read the stream itself, not through a norm.")
-        if place % 2 == 0 and not about.separate_ffn:
-            raise ValueError(
-                f"the FFN of this {about.family} model is no module of its own; change what it writes (write) instead."
-            )
-        return f"blocks.{(place - 1) // 2}.{norm}.hook_normalized"
-    if kind == "attention" and not about.edits_pattern:
-        # TransformerLens leaves such attention to the model itself: https://github.com/TransformerLensOrg/TransformerLens/pull/1673
-        raise ValueError(
-            f"the attention of this {about.family} model has read its pattern before a hook can change it; change its "
-            "keys (key) or what it writes (write) instead."
-        )
-    if kind in ("query", "key", "value") and not about.projects:
-        raise ValueError(
-            f"the attention of this {about.family} model has no W_K and W_V of its own; change what it reads (read) or "
-            "what it writes (write) instead."
-        )
-    return f"blocks.{place}.{HEADS[kind]}" if kind in HEADS else about.pattern_hooks[place]
+        if what != "block" and isinstance(n, Block):
+            raise ValueError(f"{n} is a block, but a {what} is wanted; give a plain number, such as its .layer.")
+    return numbers if what == "block" else tuple(map(int, numbers))
 
 
-def _numbers(numbers: Sequence[int | str]) -> str:
-    """Numbers as a sentence lists them: 12; 3, 5; 12 to 28; 24, 26, ... 60."""
-    steps = {b - a for a, b in pairwise(numbers)} if all(isinstance(n, int) for n in numbers) else set()
-    if steps == {1} and len(numbers) > 2:
-        return f"{numbers[0]} to {numbers[-1]}"
-    if len(steps) == 1 and len(numbers) > 4:
-        return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}"
-    return ", ".join(map(str, numbers))
+def list_places(places: Sequence[int | str]) -> str:
+    """Numbers or names as a sentence lists them: 12; 3, 5; 12 to 28; 24, 26, ... 60."""
+    steps = {b - a for a, b in pairwise(places)} if all(isinstance(n, int) for n in places) else set()
+    if steps == {1} and len(places) > 2:
+        return f"{places[0]} to {places[-1]}"
+    if len(steps) == 1 and len(places) > 4:
+        return f"{places[0]}, {places[1]}, ... {places[-1]}"
+    return ", ".join(map(str, places))
 
 
 @dataclass(frozen=True)
@@ -203,7 +235,7 @@ class Positions:
                 )
         if isinstance(at, slice):
             raise ValueError(f"{at!r} has no end that is known beforehand; give a range.")
-        positions = _places(at, "position")
+        positions = whole_numbers(at, "position")
         if min(positions) < 0:
             raise ValueError(
                 f"position {min(positions)} does not exist; positions count from 0, and the last is len(tokens) - 1."
@@ -224,7 +256,7 @@ class Positions:
             return "at all positions"
         if len(self.same) > MOST_LISTED:
             return f"at {len(self.same)} positions"
-        return f"at position{'s' if len(self.same) > 1 else ''} {_numbers(self.same)}"
+        return f"at position{'s' if len(self.same) > 1 else ''} {list_places(self.same)}"
 
     def last(self) -> int:
         """The furthest of them; -1 for all."""
@@ -254,8 +286,3 @@ class Positions:
 
 
 EVERYWHERE = Positions()
-
-
-def _part_dims(site: Site) -> int:
-    """How many dimensions a part has: heads are of queries, keys or values, channels are numbers."""
-    return 2 if site.kind in HEADS else 1

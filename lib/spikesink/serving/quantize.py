@@ -23,7 +23,6 @@ from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import anatomy
 from spikesink.patching import Intervention, apply, compare, evaluate, hook
 from spikesink.patching.interventions import batches
-from spikesink.patching.sites import HEADS
 from spikesink.serving.cache import losses_of
 from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, or_as_it_is, shows_ffn
 
@@ -35,7 +34,7 @@ LINEAR_INPUTS = {
     "FFN's input": ("mlp.gate.hook_in", "mlp.in.hook_in"),
     "FFN's hidden": (HIDDEN,),
 }
-CACHED = {"keys": (HEADS["key"],), "values": (HEADS["value"],)}  # keys before RoPE
+CACHED = {"keys": ("attn.k.hook_out",), "values": ("attn.v.hook_out",)}  # keys before RoPE
 STREAM = "stream"
 PER_TENSOR, PER_TOKEN, PER_CHANNEL = "int8 per tensor", "int8 per token", "int8 per channel"
 PER_NAMES = dict(zip((PER_TENSOR, PER_TOKEN, PER_CHANNEL), PER, strict=True))
