@@ -585,7 +585,7 @@ CLAIMS = {
     "a claim that there is not": (
         lambda w: claims.judge("LC99", NONE, "01_one"),
         ValueError,
-        "there is no claim 'LC99'; claims.RULES lists those there are.",
+        "there is no claim 'LC99'; rules.RULES lists those there are.",
     ),
     "a dictionary for evidence": (
         lambda w: claims.judge("LC2", {"plateau_write_ratio": 0.0}, "01_one"),

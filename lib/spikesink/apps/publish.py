@@ -11,7 +11,6 @@ from spikesink import common
 from spikesink.common import escape
 from spikesink.lab import config
 from spikesink.ledger import claims
-from spikesink.ledger.rules import GLOSSARY
 from spikesink.ledger.table import (
     PICTURE,
     TRAINED,
@@ -25,6 +24,36 @@ from spikesink.ledger.table import (
     board,
     reasons,
 )
+
+# The words that the table needs, in the order of the chain.
+GLOSSARY = """<details><summary>What the words mean</summary>
+
+- **Names of claims**: LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM
+  RMSNorm, SK the sink, AB what cutting the chain does, TR what training changes, SV what serving does. X- marks a claim
+  of ours and SV is ours too; the others are the paper's.
+- **Spike**: an entry of the residual stream thousands of times larger than most (some fifty times, in the small models
+  that we train). Its *channel* is the coordinate, its *tokens* those that have it, its *step-up* and *step-down* the
+  blocks that write it and take it back, the *plateau* all between. Blocks are counted from 1, attention odd and FFN
+  even.
+- **Cycle**: one rise and fall of a channel. The largest is the main one; a model can have smaller ones besides.
+- **Ordinary**: tokens or channels drawn at random, without those that spike or are followed for their size.
+- **Medians**: an entry over the median of all entries' absolute values there; other quantities over their own median
+  over channels.
+- **h̃, s\\***: h̃ is a token's vector as RMSNorm passes it on; s\\* the direction in it that the step-up block amplifies.
+- **U_k, S_k, λ**: what of a block's weights makes channel k. ||U_k||_F is its gain; its form is h̃' S_k h̃, and λ the
+  first eigenvalue of S_k.
+- **Static map**: a token that stands first attends to itself alone, so what attention writes there is one matrix.
+- **Participation ratio**: how many channels a vector's squares are spread over; 1 if one holds all.
+- **Sink**: the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets
+  more than ε of the attention of a window's queries, on average; T is how many tokens the window has. SK1 has both.
+- **BOS**: the token that some tokenizers put before every text.
+- **Perplexity**: exp of the mean loss. The cuts (AB) are judged on fewer and shorter windows than stand under each
+  model below; AB1 has their number and length.
+- **Control**: the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks. In AB it
+  can also be a second way to the same cut.
+
+</details>
+"""
 
 
 def render(figures: Path) -> Path:

@@ -15,7 +15,7 @@ from spikesink import paper
 from spikesink.common import brief, escape, mean_of
 from spikesink.lab import config
 from spikesink.ledger import claims
-from spikesink.ledger.rules import LINKS, RULES, SHORT
+from spikesink.ledger.rules import LINKS, RULES
 
 OTHERS = "Further claims"
 
@@ -61,7 +61,7 @@ class Row:
     @property
     def short(self) -> str:
         """The claim in a few words."""
-        return SHORT.get(self.claim_id) or _shortened(self.statement.rstrip("."))
+        return RULES[self.claim_id].short if self.claim_id in RULES else _shortened(self.statement.rstrip("."))
 
     @property
     def differs_on(self) -> list[str]:
@@ -443,23 +443,8 @@ def _named(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
     return next((row for row in rows if row["name"] == name), {})
 
 
-class _Read(dict):
-    """Values that remember which of them were asked for."""
-
-    def __init__(self, values: Mapping[str, Any]):
-        super().__init__(values)
-        self.asked: dict[str, Any] = {}
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked[key] = super().__getitem__(key)
-        return self.asked[key]
-
-
 def _unexplained(claim_id: str, model: str, claim: Mapping[str, Any]) -> str:
-    """What can be said of a difference that nobody has looked into: what the rule met, up to where it failed."""
-    values = _Read(claim["measured"])
-    if _of_todays_rule(claim_id, claim):
-        RULES[claim_id].holds(values)
-    met = values.asked or dict(values)
+    """What can be said of a difference that nobody has looked into: what its rule asks for."""
+    met = RULES[claim_id].read(claim["measured"]) if _of_todays_rule(claim_id, claim) else claim["measured"]
     found = ", ".join(f"{name} {brief(value)}" for name, value in met.items())
     return f"On {model}: {found}; the rule asks for: {claim['rule']}. {NOT_LOOKED_INTO}"

@@ -15,7 +15,7 @@ from spikesink.lab.measures import WINDOWS, backcopy_truth
 from spikesink.lab.model import Decoder
 from spikesink.ledger import claims, evidence
 from spikesink.ledger.claims import Evidence
-from spikesink.ledger.rules import RULES, SHORT
+from spikesink.ledger.rules import RULES
 from spikesink.model.weights import weights_of
 
 THRESHOLD = 20.0  # medians that a spike exceeds here; of a model this small and young none reaches the usual 100
@@ -84,7 +84,7 @@ def _no_mark(few: Evidence | NotApplicable, threshold: float) -> str | None:
 def with_verdict(chain: Mapping[str, Evidence | NotApplicable], wanted: str) -> list[str]:
     """The claims of a chain that a verdict is given to, in a few words each."""
     return [
-        f"{SHORT[claim_id]} ({claim_id})"
+        f"{RULES[claim_id].short} ({claim_id})"
         for claim_id, said in chain.items()
         if claims.judge(claim_id, said, "").verdict == wanted
     ]

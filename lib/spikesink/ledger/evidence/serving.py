@@ -1,14 +1,17 @@
 """TODO."""
 
+from spikesink.chain.trace import EPSILONS
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, left_open, make_evidence
-from spikesink.ledger.rules import LATE_RATIOS
 from spikesink.patching.cuts import FEW_SINKS, INDIFFERENT, NO_SINK
 from spikesink.serving import cache
 from spikesink.serving.cells import AS_IT_IS, NO_SPIKE, Crossed
 from spikesink.serving.context import LONG_BLOCK, Lengths, interval_of
 from spikesink.serving.long import LONG, Long
 from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
+
+LATE_RATIOS = {"sink_ratios": None, **{f"sink_ratios_at_{epsilon:g}": epsilon for epsilon in EPSILONS}}  # None: usual
+
 
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
 

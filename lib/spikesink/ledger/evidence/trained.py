@@ -37,8 +37,9 @@ from spikesink.lab.findings import (
 )
 from spikesink.lab.records import Record
 from spikesink.ledger.claims import Evidence, judge
-from spikesink.ledger.rules import RULES, STRONG
+from spikesink.ledger.rules import RULES
 
+STRONG = -0.5  # X-TR7: a rank correlation with the loss, at least
 CLAIMS = {f"TR{i}": family for i, family in enumerate(FAMILIES, start=1)}
 
 
@@ -87,7 +88,7 @@ def tr_family(records: Sequence[Record], family: str, task: Sequence[Record] = (
         measured["reason"] = f"the base's own seeds count as changes in {alarms} of {looks} looks"
     elif missing := sorted(set(paper.TRAINED_VARIANTS[family]) - {one.name for one in found}):
         measured["reason"] = f"not all is trained yet: {', '.join(missing)}; make ablations TIER=text does it"
-    elif not outcomes[DIFFERS] and not RULES[_claim(family)].holds(measured):
+    elif not outcomes[DIFFERS] and not RULES[_claim(family)].is_met(measured):
         measured["reason"] = _why_open([of for _, of in asked], measured["unsupported"])
     if BASE in by_name(task):
         measured["variants_task"] = _rows(task, compared(task, family))
