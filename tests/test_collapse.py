@@ -21,7 +21,7 @@ from tests.test_families import tiny
 @pytest.fixture(scope="module")
 def parts(planted_model, trigger_tokens):
     life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
-    return life, collapse.collapse(planted_model, trigger_tokens, life)
+    return life, collapse.measure_collapse(planted_model, trigger_tokens, life)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def test_no_entry_of_a_normalised_vector_exceeds_the_root_of_d(random_model):
 
 @pytest.mark.parametrize(("d", "close"), [(64, 0.1), (576, 0.03)])
 def test_the_closed_form_is_what_the_norm_does(d, close, random_model):
-    about = replace(spikesink.anatomy(random_model), norm_eps=0.0)
+    about = replace(spikesink.anatomy(random_model), norm_eps=0.0, d_model=d)
     ratio = torch.logspace(-0.5, 1.5, 9) * (d - 1) ** 0.5
-    measured, closed = collapse.synthetic(ratio, d, about, n=400), collapse.closed_form(ratio.double(), d)
+    measured, closed = collapse.normalise_random(ratio, about, n=400), collapse.closed_form(ratio.double(), d)
     torch.testing.assert_close(measured["largest"], closed["largest"], rtol=1e-9, atol=0)
     torch.testing.assert_close(measured["participation"], closed["participation"], rtol=close, atol=0)
     torch.testing.assert_close(measured["cosine"], closed["cosine"], rtol=0, atol=close / 6)
@@ -184,7 +184,7 @@ def test_what_is_replaced_is_what_the_plateaus_norms_give_at_spike_tokens_alone(
 
 def test_perplexity_is_transformers_own_and_its_own_vector_changes_nothing(parts, planted_model, trigger_tokens):
     life, found = parts
-    done = collapse.replace(planted_model, trigger_tokens, life, found)
+    done = collapse.replace_input(planted_model, trigger_tokens, life, found)
     own = planted_model.original_model(trigger_tokens, labels=trigger_tokens).loss
     assert float(done.loss[0]) == pytest.approx(float(own), rel=1e-5)
     assert float(done.moved[0].abs().max()) == 0
@@ -226,35 +226,36 @@ def test_attention_moves_by_half_the_sum_of_differences(parts, planted_model, tr
 def test_where_it_does_not_apply_the_reason_is_given(parts, random_model, planted_model, trigger_tokens, tmp_path):
     tokens = spikesink.windows(random_model, "house", 2, 32)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
-    none = collapse.collapse(random_model, tokens, life)
+    none = collapse.measure_collapse(random_model, tokens, life)
     assert isinstance(none, NotApplicable)
     assert (
         evidence.nm1_bounded(none)
         == evidence.nm3_constant(none)
-        == collapse.replace(random_model, tokens, life, none)
+        == collapse.replace_input(random_model, tokens, life, none)
         == none
     )
     assert collapse.scale_at_spike(weights_of(random_model), life) == NotApplicable(life.reason)
     # Windows 1 and 5 spike and are odd; without the even ones' triggers a half has nothing to lend.
     odd = trigger_tokens[[0, 1, 0, 5]]
     life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, odd))
-    found = collapse.collapse(planted_model, odd, life)
+    found = collapse.measure_collapse(planted_model, odd, life)
     assert (
-        "each half of the windows must hold a spike token" in collapse.replace(planted_model, odd, life, found).reason
+        "each half of the windows must hold a spike token"
+        in collapse.replace_input(planted_model, odd, life, found).reason
     )
     # One window has no pair of spike tokens in different windows.
     one = trigger_tokens[1:2]
     life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, one))
-    found = collapse.collapse(planted_model, one, life)
+    found = collapse.measure_collapse(planted_model, one, life)
     assert "no two spike tokens of different windows" in evidence.nm3_constant(found).reason
     with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
-        collapse.collapse(planted_model, odd, life)
+        collapse.measure_collapse(planted_model, odd, life)
     with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
-        collapse.replace(planted_model, one.flip(1), life, found)
+        collapse.replace_input(planted_model, one.flip(1), life, found)
     assert isinstance(evidence.nm1_bounded(found), Evidence)
     post = spikesink.load(tiny("olmo2", tmp_path))
     posted = replace(life, trace=replace(life.trace, anatomy=spikesink.anatomy(post)))
-    assert "not through a norm" in collapse.collapse(post, one, posted).reason
+    assert "not through a norm" in collapse.measure_collapse(post, one, posted).reason
 
 
 def test_the_scale_is_the_one_that_the_norm_multiplies_by(tmp_path):

@@ -27,9 +27,9 @@ from spikesink.__main__ import main
 from spikesink.apps import notebook, reproduce, scan
 from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
 from spikesink.common import NotApplicable
-from spikesink.ledger import claims, evidence
+from spikesink.ledger import claims
 from spikesink.ledger.claims import Evidence
-from spikesink.model import texts
+from spikesink.model import paths, texts
 from spikesink.model.load import LoadError, prepare
 from spikesink.model.texts import Text, TextError
 from spikesink.model.weights import Weights, weights_of
@@ -356,9 +356,9 @@ TRACE = {
     "floats": (lambda w: spikesink.trace_windows(w.model, w.tokens.float()), ValueError, IDS),
     "truth values": (lambda w: sinks.score(w.model, w.tokens > 3), ValueError, IDS),
     "nothing": (lambda w: spikesink.find_spikes(w.model, w.life, None), ValueError, IDS),
-    "an array": (lambda w: evidence.tk2_static_map(w.model, w.weights, w.tokens.numpy()), ValueError, IDS),
+    "an array": (lambda w: firsttoken.compare_static_map(w.model, w.tokens.numpy()), ValueError, IDS),
     "one window without a batch": (
-        lambda w: firsttoken.looking(w.model, w.weights.anatomy, w.tokens[0], 4, 9),
+        lambda w: firsttoken.read_self_attention(w.model, w.tokens[0], 4, 9),
         ValueError,
         "tokens must be [windows, length] and not empty, but are [32].",
     ),
@@ -425,7 +425,7 @@ NOT_FINITE = {
         "the FFN of layer 1, or the norm that it reads through, has weights that are not finite; get the model again.",
     ),
     "NaN, on the static path": (
-        lambda w: firsttoken.static_path(
+        lambda w: paths.static_path(
             spikesink.open_weights(w.poisoned("model.layers.1.self_attn.v_proj.weight", NAN)), torch.tensor([7]), 4
         ),
         FloatingPointError,
@@ -438,7 +438,7 @@ NOT_FINITE = {
         "the embedding of token 5 is not finite; get the model again.",
     ),
     "NaN past the layers that TK2 would compare": (
-        lambda w: evidence.tk2_static_map(spikesink.load(w.poisoned(DOWN, NAN)), w.weights, w.tokens),
+        lambda w: firsttoken.compare_static_map(spikesink.load(w.poisoned(DOWN, NAN)), w.tokens),
         FloatingPointError,
         f"the residual stream or what attention adds to it is not finite in float32, because the weight {DOWN} is not; "
         "get the model again.",
@@ -452,7 +452,7 @@ NOT_FINITE = {
         "is not; get the model again.",
     ),
     "a static path that overflows": (
-        lambda w: firsttoken.static_path(spikesink.open_weights(w.large()), torch.tensor([1]), 4, torch.float16),
+        lambda w: paths.static_path(spikesink.open_weights(w.large()), torch.tensor([1]), 4, torch.float16),
         FloatingPointError,
         "the static path is not finite after layer 1 in float16; use float32.",
     ),
@@ -485,7 +485,7 @@ MEASURES = {
         OTHER_WINDOWS,
     ),
     "shorter windows, delimiters": (
-        lambda w: evidence.tk4_delimiters(w.model, w.weights, w.tokens[:, :20], w.life, w.life.main),
+        lambda w: firsttoken.compare_delimiters(w.model, w.tokens[:, :20], w.life, w.life.main),
         ValueError,
         OTHER_WINDOWS,
     ),
@@ -505,7 +505,7 @@ MEASURES = {
         OTHER_MODEL,
     ),
     "another model, collapse": (
-        lambda w: collapse.collapse(spikesink.load(w.other(layers=3)), w.tokens, w.life),
+        lambda w: collapse.measure_collapse(spikesink.load(w.other(layers=3)), w.tokens, w.life),
         ValueError,
         OTHER_MODEL,
     ),
@@ -520,7 +520,7 @@ MEASURES = {
         "a census is of weights, not of a TransformerBridge; give weights_of(model).",
     ),
     "a model on the static path": (
-        lambda w: firsttoken.static_path(w.model, torch.tensor([7]), 4),
+        lambda w: paths.static_path(w.model, torch.tensor([7]), 4),
         ValueError,
         "a static path is one of weights, not of a TransformerBridge; give weights_of(model).",
     ),
@@ -545,7 +545,7 @@ MEASURES = {
         "L1 attn (block 3), channel 9 is not among the FFN blocks up to L5 MLP (block 12) with channels 0 to 63.",
     ),
     "a block in words": (
-        lambda w: firsttoken.static_path(w.weights, torch.tensor([7]), "4"),
+        lambda w: paths.static_path(w.weights, torch.tensor([7]), "4"),
         ValueError,
         "block '4' does not exist; this model has blocks 1 to 12.",
     ),
@@ -555,7 +555,7 @@ MEASURES = {
         "tokens must be a one-dimensional tensor of token ids, and not empty.",
     ),
     "half a position": (
-        lambda w: firsttoken.prefixes(w.tokens, 2, 1.5),
+        lambda w: paths.prefixes(w.tokens, 2, 1.5),
         ValueError,
         "position 1.5 is not in windows of 32 tokens.",
     ),
@@ -570,7 +570,7 @@ MEASURES = {
         "length must be a whole number of tokens, but is True.",
     ),
     "a set of floats": (
-        lambda w: sinks.score(w.model, w.tokens, of={"mine": torch.ones(3, 32)}),
+        lambda w: sinks.score(w.model, w.tokens, groups={"mine": torch.ones(3, 32)}),
         ValueError,
         "the set 'mine' of key tokens must have the shape of the windows, [3, 32], and hold truth values.",
     ),

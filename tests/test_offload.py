@@ -11,7 +11,7 @@ import torch
 import spikesink
 from spikesink import patching
 from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
-from spikesink.model import load
+from spikesink.model import load, paths
 from spikesink.model.load import LoadError, cache_directory, is_offloaded
 from spikesink.model.weights import weights_of
 from tests.test_families import FAMILIES, tiny
@@ -33,7 +33,7 @@ def test_offloaded_models_of_every_family_compute_the_same(family, placement, tm
     ours, theirs = (spikesink.trace_windows(model, tokens) for model in (spread, whole))
     for name in ("top_stream", "top_writes", "medians", "attention_to_first"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    path = [firsttoken.static_path(weights_of(model), torch.arange(50), 6) for model in (spread, whole)]
+    path = [paths.static_path(weights_of(model), torch.arange(50), 6) for model in (spread, whole)]
     assert torch.equal(*path)
 
 
@@ -60,7 +60,7 @@ def test_every_link_of_the_chain_measures_the_same_when_offloaded(spread_model, 
             patching.stream(patching.block(life.main.plateau[0])), positions=0, channels=life.main.channels
         )
         compared = patching.compare(model, trigger_tokens, {"cut": cut})
-        collapsed = collapse.collapse(model, trigger_tokens, life)
+        collapsed = collapse.measure_collapse(model, trigger_tokens, life)
         found.append(
             {
                 "plateau": torch.tensor(life.main.value),

@@ -150,7 +150,7 @@ def test_the_probe_finds_the_trigger_and_no_other_token(grown):
 
 
 def test_the_norm_makes_the_known_vector_of_every_spike(grown):
-    found = collapse.collapse(grown.model, grown.tokens, grown.life)
+    found = collapse.measure_collapse(grown.model, grown.tokens, grown.life)
     known = grown.normalised_spike()
     kept = found.spike.kept[:, found.plateau]
     assert float(functional.cosine_similarity(kept, known.expand_as(kept), dim=-1).min()) > 0.9999
@@ -162,7 +162,7 @@ def test_the_norm_makes_the_known_vector_of_every_spike(grown):
 
 
 def test_the_planted_heads_sink_on_every_trigger_and_no_other_head(grown):
-    scores = sinks.score(grown.model, grown.tokens, of={"spike": grown.spikes, "other": ~grown.spikes})
+    scores = sinks.score(grown.model, grown.tokens, groups={"spike": grown.spikes, "other": ~grown.spikes})
     meant = torch.zeros(planted.N_LAYERS, planted.N_HEADS, dtype=torch.bool)
     meant[tuple(torch.tensor(grown.plant.sinks).T)] = True
     assert torch.equal((scores.at > scores.epsilon), meant.expand(N, -1, -1))

@@ -47,19 +47,19 @@ def test_every_spike_token_is_drawn_and_ordinary_ones_thinned(parts, monkeypatch
 
 
 def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, trigger_tokens):
-    life, weights, _, probe = parts
+    life, *_, probe = parts
     decode = planted_model.tokenizer.decode
     counts = torch.ones(400, dtype=torch.long)
     figure = plots.vocabulary(probe, decode, counts)
     assert title(figure) == "1 exception: “<spike>”"
     assert title(figure, 1) == "0.25% of 400 entries spike at position 0"
-    elsewhere = evidence.tk3_not_elsewhere(planted_model, weights, probe, trigger_tokens, positions=(1, 2))
-    found = firsttoken.fork_of_probe(planted_model, weights, life, probe, trigger_tokens, n=8)
+    elsewhere = firsttoken.place_elsewhere(planted_model, trigger_tokens, probe, positions=(1, 2))
+    found = firsttoken.trace_fork(planted_model, trigger_tokens, life, probe, n=8)
     figure = plots.fork(found, elsewhere)
     assert title(figure).startswith("The same 8 tokens reach cosine")
     assert title(figure, 1) == "Later at most 100% spike"
-    seen, names = firsttoken.replace_first(planted_model, weights, probe, trigger_tokens, counts, 2)
-    figure = plots.instead(seen, names, probe)
+    replaced = firsttoken.replace_first(planted_model, trigger_tokens, probe, counts, 2)
+    figure = plots.first_replaced(replaced, probe)
     assert figure.get_suptitle().startswith("When the first token does not spike, 8 of ")
     assert [title(figure, i).split("\n")[1].split(" of ")[0] for i in range(3)] == ["4", "4", "4"]
 
@@ -67,7 +67,7 @@ def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, tri
 @pytest.fixture(scope="module")
 def sunk(parts, planted_model, trigger_tokens):
     life, weights, *_ = parts
-    found = collapse.collapse(planted_model, trigger_tokens, life)
+    found = collapse.measure_collapse(planted_model, trigger_tokens, life)
     return life, found, keys.read_attention(planted_model, trigger_tokens, life, found, epsilon=0.05), weights
 
 
@@ -78,9 +78,9 @@ def test_figures_of_the_collapse_say_what_they_show(sunk, planted_model, trigger
     assert title(plots.cosines(found), 1).startswith(f"After {middle}: spike tokens 1.000, others ")
     assert "a participation ratio of 1.12 in spike tokens" in title(plots.depth(found, life))
     ratio = torch.logspace(-1, 1, 5) * 63**0.5
-    figure = plots.collapse_of_size(found, ratio, collapse.synthetic(ratio, 64, found.about))
+    figure = plots.collapse_of_size(found, ratio, collapse.normalise_random(ratio, found.anatomy))
     assert figure.get_suptitle().endswith("half-way the spike is 4 times that")  # 1000 against a side channel of -250
-    done = collapse.replace(planted_model, trigger_tokens, life, found)
+    done = collapse.replace_input(planted_model, trigger_tokens, life, found)
     figure = plots.implicit(done)
     change = done.perplexity["replaced"] / done.perplexity["clean"] - 1
     assert title(figure) == f"Perplexity changes by {change:+.2%}" or abs(change) < 1e-4
@@ -106,13 +106,13 @@ def test_figures_of_the_sinks_say_what_they_show(sunk, planted_model, trigger_to
     depth = evidence.sk5_over_depth(seen, life).measured
     expected = f"{depth['attention_during']:.0%} of attention on the plateau, {depth['attention_before']:.0%} before"
     assert expected in title(plots.sinks_over_depth(seen.geometry, seen, life, profile))
-    rebuilt = keys.rebuild(weights, life, found)
+    rebuilt = keys.rebuild_keys(weights, life, found)
     figure = plots.sink_keys(seen.geometry, rebuilt, life)
     assert title(figure, 1).startswith(f"{len(rebuilt.channels)} of 64 rows: cosine ")
     assert title(plots.sink_keys(seen.geometry, NotApplicable("none"), life), 1) == ""
     figure = plots.logits(seen.geometry, seen, life)
     assert len(figure.axes[0].collections[0].get_offsets()) == 12  # heads of the plateau's three layers
-    clouds = keys.clouds(planted_model, trigger_tokens, life, seen, [(3, 0), (3, 1)], most=60)
+    clouds = keys.project_heads(planted_model, trigger_tokens, life, seen, [(3, 0), (3, 1)], most=60)
     figure = plots.queries_and_keys(clouds)
     assert [len(c.get_offsets()) for c in figure.axes[0].collections] == [
         60,
@@ -134,7 +134,7 @@ def test_where_there_is_nothing_to_draw_the_reason_stands():
         plots.alignment(reason),
         plots.fork(reason, reason),
         plots.vocabulary(reason, None, None),
-        plots.instead(reason, [], reason),
+        plots.first_replaced(reason, reason),
         plots.collapsing(reason, None),
         plots.cosines(reason),
         plots.depth(reason, None),

@@ -8,7 +8,6 @@ import torch
 import spikesink
 from spikesink import patching
 from spikesink.chain import amplifier, collapse, firsttoken, sinks
-from spikesink.ledger import evidence
 from spikesink.model.weights import weights_of
 
 # Half a unit in the last place, relative: 8 and 11 bits of mantissa.
@@ -23,7 +22,7 @@ def measured(model) -> tuple[dict, dict[str, float]]:
     main = life.main
     reading = amplifier.read_block(model, tokens, life)
     probe = firsttoken.probe(weights, life, torch.arange(0, weights.anatomy.d_vocab, 512))
-    collapsed = collapse.collapse(model, tokens, life)
+    collapsed = collapse.measure_collapse(model, tokens, life)
     cut = patching.zero(patching.stream(patching.block(main.plateau[0])), 0, main.channels)
     outcomes = patching.compare(model, tokens, {"cut": cut})
     counted = {
@@ -68,5 +67,5 @@ def test_counts_stay_and_numbers_keep_the_digits_of_their_precision(dtype, exact
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_what_is_about_rounding_itself_is_not_asked_in_half_precision(dtype):
     model = spikesink.load(dtype=dtype)
-    found = evidence.tk2_static_map(model, weights_of(model), spikesink.windows(model, "house", 2, 16))
+    found = firsttoken.compare_static_map(model, spikesink.windows(model, "house", 2, 16))
     assert "float32" in found.reason

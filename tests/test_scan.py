@@ -19,9 +19,9 @@ from tokenizers.processors import TemplateProcessing
 import spikesink
 from spikesink.__main__ import main
 from spikesink.apps import scan
-from spikesink.chain import amplifier, experts, firsttoken
+from spikesink.chain import amplifier, experts
 from spikesink.common import progress
-from spikesink.model import load
+from spikesink.model import load, paths
 from spikesink.model.load import LoadError
 from spikesink.model.weights import open_weights, weights_of
 from tests import planted
@@ -73,7 +73,7 @@ def test_a_share_is_of_what_exceeds_a_hundred_medians():
 def test_entries_are_spread_over_the_vocabulary(planted_directory, found, planted_model):
     some = scan.scan(planted_directory, entries=7)
     chosen = torch.tensor([0, 57, 114, 171, 228, 285, 342])
-    stream = firsttoken.static_path(weights_of(planted_model), chosen, 4)
+    stream = paths.static_path(weights_of(planted_model), chosen, 4)
     torch.testing.assert_close(some.mean[4], stream.mean(0))
     share = (stream.abs() > 100 * stream.abs().median()).float().mean(0)
     assert torch.equal(some.share[4], share)
@@ -113,7 +113,7 @@ def test_it_is_the_census_and_the_static_path(found, planted_model):
     weights = weights_of(planted_model)
     torch.testing.assert_close(found.block_gain, amplifier.census(weights).gain)
     seen = {}
-    firsttoken.static_path(weights, torch.arange(400), 12, watch=lambda p, part, x: seen.update({p: x.clone()}))
+    paths.static_path(weights, torch.arange(400), 12, watch=lambda p, part, x: seen.update({p: x.clone()}))
     assert len(found.mean) == len(seen) == 13
     torch.testing.assert_close(found.mean, torch.stack([seen[p].mean(0) for p in range(13)]))
     torch.testing.assert_close(found.median, torch.stack([seen[p].abs().median() for p in range(13)]))
@@ -231,7 +231,7 @@ def test_a_layer_that_was_kept_before_its_stream_is_done_again(planted_directory
     (place / "stream-006.safetensors").unlink()
     # Killed after layer 3 was kept and before the stream that leaves it was: the one that enters it is there.
     weights = weights_of(spikesink.load(planted_directory))
-    x = firsttoken.static_path(weights, torch.arange(400), 6)
+    x = paths.static_path(weights, torch.arange(400), 6)
     scan.save_file({"stream": x}, place / "stream-003.safetensors")
     monkeypatch.setattr(
         scan, "_one_layer", lambda weights, layer, x: began.append(layer) or one_layer(weights, layer, x)

@@ -47,7 +47,7 @@ def sinking_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts(sinking_model, trigger_tokens):
     life = spikesink.find_lifecycle(spikesink.trace_windows(sinking_model, trigger_tokens))
-    found = collapse.collapse(sinking_model, trigger_tokens, life)
+    found = collapse.measure_collapse(sinking_model, trigger_tokens, life)
     return life, found, keys_.read_attention(sinking_model, trigger_tokens, life, found)
 
 
@@ -119,7 +119,7 @@ def test_the_first_tokens_of_a_window_score_as_a_shorter_window(random_model):
         ({"position": -1}, "key position -1 is not in a window of 32 tokens; give 0 to 31"),
         ({"epsilon": "0.3"}, "epsilon must lie between 0 and 1"),
         ({"length": 8.0}, "length must be a whole number of tokens"),
-        ({"of": {"mine": torch.zeros(2, 3, dtype=torch.bool)}}, "the set 'mine' of key tokens must have the shape"),
+        ({"groups": {"mine": torch.zeros(2, 3, dtype=torch.bool)}}, "the set 'mine' of key tokens must have the shape"),
         ({"length": 16, "position": 20}, "key position 20 is not in a window of 16"),
         ({"length": 64}, "scores over 64 tokens cannot be had of windows of 32"),
         ({"length": 1000}, "1000 tokens are longer than the model's context of 512"),
@@ -141,10 +141,10 @@ def test_windows_that_are_not_the_traced_ones_are_refused(parts, sinking_model, 
         with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
             keys_.read_attention(sinking_model, wrong, life, found)
         with pytest.raises(ValueError, match="not the windows that this life cycle was found in"):
-            keys_.clouds(sinking_model, wrong, life, seen, [(3, 0)])
+            keys_.project_heads(sinking_model, wrong, life, seen, [(3, 0)])
     for head in ((6, 0), (0, 4), (-1, 0)):
         with pytest.raises(ValueError, match="there is no layer and head"):
-            keys_.clouds(sinking_model, trigger_tokens, life, seen, [head])
+            keys_.project_heads(sinking_model, trigger_tokens, life, seen, [head])
     for wrong, said in ((trigger_tokens + 400, "vocabulary"), (trigger_tokens[:, :1], "nobody to attend to")):
         with pytest.raises(ValueError, match=said):
             sinks.score(sinking_model, wrong)
@@ -158,14 +158,14 @@ def test_one_spike_token_has_no_dimension(parts):
 
 def test_groups_are_disjoint_where_they_should_be(parts, trigger_tokens):
     life = parts[0]
-    named = sinks.groups(life)
+    named = sinks.group_tokens(life)
     spike = named["spike"]
     assert spike.nonzero().tolist() == [[1, 0], [2, 20], [3, 47], [4, 5], [4, 30], [5, 0]]
     assert named["next"].nonzero().tolist() == [[1, 1], [2, 21], [4, 6], [4, 31], [5, 1]]
     assert not (named["other"] & spike).any()
     assert (named["other"] | spike | named["smaller"]).all()
     two = replace(life, cycles=(life.main, replace(life.main, is_spike=life.main.is_spike.roll(1))))
-    named = sinks.groups(two)
+    named = sinks.group_tokens(two)
     assert not (named["smaller"] & named["spike"]).any()
     assert not (named["next"] & named["smaller"]).any()
 
@@ -176,7 +176,7 @@ def test_the_head_that_was_built_to_sink_does_and_its_key_is_one_row(parts, sink
     ordinary = [head for head in range(4) if head != SINK_HEAD]
     # The triggers of window 4 share what comes after the second: five windows with (nearly) all, and 0.79 and a half.
     assert score[SINK_LAYER, SINK_HEAD] > 0.8 > 0.3 > score[SINK_LAYER, ordinary].max()
-    assert keys_.two_heads(seen, life)[0] == (SINK_LAYER, SINK_HEAD)
+    assert keys_.choose_heads(seen, life)[0] == (SINK_LAYER, SINK_HEAD)
     # Its queries are one vector and so is the key: h~ at PLAIN and at the spike's channel are positive on every token.
     assert geometry.cosine["spike"][SINK_LAYER, SINK_HEAD] == pytest.approx(1, abs=1e-3)
     assert geometry.consistency["before"][SINK_LAYER, SINK_HEAD] == pytest.approx(1, abs=1e-5)
@@ -186,13 +186,13 @@ def test_the_head_that_was_built_to_sink_does_and_its_key_is_one_row(parts, sink
     )
     # q = 4 h~_PLAIN and k = 4 h~_channel in one coordinate, so |k| is known: 4 times 0.97 sqrt(d).
     assert geometry.key_norm["spike"][SINK_LAYER, 0] == pytest.approx(4 * 8 / math.sqrt(1 + 1 / 16), rel=1e-2)
-    rebuilt = keys_.rebuild(weights_of(sinking_model), life, found)
+    rebuilt = keys_.rebuild_keys(weights_of(sinking_model), life, found)
     row = rebuilt.layers.index(SINK_LAYER)
     assert rebuilt.channels[0] == planted.Plant().channel
     assert rebuilt.spike[0, row, 0] == pytest.approx(1, abs=1e-6)
     assert rebuilt.other_channels[0, row, 0].abs() < 1e-6
     assert float(rebuilt.bias_share.max()) == 0
-    assert keys_.key_bias(rebuilt) == NotApplicable("its keys have no bias")
+    assert keys_.describe_bias(rebuilt) == NotApplicable("its keys have no bias")
 
 
 def test_sinks_are_counted_on_the_tokens_of_the_first_half(parts, sinking_model, trigger_tokens):
@@ -207,7 +207,7 @@ def test_sinks_are_counted_on_the_tokens_of_the_first_half(parts, sinking_model,
     for layer, name in enumerate(names):
         for k in range(48):
             above[layer, :, :, k] = (keep[name][:, :, k:, k].mean(-1) > 0.3).T
-    named = sinks.groups(life)
+    named = sinks.group_tokens(life)
     for group in ("spike", "other", "next"):
         expected = (above & named[group][None, None]).sum((1, 2))  # layer, key
         assert seen.scores.sinks[group].tolist() == expected[:, :24].sum(1).tolist()
@@ -328,7 +328,7 @@ def test_effective_dimension():
 
 def test_rebuilding_adds_row_after_row(parts, sinking_model):
     life, found, _ = parts
-    rebuilt = keys_.rebuild(weights_of(sinking_model), life, found)
+    rebuilt = keys_.rebuild_keys(weights_of(sinking_model), life, found)
     matrix, _ = weights_of(sinking_model).keys(4)
     h, head = found.spike.kept[:, 8], matrix[16:32]
     for n in range(1, len(rebuilt.channels) + 1):
@@ -354,10 +354,10 @@ def test_a_bias_is_said_how_much_of_the_key_it_is(tmp_path, parts):
         def keys(self, layer):
             return matrix, bias
 
-    rebuilt = keys_.rebuild(Biased(), life, found)
+    rebuilt = keys_.rebuild_keys(Biased(), life, found)
     assert float(rebuilt.bias_share.min()) > 0.7
     assert float(rebuilt.with_bias.min()) > 0.9
-    assert keys_.key_bias(rebuilt)["share"] == pytest.approx(float(rebuilt.bias_share.quantile(0.5)))
+    assert keys_.describe_bias(rebuilt)["share"] == pytest.approx(float(rebuilt.bias_share.quantile(0.5)))
 
 
 def hand_made(parts, layers=6, heads=4, **received_by):
@@ -439,7 +439,7 @@ def test_a_trigger_that_is_called_no_spike_token_is_a_secondary_sink(parts, sink
     assert rows.cosine[mine][0, 2 * SINK_LAYER] > 0.999
     assert rows.cosine_other[2 * SINK_LAYER] < 0.6
     assert (rows.position < 24).all()
-    seen = keys_.Look(parts[2].scores, parts[2].geometry, replace_rows(rows, mine))
+    seen = keys_.AttentionReading(parts[2].scores, parts[2].geometry, replace_rows(rows, mine))
     result = evidence.x_sk9_secondary(seen)
     assert result.measured["cosine_secondary"] > 0.999
     assert result.measured["first_layer"] <= SINK_LAYER <= result.measured["last_layer"]
@@ -454,8 +454,8 @@ def replace_rows(rows, which):
 
 def test_clouds_hold_the_queries_and_keys_of_the_heads_asked_for(parts, sinking_model, trigger_tokens):
     life, _, seen = parts
-    heads = keys_.two_heads(seen, life)
-    clouds = keys_.clouds(sinking_model, trigger_tokens, life, seen, heads, most=60)
+    heads = keys_.choose_heads(seen, life)
+    clouds = keys_.project_heads(sinking_model, trigger_tokens, life, seen, heads, most=60)
     assert [(cloud.layer, cloud.head) for cloud in clouds] == heads
     for cloud in clouds:
         n = len(cloud.is_query)
@@ -580,7 +580,7 @@ def test_the_other_positions_leave_out_the_first(parts):
 
 def test_rebuilding_has_controls_of_other_rows(parts, sinking_model):
     life, found, _ = parts
-    rebuilt = keys_.rebuild(weights_of(sinking_model), life, found)
+    rebuilt = keys_.rebuild_keys(weights_of(sinking_model), life, found)
     matrix, _ = weights_of(sinking_model).keys(4)
     head, row, n = matrix[16:32], rebuilt.layers.index(4), len(rebuilt.channels)
     spike, other = found.spike.kept[:, 8], found.other.kept[:, 8]
@@ -607,7 +607,7 @@ def test_clouds_take_a_query_head_and_the_key_head_that_it_shares(parts, sinking
 
     monkeypatch.setattr(keys_, "TSNE", Flat)
     life, _, seen = parts
-    [cloud] = keys_.clouds(sinking_model, trigger_tokens, life, seen, [(4, 2)], most=24)
+    [cloud] = keys_.project_heads(sinking_model, trigger_tokens, life, seen, [(4, 2)], most=24)
     keep = {}
     names = ("q", "k")
     hooks = [(f"blocks.4.attn.hook_rot_{n}", lambda value, hook, n=n: keep.update({n: value})) for n in names]
@@ -636,7 +636,7 @@ def test_secondary_sinks_are_tabulated_by_token():
     rows = sinks.Secondary(
         3, three, three, torch.tensor([7, 8, 8]), heads, cosine, torch.full((7,), 0.1), cosine / 2, 5
     )
-    seen = keys_.Look(None, None, rows)
+    seen = keys_.AttentionReading(None, None, rows)
     table = evidence.secondary_table(seen, lambda ids: str(ids[0]))
     assert table.values.tolist() == [
         ["'8'", 2, "2 to 2", 1, 0.5, 4, pytest.approx(0.75)],
@@ -673,7 +673,7 @@ def test_a_plateau_that_no_layer_reads_is_a_reason(parts, sinking_model, trigger
     """A spike that is written by the last block only: the stream is never read again but by the final norm."""
     life, _, _ = parts
     late = replace(life, cycles=(replace(life.main, plateau=(12, 12), step_down=()),))
-    found = collapse.collapse(sinking_model, trigger_tokens, late)
+    found = collapse.measure_collapse(sinking_model, trigger_tokens, late)
     seen = keys_.read_attention(sinking_model, trigger_tokens, late, found)
     said = NotApplicable("no layer reads the plateau of the spike")
     measures = [
@@ -683,18 +683,18 @@ def test_a_plateau_that_no_layer_reads_is_a_reason(parts, sinking_model, trigger
         evidence.sk5_over_depth,
         evidence.x_sk8_smaller_cycle,
     ]
-    for measure in (*measures, evidence.sk7_small_values, keys_.two_heads, keys_.query_consistency):
+    for measure in (*measures, evidence.sk7_small_values, keys_.choose_heads, keys_.describe_queries):
         assert measure(seen, late) == said
     assert seen.geometry == said
-    assert keys_.clouds(sinking_model, trigger_tokens, late, seen, keys_.two_heads(seen, late)) == said
-    assert isinstance(keys_.rebuild(weights_of(sinking_model), late, found), NotApplicable)
-    assert isinstance(collapse.replace(sinking_model, trigger_tokens, late, found), NotApplicable)
+    assert keys_.project_heads(sinking_model, trigger_tokens, late, seen, keys_.choose_heads(seen, late)) == said
+    assert isinstance(keys_.rebuild_keys(weights_of(sinking_model), late, found), NotApplicable)
+    assert isinstance(collapse.replace_input(sinking_model, trigger_tokens, late, found), NotApplicable)
 
 
 def test_where_nothing_spikes_heads_are_scored_and_the_rest_says_why(random_model):
     tokens = spikesink.windows(random_model, "house", 2, 32)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
-    none = collapse.collapse(random_model, tokens, life)
+    none = collapse.measure_collapse(random_model, tokens, life)
     seen = keys_.read_attention(random_model, tokens, life, none)
     assert evidence.sk1_many_heads(seen.scores).measured["sink_ratio"] == 0
     measures = [
@@ -704,10 +704,10 @@ def test_where_nothing_spikes_heads_are_scored_and_the_rest_says_why(random_mode
         evidence.sk5_over_depth,
         evidence.x_sk8_smaller_cycle,
     ]
-    for measure in (*measures, evidence.sk7_small_values, keys_.two_heads, keys_.query_consistency):
+    for measure in (*measures, evidence.sk7_small_values, keys_.choose_heads, keys_.describe_queries):
         assert measure(seen, life) == NotApplicable(life.reason)
-    assert evidence.x_sk9_secondary(seen) == keys_.rebuild(weights_of(random_model), life, none) == none
-    assert keys_.clouds(random_model, tokens, life, seen, keys_.two_heads(seen, life)) == none
+    assert evidence.x_sk9_secondary(seen) == keys_.rebuild_keys(weights_of(random_model), life, none) == none
+    assert keys_.project_heads(random_model, tokens, life, seen, keys_.choose_heads(seen, life)) == none
 
 
 def test_memory_does_not_grow_with_the_number_of_windows(random_model):

@@ -32,6 +32,7 @@ from spikesink.lab import train
 from spikesink.lab.config import LENGTH, Config
 from spikesink.lab.data import Backcopy
 from spikesink.lab.families import BASES
+from spikesink.model import paths
 from spikesink.model.anatomy import anatomy
 from spikesink.model.load import load, prepare
 from spikesink.model.names import DEFAULT_MODEL
@@ -175,7 +176,7 @@ def whole_passes(
         return torch.cat(found)
 
     def static() -> Tensor:
-        return firsttoken.static_path(weights, tokens, 2 * layers)[:, life.main.channel]
+        return paths.static_path(weights, tokens, 2 * layers)[:, life.main.channel]
 
     (ours, theirs), (a, b) = in_turns([static, whole], turns)
     return Row(

@@ -258,7 +258,7 @@ def _spike(of: Subject) -> Section:
 
 
 def _sink(of: Subject) -> Section:
-    collapsed = collapse.collapse(of.model, of.tokens, of.life, of.seed)
+    collapsed = collapse.measure_collapse(of.model, of.tokens, of.life, of.seed)
     seen = keys.read_attention(of.model, of.tokens, of.life, collapsed, seed=of.seed)
     many, others = evidence.sk1_many_heads(seen.scores), evidence.x_sk9_secondary(seen)
     mean = seen.scores.at.mean(0)  # layer, head

@@ -1,7 +1,7 @@
 """What weights alone say of a model that need not fit into memory: `make scan`.
 
 Two things need no text: which channel each FFN can amplify (the census of `amplifier`), and what a token becomes that
-stands first (the static path of `firsttoken`). Both go through the model once, a layer at a time, read from its files;
+stands first (the static path of `model.paths`). Both go through the model once, a layer at a time, read from its files;
 so a scan takes the memory of a layer or two, whatever the model. The few channels of largest gain are then taken apart.
 What it will take is said before it starts, and each layer that is done is kept, so that an interrupted scan goes on
 where it was.
@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
-from spikesink.chain import amplifier, firsttoken
+from spikesink.chain import amplifier
 from spikesink.chain.lifecycle import STEP
 from spikesink.chain.trace import SPIKE_OVER_MEDIAN
 from spikesink.common import CommandError, NotApplicable, brief, check_writable, progress, write_atomically
+from spikesink.model import paths
 from spikesink.model.load import LoadError, cache_directory, configuration, gguf_file, prepare, quiet, twin_of
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
 from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights, require_static_map
@@ -162,7 +163,7 @@ def _numel(module: torch.nn.Module) -> int:
 def _weighing(widths: Sequence[int], d_model: int, entries: int) -> int:
     """Bytes held besides a layer in float32: hidden neurons and three kernels, or what it takes to form an S_k."""
     widest = max(widths, default=4 * d_model)
-    hidden = 2 * min(entries, firsttoken.BATCH) * widest * FLOAT
+    hidden = 2 * min(entries, paths.BATCH) * widest * FLOAT
     form = (widest + 6 * d_model) * d_model * FLOAT
     return max(hidden + 3 * amplifier.KERNEL * FLOAT, form) if widths else hidden
 
@@ -341,7 +342,7 @@ def _one_layer(weights: Weights, layer: int, x: Float[Tensor, "token d_model"]) 
     """Send the stream through a layer, in place, and weigh its FFN."""
     points = [_at_a_point(x)] if layer == 0 else []
     sums: dict[int, list[Tensor]] = {}
-    firsttoken.through_layer(
+    paths.through_layer(
         weights, layer, x, watch=lambda point, part, stream: sums.setdefault(point, []).append(stream.clone())
     )
     points += [_at_a_point(torch.cat(parts)) for parts in sums.values()]

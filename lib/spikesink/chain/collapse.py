@@ -60,9 +60,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Collapse:
-    """What `collapse` measures: h~ of the main cycle's spike tokens and of other tokens, at every point."""
+    """What `measure_collapse` measures: h~ of the main cycle's spike tokens and of other tokens, at every point."""
 
-    about: Anatomy
+    anatomy: Anatomy
     cycle: Cycle
     spike: Group
     other: Group  # all that are no spike tokens
@@ -89,10 +89,10 @@ class Collapse:
         As long as any h~, sqrt(d_model); not numbers where that half has no such token.
         """
         mean = group.mean[1 - window % 2, self.plateau].mean(0)
-        return mean * (self.about.d_model**0.5 / mean.norm())
+        return mean * (self.anatomy.d_model**0.5 / mean.norm())
 
 
-def collapse(
+def measure_collapse(
     model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0
 ) -> Collapse | NotApplicable:
     """Normalise the stream at every point, and see how alike spike tokens are, and how alike others.
@@ -237,19 +237,19 @@ def closed_form(ratio: Float[Tensor, " size"], d_model: int) -> dict[str, Float[
     }
 
 
-def synthetic(
-    ratio: Float[Tensor, " size"], d_model: int, about: Anatomy, n: int = 64, seed: int = 0
+def normalise_random(
+    ratio: Float[Tensor, " size"], anatomy: Anatomy, n: int = 64, seed: int = 0
 ) -> dict[str, Float[Tensor, " size"]]:
     """The same three, measured on random vectors that go through the norm: means over n vectors and their pairs."""
-    rest = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rest = torch.randn(n, anatomy.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rest[:, 0] = 0
-    rest *= (d_model - 1) ** 0.5 / rest.norm(dim=-1, keepdim=True)
+    rest *= (anatomy.d_model - 1) ** 0.5 / rest.norm(dim=-1, keepdim=True)
     found: dict[str, list[Tensor]] = {"largest": [], "participation": [], "cosine": []}
     for size in ratio.double():
         rest[:, 0] = size
-        h = normalise(rest, about)
+        h = normalise(rest, anatomy)
         cosines = functional.normalize(h, dim=-1) @ functional.normalize(h, dim=-1).T
-        found["largest"].append(h[:, 0].abs().mean() / d_model**0.5)
+        found["largest"].append(h[:, 0].abs().mean() / anatomy.d_model**0.5)
         found["participation"].append(_participation(h).mean())
         found["cosine"].append((cosines.sum() - cosines.trace()) / (n * (n - 1)))
     return {name: torch.stack(values) for name, values in found.items()}
@@ -259,7 +259,7 @@ def spike_ratio(found: Collapse) -> Float[Tensor, " point"]:
     """How large the first channel of a spike token is against the root mean square of its others, by point, median."""
     square = found.spike.kept.square()
     first = square[..., found.cycle.channel]
-    return (first / ((square.sum(-1) - first) / (found.about.d_model - 1))).sqrt().quantile(0.5, dim=0)
+    return (first / ((square.sum(-1) - first) / (found.anatomy.d_model - 1))).sqrt().quantile(0.5, dim=0)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Replaced:
 
 
 @measure
-def replace(
+def replace_input(
     model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, found: Collapse
 ) -> Replaced | NotApplicable:
     """Let every block of the plateau's layers read one fixed vector at the spike tokens, in place of their own h~.
@@ -291,7 +291,7 @@ def replace(
         model: as `load` returns it.
         tokens: the windows that `life` was found in.
         life: as `find_lifecycle` returns it.
-        found: as `collapse` returns it.
+        found: as `measure_collapse` returns it.
 
     Returns:
         The measures, or why there are none: a half of the windows has no spike token, or no layer reads the plateau.
@@ -303,7 +303,7 @@ def replace(
     check_windows(life, tokens)
     layers = plateau_layers(found.cycle)
     where = is_spike(life, found.cycle)
-    require_separate_ffn(found.about)
+    require_separate_ffn(found.anatomy)
     if not layers:
         return NotApplicable("no layer reads the plateau")
     if found.spike.mean.isnan().any():
@@ -312,7 +312,7 @@ def replace(
         )
     if found.other.mean.isnan().any():
         return NotApplicable("every token spikes, so there is no ordinary one to compare with")
-    seen = _Seen(found.about.n_layers)
+    seen = _Seen(found.anatomy.n_layers)
     for index, window in enumerate(progress(tokens, "replacing what is read", "window")):
         vectors = torch.stack([found.held_out(index, group) for group in (found.spike, found.other)])
         with _reading(model, found, where[index], vectors, seen):
@@ -346,7 +346,7 @@ def _reading(
     seen: _Seen,
 ) -> Iterator[None]:
     """Hooks that put each variant's vector at the spike tokens, and compare its attention with the clean run's."""
-    patterns = found.about.pattern_hooks
+    patterns = found.anatomy.pattern_hooks
 
     def put(h, hook):
         h = h.clone()
@@ -372,7 +372,7 @@ def _reading(
 
 def _norms(found: Collapse) -> list[str]:
     """The hooks of all norms that read a point of the plateau; a parallel FFN reads what attention does."""
-    about, last, names = found.about, found.cycle.plateau[1], []
+    about, last, names = found.anatomy, found.cycle.plateau[1], []
     for layer in plateau_layers(found.cycle):
         names.append(f"blocks.{layer}.{about.attention_norm}.hook_normalized")
         reads = 2 * layer if about.parallel else 2 * layer + 1

@@ -23,7 +23,7 @@ from spikesink.chain.sinks import (
     _Reducer,
     _Scores,
     _Secondary,
-    groups,
+    group_tokens,
 )
 from spikesink.chain.trace import EPSILON, follow
 from spikesink.common import NotApplicable, measure
@@ -47,7 +47,7 @@ class Geometry:
     and over the queries after the key; logits are what enters the softmax.
     """
 
-    about: Anatomy
+    anatomy: Anatomy
     gap: Mapping[str, Float[Tensor, "layer head"]]  # logit to a "spike" or "next" key, less the mean to other keys
     cosine: Mapping[str, Float[Tensor, "layer head"]]  # of queries and keys, "spike", "next" and "other"
     query_norm: Float[Tensor, "layer head"]
@@ -60,8 +60,8 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one pass of `look` sees; of queries and keys nothing, where nothing spikes."""
+class AttentionReading:
+    """What one pass of `read_attention` sees; of queries and keys nothing, where nothing spikes."""
 
     scores: Scores
     geometry: Geometry | NotApplicable
@@ -75,7 +75,7 @@ def read_attention(
     found: Collapse | NotApplicable,
     epsilon: float = EPSILON,
     seed: int = 0,
-) -> Look:
+) -> AttentionReading:
     """Score attention, read queries, keys and values, and find secondary sinks, in one pass over the windows.
 
     Args:
@@ -91,14 +91,16 @@ def read_attention(
     """
     check_model(model, life)
     check_windows(life, tokens)
-    about, named = life.trace.anatomy, groups(life)
+    about, named = life.trace.anatomy, group_tokens(life)
     scores = _Scores(about, _checked(epsilon), tokens.shape[1], 0, named)
     reason = _nothing_to_read(life) or _no_keys(about)
     geometry = _Geometry(about, named, seed) if reason is None else reason
     others = found if isinstance(found, NotApplicable) else _Secondary(about, epsilon, named["spike"], found)
     reducers = [scores, *(part for part in (geometry, others) if isinstance(part, _Reducer))]
     _over(model, about, tokens, reducers, "looking at queries and keys")
-    return Look(scores.result(), *(p if isinstance(p, NotApplicable) else p.result() for p in (geometry, others)))
+    return AttentionReading(
+        scores.result(), *(p if isinstance(p, NotApplicable) else p.result() for p in (geometry, others))
+    )
 
 
 def _nothing_to_read(life: Lifecycle) -> NotApplicable | None:
@@ -216,7 +218,7 @@ class _Geometry(_Reducer):
 
     def result(self) -> Geometry:
         return Geometry(
-            about=self.about,
+            anatomy=self.about,
             gap={name: mean.result() for name, mean in self.gap.items()},
             cosine={name: mean.result() for name, mean in self.cosine.items()},
             query_norm=self.query_norm.result(),
@@ -259,7 +261,7 @@ def _where_there_is_a_spike(measure):
     """A measure of a look and a life cycle, or the reason why no layer meets a spike."""
 
     @wraps(measure)
-    def measured(seen: Look, life: Lifecycle):
+    def measured(seen: AttentionReading, life: Lifecycle):
         return _nothing_to_read(life) or measure(seen, life)
 
     return measured
@@ -269,7 +271,7 @@ def _where_keys_are_seen(measure):
     """A measure of queries, keys or values, or the reason why there are none to be seen."""
 
     @wraps(measure)
-    def measured(seen: Look, life: Lifecycle):
+    def measured(seen: AttentionReading, life: Lifecycle):
         return seen.geometry if isinstance(seen.geometry, NotApplicable) else measure(seen, life)
 
     return measured
@@ -277,7 +279,7 @@ def _where_keys_are_seen(measure):
 
 def factors(geometry: Geometry, layers: Sequence[int]) -> dict[str, Float[Tensor, " head"]]:
     """What a logit towards the spike tokens' keys is made of, |q| |k| cos, in every head of some layers, in order."""
-    heads_per_key = geometry.about.n_heads // geometry.about.n_kv_heads
+    heads_per_key = geometry.anatomy.n_heads // geometry.anatomy.n_kv_heads
     found = {
         "cosine": geometry.cosine["spike"],
         "query_norm": geometry.query_norm,
@@ -287,7 +289,7 @@ def factors(geometry: Geometry, layers: Sequence[int]) -> dict[str, Float[Tensor
 
 
 @_where_keys_are_seen
-def query_consistency(seen: Look, life: Lifecycle) -> dict[str, float] | NotApplicable:
+def describe_queries(seen: AttentionReading, life: Lifecycle) -> dict[str, float] | NotApplicable:
     """Length of the mean unit query of a head, mean over the plateau's heads: before RoPE and, where shown, after."""
     layers = list(plateau_layers(life.main))
     return {when: float(of[layers].mean()) for when, of in seen.geometry.consistency.items()}
@@ -308,7 +310,7 @@ class Rebuilt:
 
 
 @measure
-def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) -> Rebuilt | NotApplicable:
+def rebuild_keys(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) -> Rebuilt | NotApplicable:
     """Rebuild the spike tokens' keys from the rows of W_K (norm's scale folded in) at the spike channels alone.
 
     Keys as the projection gives them: before any QK norm and RoPE.
@@ -332,7 +334,7 @@ def rebuild(weights: Weights, life: Lifecycle, found: Collapse | NotApplicable) 
     curves: list[list[Tensor]] = []
     for layer in layers:
         matrix, bias = weights.keys(layer)
-        matrix, bias = (x.unflatten(0, (found.about.n_kv_heads, -1)) for x in (matrix, bias))
+        matrix, bias = (x.unflatten(0, (found.anatomy.n_kv_heads, -1)) for x in (matrix, bias))
         spike, other = (group.kept[:, 2 * layer] for group in (found.spike, found.other))
         whole = torch.einsum("hkd,td->thk", matrix, spike)
         parts = torch.einsum("hkd,td->thk", matrix[..., channels], spike[:, channels])
@@ -368,7 +370,7 @@ def _own(
 
 
 @measure
-def key_bias(rebuilt: Rebuilt) -> dict[str, float] | NotApplicable:
+def describe_bias(rebuilt: Rebuilt) -> dict[str, float] | NotApplicable:
     """How much of the spike tokens' keys b_K is, and how well whole keys are rebuilt with it; or that there is none."""
     if not rebuilt.bias_share.any():
         return NotApplicable("its keys have no bias")
@@ -391,7 +393,7 @@ class Cloud:
 
 
 @_where_there_is_a_spike
-def two_heads(seen: Look, life: Lifecycle) -> list[tuple[int, int]] | NotApplicable:
+def choose_heads(seen: AttentionReading, life: Lifecycle) -> list[tuple[int, int]] | NotApplicable:
     """The head that sinks most during the plateau, and the one of its layer that does least: (layer, head) each."""
     score, layers = seen.scores.received["spike"], list(plateau_layers(life.main))
     layer = layers[int(score[layers].amax(1).argmax())]
@@ -399,11 +401,11 @@ def two_heads(seen: Look, life: Lifecycle) -> list[tuple[int, int]] | NotApplica
 
 
 @measure
-def clouds(
+def project_heads(
     model: TransformerBridge,
     tokens: Int[Tensor, "n length"],
     life: Lifecycle,
-    seen: Look,
+    seen: AttentionReading,
     heads: Sequence[tuple[int, int]] | NotApplicable,
     most: int = 320,
     seed: int = 0,

@@ -32,7 +32,7 @@ MOST_ROWS = 512  # of secondary sinks kept
 class Scores:
     """Sink scores, reduced while windows stream by; groups are the sets of key tokens that `score` was given."""
 
-    about: Anatomy
+    anatomy: Anatomy
     epsilon: float
     length: int  # tokens of each window that were used
     position: int  # the key position that `at` is about
@@ -50,7 +50,7 @@ class Scores:
         return float((self.at > (self.epsilon if epsilon is None else _checked(epsilon))).double().mean())
 
 
-def groups(life: Lifecycle) -> dict[str, Bool[Tensor, "window position"]]:
+def group_tokens(life: Lifecycle) -> dict[str, Bool[Tensor, "window position"]]:
     """Sets of key tokens to score.
 
     The main cycle's spike tokens ("spike"), those of smaller cycles alone ("smaller"), the tokens that stand right
@@ -74,7 +74,7 @@ def score(
     epsilon: float = EPSILON,
     length: int | None = None,
     position: int = 0,
-    of: Mapping[str, Bool[Tensor, "n length"]] | None = None,
+    groups: Mapping[str, Bool[Tensor, "n length"]] | None = None,
 ) -> Scores:
     """Measure how much attention each key position gets, in every head.
 
@@ -87,7 +87,7 @@ def score(
         epsilon: what a sink's score exceeds.
         length: the T of the definition: use the first so many tokens of each window; by default all.
         position: the key position whose score is kept window by window, for the sink ratio.
-        of: sets of key tokens to average over, such as `groups(life)`.
+        groups: sets of key tokens to average over, such as `group_tokens(life)`.
 
     Raises:
         ValueError: epsilon is not between 0 and 1, `length` exceeds the windows or the model's context, there is no
@@ -99,12 +99,14 @@ def score(
     check_not_padding(model, tokens)
     if position not in range(length):
         raise ValueError(f"key position {position} is not in a window of {length} tokens; give 0 to {length - 1}.")
-    if wrong := [name for name, mine in (of or {}).items() if mine.shape != tokens.shape or mine.dtype != torch.bool]:
+    if wrong := [
+        name for name, mine in (groups or {}).items() if mine.shape != tokens.shape or mine.dtype != torch.bool
+    ]:
         raise ValueError(
             f"the set {wrong[0]!r} of key tokens must have the shape of the windows, {list(tokens.shape)}, and hold "
             "truth values."
         )
-    scores = _Scores(about, _checked(epsilon), length, position, of or {})
+    scores = _Scores(about, _checked(epsilon), length, position, groups or {})
     _over(model, about, tokens[:, :length], [scores], "scoring attention")
     return scores.result()
 
@@ -208,7 +210,7 @@ class _Scores(_Reducer):
     def result(self) -> Scores:
         n = len(self.at)
         return Scores(
-            about=self.about,
+            anatomy=self.about,
             epsilon=self.epsilon,
             length=self.length,
             position=self.position,

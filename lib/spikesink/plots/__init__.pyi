@@ -13,8 +13,8 @@ from .collapse import cosines as cosines
 from .collapse import depth as depth
 from .collapse import implicit as implicit
 from .collapse import learned_scale as learned_scale
+from .firsttoken import first_replaced as first_replaced
 from .firsttoken import fork as fork
-from .firsttoken import instead as instead
 from .firsttoken import vocabulary as vocabulary
 from .lab import changes as changes
 from .lab import decoupling as decoupling

@@ -63,7 +63,7 @@ def cosines(found: Collapse) -> Figure:
 def depth(found: Collapse, life: Lifecycle) -> Figure:
     """06: how alike the tokens of either kind are at every depth, and over how many channels h~ spreads."""
     fig, (top, bottom) = figure(2, 1, size=(9.5, 6), sharex=True)
-    x = np.arange(found.about.n_blocks + 1)
+    x = np.arange(found.anatomy.n_blocks + 1)
     sides = ((found.spike, SPIKE, "spike tokens", "o"), (found.other, ORDINARY, "all other tokens", "s"))
     for group, colour, name, marker in sides:
         looks = {"color": colour, "marker": marker, "ms": 3, "lw": 1.4}
@@ -91,7 +91,7 @@ def collapsing(found: Collapse, life: Lifecycle) -> Figure:
     top = [int(c) for c in strongest[:MOST_CHANNELS]]
     ordinary = [c for c in life.trace.channels[life.trace.ordinary].tolist() if c not in top][:MOST_CHANNELS]
     chosen = [*top, *ordinary]
-    rest = [c for c in range(found.about.d_model) if c not in chosen]
+    rest = [c for c in range(found.anatomy.d_model) if c not in chosen]
     fig, axes = figure(2, 1, size=(10.5, 6.6), sharex=True)
     for ax, group, name in ((axes[0], found.spike, "Spike tokens"), (axes[1], found.other, "All other tokens")):
         shares = torch.cat([group.share[:, chosen], group.share[:, rest].sum(1, keepdim=True)], dim=1).T
@@ -117,7 +117,7 @@ def collapse_of_size(
     found: Collapse, ratio: Float[Tensor, " size"], measured: Mapping[str, Float[Tensor, " size"]]
 ) -> Figure:
     """06: what the norm does to one entry of growing size, on random vectors, with the closed form and the model."""
-    d, root = found.about.d_model, (found.about.d_model - 1) ** 0.5
+    d, root = found.anatomy.d_model, (found.anatomy.d_model - 1) ** 0.5
     fine = torch.logspace(float(ratio.min().log10()), float(ratio.max().log10()), 300)
     curves = closed_form(fine, d)
     points = sorted({int(p) for p in np.linspace(found.before, found.cycle.middle, MARKED)} | {found.cycle.plateau[1]})

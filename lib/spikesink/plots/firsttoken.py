@@ -7,10 +7,9 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from spikesink.chain.firsttoken import Fork, Looking, Probe
+from spikesink.chain.firsttoken import Elsewhere, FirstReplaced, Fork, Probe
 from spikesink.chain.trace import median
 from spikesink.common import NotApplicable
-from spikesink.ledger.claims import Evidence
 from spikesink.plots.style import (
     ORDINARY,
     OTHERS,
@@ -25,42 +24,40 @@ from spikesink.plots.style import (
 
 
 @drawn_where_applicable
-def fork(found: Fork, elsewhere: Evidence | NotApplicable) -> Figure:
+def fork(fork: Fork, elsewhere: Elsewhere | NotApplicable) -> Figure:
     """05: the same tokens block by block towards s*, first in a window and after a text; and how many spike where."""
-    shares = [] if isinstance(elsewhere, NotApplicable) else elsewhere.measured["share_by_position"]
     fig, (ax, right) = figure(1, 2, size=(11, 4.4), width_ratios=(3, 1))
-    end = found.block  # what enters the block is what its direction is about
+    end = fork.block  # what enters the block is what its direction is about
     points = np.arange(end)
     groups = [
-        (found.later, ORDINARY, "s", f"after {found.position} tokens of text"),
-        (found.first, SPIKE, "o", "first"),
+        (fork.later, ORDINARY, "s", f"after {fork.position} tokens of text"),
+        (fork.first, SPIKE, "o", "first"),
     ]
-    if found.exceptions.shape[1]:
-        groups.insert(1, (found.exceptions, OTHERS[0], "^", "the exceptions, first"))
+    if fork.exceptions.shape[1]:
+        groups.insert(1, (fork.exceptions, OTHERS[0], "^", "the exceptions, first"))
     for path, colour, marker, name in groups:
         path = path[:end]
         ax.plot(points, path, color=colour, alpha=0.12, lw=0.6)
         ax.plot(points, path.quantile(0.5, dim=1), color=colour, marker=marker, ms=4, lw=1.6, label=name)
     ax.axhline(0, color="black", lw=0.6)
     ax.set(
-        xlabel=f"depth: after block … (up to {found.block}, which reads the last point)",
-        ylabel=f"cosine of the stream with s*\nof {found.block}",
+        xlabel=f"depth: after block … (up to {fork.block}, which reads the last point)",
+        ylabel=f"cosine of the stream with s*\nof {fork.block}",
     )
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=9)
-    first, later = (median(path[end - 1]) for path in (found.first, found.later))
+    first, later = (median(path[end - 1]) for path in (fork.first, fork.later))
     ax.set_title(
-        f"The same {found.first.shape[1]} tokens reach cosine {first:.2f} standing first, {later:.2f} after a text",
+        f"The same {fork.first.shape[1]} tokens reach cosine {first:.2f} standing first, {later:.2f} after a text",
         fontsize=11,
     )
-    if shares:
-        at_first = elsewhere.control["share_at_position_0"]
-        places, values = zip((0, at_first), *shares, strict=True)
+    if isinstance(elsewhere, Elsewhere):
+        places, values = elsewhere.share.keys(), list(elsewhere.share.values())
         right.plot(range(len(places)), [100 * v for v in values], color=SPIKE, marker="o", lw=1)
         right.set_xticks(range(len(places)), places)
         right.set(
             xlabel="position",
-            ylabel=f"% of another {elsewhere.measured['n_tokens']} tokens\nthat spike there",
+            ylabel=f"% of another {elsewhere.n_tokens} tokens\nthat spike there",
             ylim=(-4, 104),
         )
         most = max(values[1:])
@@ -71,25 +68,25 @@ def fork(found: Fork, elsewhere: Evidence | NotApplicable) -> Figure:
 
 
 @drawn_where_applicable
-def vocabulary(found: Probe, decode: Callable[[list[int]], str], counts: Int[Tensor, " vocabulary"]) -> Figure:
+def vocabulary(probe: Probe, decode: Callable[[list[int]], str], counts: Int[Tensor, " vocabulary"]) -> Figure:
     """05: what every vocabulary entry reaches at position 0, and the share that spikes, by threshold."""
     fig, (left, right) = figure(1, 2, size=(11, 4.2))
-    value, weight = found.value, counts[found.tokens].double()
+    value, weight = probe.value, counts[probe.tokens].double()
     bins = np.linspace(min(0.0, float(value.min())), float(value.max()), 80)
-    before = found.before.clamp(bins[0], bins[-1]).numpy()
-    left.hist(value.numpy(), bins=bins, color=SPIKE, alpha=0.8, log=True, label=f"after {found.block}")
+    before = probe.before.clamp(bins[0], bins[-1]).numpy()
+    left.hist(value.numpy(), bins=bins, color=SPIKE, alpha=0.8, log=True, label=f"after {probe.block}")
     left.hist(before, bins=bins, histtype="step", color="black", log=True, label="before the step-up")
     left.legend(fontsize=9, loc="upper center")
-    left.axvline(found.threshold, color="black", lw=0.8, ls="--")
-    left.text(found.threshold, 0.97, " threshold", transform=x_data(left), fontsize=9, va="top")
+    left.axvline(probe.threshold, color="black", lw=0.8, ls="--")
+    left.text(probe.threshold, 0.97, " threshold", transform=x_data(left), fontsize=9, va="top")
     left.set(
-        xlabel=f"channel {found.channel} at position 0",
+        xlabel=f"channel {probe.channel} at position 0",
         ylabel="vocabulary entries",
     )
     thousands(left, "x")
     thousands(left)
-    left.set_title(_exceptions_in_words(found.exceptions().tolist(), decode), fontsize=10)
-    thresholds = np.geomspace(0.001, 2, 120) * found.threshold * 10
+    left.set_title(_exceptions_in_words(probe.exceptions().tolist(), decode), fontsize=10)
+    thresholds = np.geomspace(0.001, 2, 120) * probe.threshold * 10
     ordered, order = value.sort()
     for weights, colour, style, name in (
         (np.ones(len(value)), SPIKE, "-", "each entry once"),
@@ -98,7 +95,7 @@ def vocabulary(found: Probe, decode: Callable[[list[int]], str], counts: Int[Ten
         below = np.concatenate([[0], np.cumsum(weights)])
         at = np.searchsorted(ordered.numpy(), thresholds)
         right.plot(
-            thresholds / (10 * found.threshold), 100 * (1 - below[at] / below[-1]), color=colour, ls=style, label=name
+            thresholds / (10 * probe.threshold), 100 * (1 - below[at] / below[-1]), color=colour, ls=style, label=name
         )
     right.axvline(0.1, color="black", lw=0.8, ls="--")
     right.set(
@@ -109,7 +106,7 @@ def vocabulary(found: Probe, decode: Callable[[list[int]], str], counts: Int[Ten
     )
     thousands(right, "x")
     right.legend(loc="lower left", fontsize=9)
-    share = float(found.spiking.double().mean())
+    share = float(probe.spiking.double().mean())
     right.set_title(f"{share:.2%} of {len(value):,} entries spike at position 0", fontsize=11)
     return fig
 
@@ -129,30 +126,24 @@ def _exceptions_in_words(tokens: Sequence[int], decode: Callable[[list[int]], st
 
 
 @drawn_where_applicable
-def instead(seen: Sequence[Looking], names: Sequence[str], found: Probe) -> Figure:
-    """05: windows in which something else stands first: attention to oneself against what the channel then holds.
-
-    Args:
-        seen, names: as `replace_first` returns them.
-        found: as `probe` returns it.
-    """
-    columns = len(seen)
-    fig, axes = figure(1, columns, size=(11, 4), sharex=True, sharey=True, squeeze=False)
-    floor = found.threshold * 1e-4
+def first_replaced(replaced: FirstReplaced, probe: Probe) -> Figure:
+    """05: windows in which something else stands first: attention to oneself against what the channel then holds."""
+    fig, axes = figure(1, len(replaced), size=(11, 4), sharex=True, sharey=True, squeeze=False)
+    floor = probe.threshold * 1e-4
     total, later, own, rest = 0, 0, [], []
-    for number, (ax, looked, name) in enumerate(zip(axes[0], seen, names, strict=True)):
-        spikes, others = looked.understudies(found.threshold)
+    for number, (ax, (name, attention)) in enumerate(zip(axes[0], replaced, strict=True)):
+        spikes, others = attention.later_spikes(probe.threshold)
         for which, colour, marker, size in ((others, ORDINARY, "s", 7), (spikes, SPIKE, "o", 16)):
             looks = {"color": colour, "marker": marker, "s": size, "alpha": 0.7, "linewidths": 0, "rasterized": True}
-            ax.scatter(looked.own[which], looked.value[which].clamp(min=floor), **looks)
-        ax.axhline(found.threshold, color="black", lw=0.8, ls="--")
+            ax.scatter(attention.mean[which], attention.value[which].clamp(min=floor), **looks)
+        ax.axhline(probe.threshold, color="black", lw=0.8, ls="--")
         ax.set(yscale="log", xlim=(0, 1.02), xlabel="attention to itself")
         thousands(ax)
         ax.set_title(f"{name} first:\n{int(spikes.sum())} of {int((spikes | others).sum())} later spike", fontsize=10)
         if number and spikes.any():
             total += int(spikes.sum())
-            own.append(looked.own_of(spikes, spikes))
-            rest.append(looked.own_of(others, spikes))
+            own.append(attention.self_attention_at(spikes, spikes))
+            rest.append(attention.self_attention_at(others, spikes))
         later += int((spikes | others).sum()) if number else 0
     axes[0, 0].set_ylabel("spike channel after the step-up\n(at the lower edge: nothing)")
     text = f"{total or 'no'} of {later:,} later tokens {'does' if total == 1 else 'do'}"

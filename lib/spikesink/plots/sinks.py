@@ -7,7 +7,7 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from spikesink.chain.keys import Cloud, Geometry, Look, Rebuilt, factors
+from spikesink.chain.keys import AttentionReading, Cloud, Geometry, Rebuilt, factors
 from spikesink.chain.lifecycle import Lifecycle, plateau_layers
 from spikesink.chain.sinks import Scores, Secondary
 from spikesink.chain.trace import Profile, spearman
@@ -88,10 +88,10 @@ def places(profile: Profile, most: int = 64) -> Figure:
 
 
 @drawn_where_applicable
-def sinks_over_depth(geometry: Geometry, seen: Look, life: Lifecycle, profile: Profile) -> Figure:
+def sinks_over_depth(geometry: Geometry, seen: AttentionReading, life: Lifecycle, profile: Profile) -> Figure:
     """07: attention on the spike tokens layer by layer, under the size of the stream; with each cycle's plateau."""
     fig, (top, bottom) = figure(2, 1, size=(9.5, 6), sharex=True, height_ratios=(1, 1.5))
-    n_layers = geometry.about.n_layers
+    n_layers = geometry.anatomy.n_layers
     layers, score = np.arange(n_layers), seen.scores.received
     over = (profile.magnitude.amax(1) / profile.median)[: 2 * n_layers]
     top.plot(np.arange(2 * n_layers) / 2, over, color=SPIKE, lw=1.6)
@@ -131,7 +131,7 @@ def sinks_over_depth(geometry: Geometry, seen: Look, life: Lifecycle, profile: P
 def sink_keys(geometry: Geometry, rebuilt: Rebuilt | NotApplicable, life: Lifecycle) -> Figure:
     """07: the spike tokens' keys: how many dimensions, how many rows of W_K, and how small their values."""
     fig, axes = figure(1, 3, size=(13, 4.2))
-    layers, plateau = np.arange(geometry.about.n_layers), plateau_layers(life.main)
+    layers, plateau = np.arange(geometry.anatomy.n_layers), plateau_layers(life.main)
     left, middle, right = axes
     for stage, style in zip(geometry.dimension, ("-", ":"), strict=False):
         for name, colour in (("spike", SPIKE), ("matched", ORDINARY)):
@@ -160,7 +160,7 @@ def sink_keys(geometry: Geometry, rebuilt: Rebuilt | NotApplicable, life: Lifecy
         whole(middle)
         middle.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.18))
         best = float(rebuilt.spike[-1].quantile(0.5))
-        middle.set_title(f"{len(rows)} of {geometry.about.d_model} rows: cosine {best:.2f}", fontsize=11)
+        middle.set_title(f"{len(rows)} of {geometry.anatomy.d_model} rows: cosine {best:.2f}", fontsize=11)
     for name, colour, marker, label in (
         ("spike", SPIKE, "o", "spike tokens"),
         ("next", ORDINARY, "s", "the token right after"),
@@ -179,7 +179,7 @@ def sink_keys(geometry: Geometry, rebuilt: Rebuilt | NotApplicable, life: Lifecy
 
 
 @drawn_where_applicable
-def logits(geometry: Geometry, seen: Look, life: Lifecycle) -> Figure:
+def logits(geometry: Geometry, seen: AttentionReading, life: Lifecycle) -> Figure:
     """07: all heads of the plateau: their sink score against the logit's gap, and against the factors it is made of."""
     layers = list(plateau_layers(life.main))
     score = seen.scores.received["spike"][layers].flatten()
@@ -188,7 +188,7 @@ def logits(geometry: Geometry, seen: Look, life: Lifecycle) -> Figure:
     panels |= {names[name]: values for name, values in factors(geometry, layers).items()}
     fig, axes = figure(1, 4, size=(13, 3.9), sharey=True)
     found: dict[str, float] = {}
-    depth = torch.tensor(layers).repeat_interleave(geometry.about.n_heads)
+    depth = torch.tensor(layers).repeat_interleave(geometry.anatomy.n_heads)
     for ax, (name, values) in zip(axes, panels.items(), strict=True):
         drawn = ax.scatter(values, score, c=depth, cmap="viridis", s=16, linewidths=0, rasterized=True)
         ax.axhline(seen.scores.epsilon, color="black", lw=0.6, ls=":")

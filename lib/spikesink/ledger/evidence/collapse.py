@@ -46,7 +46,7 @@ def nm2_sparse(found: Collapse, weights: Weights) -> Evidence | NotApplicable:
         "participation_before": float(found.spike.participation[found.before]),
         "participation_lowest_before": float(found.spike.participation[: found.before + 1].min()),
         "participation_after": float(found.spike.participation[middle]),
-        "d_model": found.about.d_model,
+        "d_model": found.anatomy.d_model,
     }
     layers = plateau_layers(found.cycle)
     if layers:

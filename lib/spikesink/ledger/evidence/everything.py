@@ -86,35 +86,34 @@ def _amplifier(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> Cla
 def _first_token(
     model: TransformerBridge, tokens: Tensor, life: Lifecycle, text: str | texts.Text, seed: int
 ) -> Claims:
-    weights = weights_of(model)
-    probe = firsttoken.probe(weights, life)
-    elsewhere = tk.tk3_not_elsewhere(model, weights, probe, tokens, seed=seed)
+    probe = firsttoken.probe(weights_of(model), life)
+    elsewhere = firsttoken.place_elsewhere(model, tokens, probe, seed=seed)
     smaller = life.cycles[1] if len(life.cycles) > 1 else None
     return {
         "TK1": tk.tk1_nearly_any(probe, texts.token_counts(model, text), elsewhere),
-        "TK2": tk.tk2_static_map(model, weights, tokens),
-        "TK3": elsewhere,
-        "TK4": tk.tk4_delimiters(model, weights, tokens, life, life.main),
-        "X-TK5": tk.tk4_delimiters(model, weights, tokens, life, smaller),
+        "TK2": tk.tk2_static_map(firsttoken.compare_static_map(model, tokens)),
+        "TK3": tk.tk3_not_elsewhere(elsewhere),
+        "TK4": tk.tk4_delimiters(firsttoken.compare_delimiters(model, tokens, life, life.main)),
+        "X-TK5": tk.tk4_delimiters(firsttoken.compare_delimiters(model, tokens, life, smaller)),
     }
 
 
 def _norm_and_sinks(model: TransformerBridge, tokens: Tensor, life: Lifecycle, seed: int) -> Claims:
     weights = weights_of(model)
-    collapsed = collapse.collapse(model, tokens, life, seed)
+    collapsed = collapse.measure_collapse(model, tokens, life, seed)
     attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
     return {
         "NM1": nm.nm1_bounded(collapsed),
         "NM2": nm.nm2_sparse(collapsed, weights),
         "NM3": nm.nm3_constant(collapsed),
         "NM4": nm.nm4_constant_over_depth(collapsed),
-        "NM5": nm.nm5_implicit_parameter(collapse.replace(model, tokens, life, collapsed)),
+        "NM5": nm.nm5_implicit_parameter(collapse.replace_input(model, tokens, life, collapsed)),
         "SK1": sinks.sk1_many_heads(attention.scores),
         "SK2": sinks.sk2_on_spikes(attention, life),
         "SK3": sk.sk3_few_dimensions(attention, life),
         "SK4": sk.sk4_favoured(attention, life),
         "SK5": sinks.sk5_over_depth(attention, life),
-        "SK6": sk.sk6_few_rows(keys.rebuild(weights, life, collapsed), attention),
+        "SK6": sk.sk6_few_rows(keys.rebuild_keys(weights, life, collapsed), attention),
         "SK7": sk.sk7_small_values(attention, life),
         "X-SK8": sinks.x_sk8_smaller_cycle(attention, life),
         "X-SK9": sinks.x_sk9_secondary(attention),

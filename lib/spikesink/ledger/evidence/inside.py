@@ -48,7 +48,7 @@ def chain(
     weights = weights_of(model)
     life = lifecycle.find_lifecycle(trace_windows(model, tokens, seed, threshold))
     reading, census = amplifier.read_block(model, tokens, life), amplifier.census(weights)
-    found = collapse.collapse(model, tokens, life, seed)
+    found = collapse.measure_collapse(model, tokens, life, seed)
     seen = keys.read_attention(model, tokens, life, found, seed=seed)
     chain = {
         "LC1": evidence.lc1_step_up(life),

@@ -1,6 +1,6 @@
 """TODO."""
 
-from spikesink.chain.keys import Look, Rebuilt, _where_keys_are_seen, factors
+from spikesink.chain.keys import AttentionReading, Rebuilt, _where_keys_are_seen, factors
 from spikesink.chain.lifecycle import Lifecycle, layers_quiet, plateau_layers
 from spikesink.chain.sinks import _median
 from spikesink.chain.trace import spearman
@@ -10,7 +10,7 @@ from spikesink.ledger.evidence.sinks import _no_sinks
 
 
 @_where_keys_are_seen
-def sk3_few_dimensions(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
+def sk3_few_dimensions(seen: AttentionReading, life: Lifecycle) -> Evidence | NotApplicable:
     """SK3: effective dimension of the spike tokens' keys, and of as many other tokens' keys; before RoPE.
 
     Median over the plateau's layers and their key heads; `*_rotated` after RoPE, which turns keys by their position and
@@ -42,7 +42,7 @@ def sk3_few_dimensions(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
 
 
 @_where_keys_are_seen
-def sk4_favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
+def sk4_favoured(seen: AttentionReading, life: Lifecycle) -> Evidence | NotApplicable:
     """SK4: how far the logit to the spike token's key lies above those to other keys, in sink heads and other heads.
 
     A head of the plateau's layers is a sink head where the spike tokens' mean score exceeds epsilon. `spearman` is the
@@ -82,7 +82,7 @@ def sk4_favoured(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
 
 
 @measure
-def sk6_few_rows(rebuilt: Rebuilt, seen: Look) -> Evidence | NotApplicable:
+def sk6_few_rows(rebuilt: Rebuilt, seen: AttentionReading) -> Evidence | NotApplicable:
     """SK6: cosine of the spike tokens' keys with their rebuilding from the rows of W_K at the spike channels.
 
     Median over the plateau's layers and key heads. `cosine_with_bias` compares whole keys, where there is a b_K;
@@ -109,7 +109,7 @@ def sk6_few_rows(rebuilt: Rebuilt, seen: Look) -> Evidence | NotApplicable:
 
 
 @_where_keys_are_seen
-def sk7_small_values(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
+def sk7_small_values(seen: AttentionReading, life: Lifecycle) -> Evidence | NotApplicable:
     """SK7: norm of the spike tokens' values over that of other tokens', median over the plateau's layers and heads.
 
     Controls: the token right after the spike token; and the spike token itself before the step-up, in layers that read

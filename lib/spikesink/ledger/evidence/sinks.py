@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from spikesink.chain.keys import Look, _where_there_is_a_spike
+from spikesink.chain.keys import AttentionReading, _where_there_is_a_spike
 from spikesink.chain.lifecycle import Lifecycle, layers_after, layers_before, layers_quiet, plateau_layers
 from spikesink.chain.sinks import Scores, _median
 from spikesink.common import NotApplicable
@@ -26,7 +26,7 @@ def sk1_many_heads(scores: Scores) -> Evidence | NotApplicable:
         "mean_attention_other_positions": float(scores.mean[..., 1 : max(2, scores.length // 2)].mean()),
     }
     if scores.n_tokens.get("other"):
-        pairs = scores.n_tokens["other"] * scores.about.n_layers * scores.about.n_heads
+        pairs = scores.n_tokens["other"] * scores.anatomy.n_layers * scores.anatomy.n_heads
         control["sink_ratio_ordinary_tokens"] = int(scores.sinks["other"].sum()) / pairs
     return make_evidence(
         measured={
@@ -40,7 +40,7 @@ def sk1_many_heads(scores: Scores) -> Evidence | NotApplicable:
 
 
 @_where_there_is_a_spike
-def sk2_on_spikes(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
+def sk2_on_spikes(seen: AttentionReading, life: Lifecycle) -> Evidence | NotApplicable:
     """SK2: of the (head, token) pairs that are sinks during the plateau, the share that falls on spike tokens.
 
     Tokens of the first half of each window; `share_whole_windows` counts all. Controls: the share of those tokens that
@@ -75,7 +75,7 @@ def sk2_on_spikes(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
 
 
 @_where_there_is_a_spike
-def sk5_over_depth(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
+def sk5_over_depth(seen: AttentionReading, life: Lifecycle) -> Evidence | NotApplicable:
     """SK5: attention that the spike tokens get, mean over heads and over the layers before, during, after the plateau.
 
     Before: layers that read the stream before the first step-up block; `attention_before_without_a_spike` leaves out
@@ -103,7 +103,7 @@ def sk5_over_depth(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
 
 
 @_where_there_is_a_spike
-def x_sk8_smaller_cycle(seen: Look, life: Lifecycle) -> Evidence | NotApplicable:
+def x_sk8_smaller_cycle(seen: AttentionReading, life: Lifecycle) -> Evidence | NotApplicable:
     """X-SK8: attention that the tokens of smaller cycles alone get, while such a cycle is alive, and otherwise.
 
     Alive: on its plateau. Mean over heads and layers; sinks are counted in the first halves. Control: the token right
@@ -132,14 +132,14 @@ def x_sk8_smaller_cycle(seen: Look, life: Lifecycle) -> Evidence | NotApplicable
     )
 
 
-def _no_sinks(seen: Look, layers: Sequence[int]) -> NotApplicable | None:
+def _no_sinks(seen: AttentionReading, layers: Sequence[int]) -> NotApplicable | None:
     """Why nothing can be said of sinks: no head's mean score of the spike tokens exceeds epsilon in these layers."""
     if (seen.scores.received["spike"][list(layers)] > seen.scores.epsilon).any():
         return None
     return NotApplicable("no head of the plateau sinks on the spike tokens")
 
 
-def x_sk9_secondary(seen: Look) -> Evidence | NotApplicable:
+def x_sk9_secondary(seen: AttentionReading) -> Evidence | NotApplicable:
     """X-SK9: cosine of secondary sinks' h~ with the primary direction, in the layers where they are sinks, median.
 
     Controls: the token right after each, in the same layers; all other tokens', mean over the same layers; and how many
@@ -166,7 +166,9 @@ def x_sk9_secondary(seen: Look) -> Evidence | NotApplicable:
     )
 
 
-def secondary_table(seen: Look, decode: Callable[[list[int]], str], most: int = 12) -> pd.DataFrame | NotApplicable:
+def secondary_table(
+    seen: AttentionReading, decode: Callable[[list[int]], str], most: int = 12
+) -> pd.DataFrame | NotApplicable:
     """Secondary sinks by token: how many, the layers they last, the FFN block that turns them, and the cosine then.
 
     The block is the FFN block over which the cosine with the primary direction rises most, the commonest of a token's.
