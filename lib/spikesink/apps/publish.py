@@ -1,59 +1,22 @@
-"""TODO."""
+"""The pages and the picture of all ledgers: `figures/README.md`, a page a model, and `claims.png`."""
 
 import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
 from spikesink import common
-from spikesink.common import escape
-from spikesink.lab import config
-from spikesink.ledger import claims
-from spikesink.ledger.table import (
-    PICTURE,
-    TRAINED,
-    _in_order,
-    _one_model,
-    _reasons,
-    _summary,
-    _table,
-    _trained,
-    _trained_in_short,
-    board,
-    reasons,
-)
+from spikesink.common import brief, escape, mean_of
+from spikesink.lab.config import LAB
+from spikesink.ledger import claims, table
 
-# The words that the table needs, in the order of the chain.
-GLOSSARY = """<details><summary>What the words mean</summary>
-
-- **Names of claims**: LC is the spike's life cycle, AM the amplifier, MX a mixture of experts, TK the first token, NM
-  RMSNorm, SK the sink, AB what cutting the chain does, TR what training changes, SV what serving does. X- marks a claim
-  of ours and SV is ours too; the others are the paper's.
-- **Spike**: an entry of the residual stream thousands of times larger than most (some fifty times, in the small models
-  that we train). Its *channel* is the coordinate, its *tokens* those that have it, its *step-up* and *step-down* the
-  blocks that write it and take it back, the *plateau* all between. Blocks are counted from 1, attention odd and FFN
-  even.
-- **Cycle**: one rise and fall of a channel. The largest is the main one; a model can have smaller ones besides.
-- **Ordinary**: tokens or channels drawn at random, without those that spike or are followed for their size.
-- **Medians**: an entry over the median of all entries' absolute values there; other quantities over their own median
-  over channels.
-- **h̃, s\\***: h̃ is a token's vector as RMSNorm passes it on; s\\* the direction in it that the step-up block amplifies.
-- **U_k, S_k, λ**: what of a block's weights makes channel k. ||U_k||_F is its gain; its form is h̃' S_k h̃, and λ the
-  first eigenvalue of S_k.
-- **Static map**: a token that stands first attends to itself alone, so what attention writes there is one matrix.
-- **Participation ratio**: how many channels a vector's squares are spread over; 1 if one holds all.
-- **Sink**: the key that most attention goes to. The *sink ratio* is the share of heads and windows in which it gets
-  more than ε of the attention of a window's queries, on average; T is how many tokens the window has. SK1 has both.
-- **BOS**: the token that some tokenizers put before every text.
-- **Perplexity**: exp of the mean loss. The cuts (AB) are judged on fewer and shorter windows than stand under each
-  model below; AB1 has their number and length.
-- **Control**: the same measure where there should be no effect: on ordinary tokens, channels, heads, blocks. In AB it
-  can also be a second way to the same cut.
-
-</details>
-"""
+PICTURE = "claims"
+TRAINED = "The models that we train ourselves"
 
 
 def render(figures: Path) -> Path:
@@ -64,88 +27,125 @@ def render(figures: Path) -> Path:
     Raises:
         ValueError: a ledger, or `reasons.md` beside it, is damaged.
     """
-    found, written, lab = claims.ledgers(figures), reasons(figures), claims.lab_ledger(figures)
-    whole = board(found)
-    lines = [
-        "# Claims, by model",
-        "",
-        "Each claim of the paper, what we measured on each model, and the verdict of a rule that is the same for all.",
-        "`differs` is a finding, not an error. Made from `claims.json` in each folder and from `reasons.md`; do not "
-        "edit by hand.",
-        "",
-        f"![Claims x models, coloured by verdict]({PICTURE}.png)",
-        "",
-        *_summary(whole),
-        *([] if lab is None else _trained_in_short(lab)),
-        *GLOSSARY.splitlines(),
-        "",
-        *_table(whole),
-        *_reasons(written, found, whole),
+    ledgers, reasons, lab = claims.ledgers(figures), table.read_reasons(figures), claims.lab_ledger(figures)
+    everything = ledgers if lab is None else {**ledgers, LAB: lab}
+    for name, data in everything.items():
+        title = TRAINED if name == LAB else name
+        _put(figures / name, "model.md.j2", title=title, sections=_find_pictures(figures / name, data))
+    board = table.make_board(ledgers)
+    kept = [
+        (row, [table.fill(reasons[row.claim_id], ledgers)])
+        for row in board.rows
+        if not row.differs_on and any(table.speaks_of(reasons.get(row.claim_id, ""), name) for name in row.put_to)
     ]
-    if lab is not None:
-        lines += ["", *_trained(lab, written)]
-    for name, data in found.items():
-        lines += ["", *_one_model(name, data, written.get(name, ""))]
-    for name, data in (found if lab is None else {**found, config.LAB: lab}).items():
-        _put(figures / name, gallery(figures / name, data))
-    return _put(figures, lines)
+    trained = {} if lab is None else {name: lab["claims"][name] for name in table.sort_claims(lab["claims"])}
+    return _put(
+        figures,
+        "claims.md.j2",
+        picture=PICTURE,
+        board=board,
+        ledgers=ledgers,
+        explained={
+            "Where models differ, and why as far as it was tested": table.explain_differences(board, reasons, ledgers),
+            "What to keep in mind where claims hold": kept,
+        },
+        reasons={name: table.fill(text, everything) for name, text in reasons.items()},
+        lab=lab,
+        first_with=claims.first_with_same_text({name: claim["rule"] for name, claim in trained.items()}),
+        by_verdict={
+            verdict: names
+            for verdict in ("holds", "differs", "n/a")
+            if (names := [name for name, claim in trained.items() if claim["verdict"] == verdict])
+        },
+    )
 
 
-def _put(folder: Path, lines: Sequence[str]) -> Path:
-    path, text = folder / "README.md", "\n".join(lines) + "\n"
+def _put(folder: Path, template: str, **values: Any) -> Path:
+    pages = Environment(
+        loader=PackageLoader("spikesink.apps", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    pages.globals["held_by"] = _name_controls
+    pages.filters |= {
+        "brief": brief,
+        "cell": escape,
+        "in_order": table.sort_claims,
+        "listed": _list_claims,
+        "mean_of": mean_of,
+        "shown": _show_cell,
+        "values": _show_values,
+    }
+    path, text = folder / "README.md", pages.get_template(template).render(values)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         with common.writing_to(folder):
             common.write_atomically(path, text)
     return path
 
 
-def gallery(folder: Path, data: Mapping[str, Any]) -> list[str]:
-    """The lines of a page of all pictures of a model, by notebook, with the verdicts that each notebook reached.
+def _list_claims(rows: Sequence[table.Row], board: table.Board, of_controls: bool = False) -> str:
+    """Claims in a few words, each with the models that it was put to, or holds of controls on, if those are not all."""
+
+    def note(row: table.Row) -> str:
+        models, all_models = (row.of_controls_on, row.put_to) if of_controls else (row.put_to, board.models)
+        parts = [", ".join(models)] if 0 < len(models) < len(all_models) else []
+        if len(row.put_to) == 1 and row.of_controls_on:
+            parts.append("and hold of a control")
+        return f" ({'on' if of_controls else 'put to'} {', '.join(parts)})" if parts else ""
+
+    return "; ".join(f"{row.claim_id} {row.short}{note(row)}" for row in rows)
+
+
+def _show_cell(cell: table.Cell | None, row: table.Row) -> str:
+    """The verdict, the value that stands for the claim, and what that is compared with."""
+    if not cell:
+        return ""
+    numbers = " / ".join(table.show_value(row.headline, v) for v in (cell.value, cell.beside) if v is not None)
+    return cell.verdict + ("\\*" if cell.held_by else "") + (f" ({escape(numbers)})" if numbers else "")
+
+
+def _name_controls(claim_id: str, claim: Mapping[str, Any]) -> str:
+    held_by = table.make_cell(claim_id, claim).held_by
+    return f" (of {', '.join(held_by)} too)" if held_by else ""
+
+
+def _show_values(values: Mapping[str, Any]) -> str:
+    """What was measured, as it may stand in a cell of a table; the variants of trained models have one of their own."""
+    shown = (f"{name} {table.show_value(name, v)}" for name, v in values.items() if not name.startswith("variants"))
+    return escape("; ".join(shown)).replace("\n", "\\n")
+
+
+def _find_pictures(folder: Path, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A model's pictures, by the notebook that drew them, with the claims that it judged.
 
     Pictures stand under the notebook's own headings and in its order, if it lies beside the figures.
     """
-    verdicts = defaultdict(list)
-    for key, claim in _in_order(data["claims"]):
-        reason = f": {escape(claim['measured']['reason'])}" if claim["verdict"] == "n/a" else ""
-        verdicts[claim["notebook"]].append(
-            f"- {escape(key)} {escape(claim['statement'])} **{claim['verdict']}**{reason}"
-        )
     notebooks = sorted((folder.parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    stems = {stem[:2]: stem for stem in (*[path.stem for path in notebooks], *verdicts)}
-    headings = {name: heading for path in notebooks for name, heading in _headings(path).items()}
-    drawn = {path.stem for path in folder.glob("[0-9][0-9]-*.png")}
-    pictures = defaultdict(list)
-    for name in [*(name for name in headings if name in drawn), *sorted(drawn - set(headings))]:
-        pictures[name[:2]].append(name)
-    lines = [
-        f"# {TRAINED if folder.name == config.LAB else folder.name}: the pictures",
-        "",
-        "Each notebook's pictures, with the claims that it put to them; the numbers are in [the table of "
-        "all](../README.md). Made from `claims.json`; do not edit by hand.",
-    ]
-    for number, shown in sorted(pictures.items()):
+    headings = {name: heading for path in notebooks for name, heading in _read_headings(path).items()}
+    judged = defaultdict(list)
+    for claim_id in table.sort_claims(data["claims"]):
+        judged[data["claims"][claim_id]["notebook"]].append((claim_id, data["claims"][claim_id]))
+    stems = {stem[:2]: stem for stem in (*(path.stem for path in notebooks), *judged)}
+    places = {name: place for place, name in enumerate(headings)}
+    drawn = sorted(path.stem for path in folder.glob("[0-9][0-9]-*.png"))
+    drawn.sort(key=lambda name: (name[:2], places.get(name, len(places))))
+    sections = []
+    for number, names in groupby(drawn, key=lambda name: name[:2]):
         stem = stems.get(number)
-        lines += ["", f"## [{stem.replace('_', ' ')}](../../notebooks/{stem}.ipynb)" if stem else f"## {number}"]
-        lines += ["", *verdicts[stem]] if stem in verdicts else []
-        above = None
-        for name in shown:
-            heading = headings.get(name)
-            lines += ["", f"### {heading}"] if heading not in (None, above) else []
-            lines += ["", f"![{heading or name}]({name}.png)"]
-            above = heading
-    return lines
+        title = f"[{stem.replace('_', ' ')}](../../notebooks/{stem}.ipynb)" if stem else number
+        pictures = [(name, headings.get(name)) for name in names]
+        sections.append({"title": title, "claims": judged.get(stem, []), "pictures": pictures})
+    return sections
 
 
-def _headings(notebook: Path) -> dict[str, str]:
+def _read_headings(notebook: Path) -> dict[str, str]:
     """The pictures that a notebook saves, in its order, and for each the heading that it stands under."""
-    found, heading = {}, ""
+    headings, heading = {}, ""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             heading = ([heading, *re.findall(r"^##+ (.+)$", source, flags=re.MULTILINE)])[-1]
         else:
-            found |= dict.fromkeys(re.findall(r'"(\d\d-[\w-]+)"', source), heading)
-    return found
+            headings |= dict.fromkeys(re.findall(r'"(\d\d-[\w-]+)"', source), heading)
+    return headings
 
 
 def draw(figures: Path) -> Path:
@@ -156,5 +156,5 @@ def draw(figures: Path) -> Path:
     if not made or made < max((path.stat().st_mtime_ns for path in sources), default=0):
         from spikesink import plots  # seconds of imports that a run with nothing to do can spare
 
-        plots.save(plots.verdicts(board(claims.ledgers(figures))), figures, PICTURE)
+        plots.save(plots.verdicts(table.make_board(claims.ledgers(figures))), figures, PICTURE)
     return pictures[0]

@@ -1,6 +1,5 @@
 """Every figure that `spikesink.plots` offers, and where it is drawn."""
 
-from .across import verdicts as verdicts
 from .amplifier import alignment as alignment
 from .amplifier import gains as gains
 from .amplifier import gates as gates
@@ -56,3 +55,4 @@ from .sinks import sink_map as sink_map
 from .sinks import sinks_over_depth as sinks_over_depth
 from .style import absent as absent
 from .style import save as save
+from .table import verdicts as verdicts
