@@ -1,7 +1,6 @@
 """The life cycle of a spike, found in a trace: which blocks write it, where it stays, which blocks cancel it.
 
-Blocks are counted as in the paper, from 1: block 2l - 1 is the attention of layer l, block 2l its FFN. Rules, the same
-for every model, with `step` = 0.1 unless the reader changes it:
+The rules, the same for every model, with `step` = 0.1 unless the reader changes it:
 
 - the *peak* is the largest entry of the stream that is above 100 medians of |h|; its channel is the first channel, and
   the cycle's size is the largest such entry of a window, median over the windows that have one;
@@ -28,31 +27,20 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import Rows, Trace, follow
-from spikesink.common import NotApplicable
+from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Block, anatomy, check_ids, check_tokens
 from spikesink.model.weights import Weights
 
 STEP = 0.1
-
-
 MAX_CYCLES = 4
-
-
 MAX_PEELS = 12
-
-
-MAX_PAIRS = 2000  # of spike tokens, for the Jaccard index
-
-
 STEP_BLOCKS = 3  # the paper's "one to three" blocks; a cycle that needs more to be written is a ramp
-
-
 MOSTLY = 0.8  # the share of the plateau value that those blocks must write
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One rise and fall of a channel. Points are places in the stream (p = after block p), values are signed."""
+    """One rise and fall of a channel. A point of the stream is the Block that it comes after; values are signed."""
 
     channel: int
     value: float  # plateau value of the first channel, median over the spike tokens
@@ -94,6 +82,12 @@ class Lifecycle:
         """Why claims about a spike do not apply, for a model without one."""
         return f"no token has an entry above {self.trace.threshold:g} medians anywhere in the residual stream"
 
+    def require_main(self) -> Cycle:
+        """The largest cycle; raises NotApplicable where nothing spikes."""
+        if self.main is None:
+            raise NotApplicable(self.reason)
+        return self.main
+
 
 def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
     """Find the cycles in a trace, by the rules at the top of this module.
@@ -129,24 +123,27 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) 
     rows = trace.rows
     row, peak, index = (int(i) for i in torch.unravel_index(left.argmax(), left.shape))
     is_spike, size = _spike_tokens(rows, rows.stream[:, peak, index], left[:, peak, index] > 0, row, step)
-    stream, writes = (_median(of[is_spike, :, index]) for of in (rows.stream, rows.writes))
+    stream, writes = (values[is_spike, :, index].quantile(0.5, dim=0) for values in (rows.stream, rows.writes))
     alive = stream * size.sign() >= torch.maximum(step * size.abs(), trace.threshold * trace.medians)
-    first, last = _run_around(alive, peak)
+    dead = [-1, *(~alive).nonzero()[:, 0].tolist(), len(alive)]
+    first, last = max(p for p in dead if p < peak) + 1, min(p for p in dead if p > peak) - 1
     share = writes / size
-    step_up = tuple(b for b in range(max(first, 1), peak + 1) if share[b - 1] >= step)
-    step_down = tuple(b for b in range(peak + 1, min(last + 1, len(writes)) + 1) if share[b - 1] <= -step)
-    plateau = (step_up[-1] if step_up else peak, step_down[0] - 1 if step_down else last)
+    step_up = tuple(Block(b) for b in range(max(first, 1), peak + 1) if share[b - 1] >= step)
+    step_down = tuple(Block(b) for b in range(peak + 1, min(last + 1, len(writes)) + 1) if share[b - 1] <= -step)
+    plateau = (Block(step_up[-1] if step_up else peak), Block(step_down[0] - 1 if step_down else last))
     middle = sum(plateau) // 2
+    held = rows.stream[is_spike, middle, : trace.n_followed].abs().quantile(0.5, dim=0)
+    strongest = held.argsort(descending=True, stable=True)
     cycle = Cycle(
         channel=int(trace.channels[index]),
         value=float(stream[middle]),
         peak=Block(peak),
-        step_up=tuple(map(Block, step_up)),
-        step_down=tuple(map(Block, step_down)),
-        plateau=tuple(map(Block, plateau)),
+        step_up=step_up,
+        step_down=step_down,
+        plateau=plateau,
         stream=stream,
         writes=writes,
-        channels=_spike_channels(trace, is_spike, middle),
+        channels=tuple(int(trace.channels[i]) for i in strongest if held[i] > trace.threshold * trace.medians[middle]),
         is_spike=is_spike,
         blocks_needed=_blocks_needed(writes[:middle], stream[middle]),
     )
@@ -175,64 +172,39 @@ def _size_and_least(
     rows: Rows, entry: Float[Tensor, " row"], among: Bool[Tensor, " row"], step: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """A cycle's size, and the least entry of a spike token: `step` of it, and nearer to it than to an ordinary one."""
-    size = _median(torch.stack([entry[among & (rows.window == w)].max() for w in rows.window[among].unique()]))
+    by_window = [entry[among & (rows.window == window)].max() for window in rows.window[among].unique()]
+    size = torch.stack(by_window).quantile(0.5)
     ordinary = entry[rows.drawn].abs().median()
     return size, torch.maximum(step * size, (size * ordinary).sqrt())
-
-
-def _spike_channels(trace: Trace, is_spike: Bool[Tensor, " row"], point: int) -> tuple[int, ...]:
-    """The channels that exceed the threshold at a point, median over the spike tokens, the largest first."""
-    typical = _median(trace.rows.stream[is_spike, point, : trace.n_followed].abs())
-    order = typical.argsort(descending=True, stable=True)
-    return tuple(int(trace.channels[i]) for i in order if typical[i] > trace.threshold * trace.medians[point])
 
 
 def _blocks_needed(writes: Float[Tensor, " block"], value: Tensor) -> int:
     """Fewest blocks whose writes add up to MOSTLY of the value; 0 if even all that push towards it do not."""
     towards = (writes / value).clamp(min=0).sort(descending=True).values.cumsum(0)
-    enough = (towards >= MOSTLY).nonzero()
-    return int(enough[0]) + 1 if len(enough) else 0
-
-
-def _run_around(alive: Bool[Tensor, " point"], peak: int) -> tuple[int, int]:
-    """First and last point of the unbroken run of `alive` that holds `peak`."""
-    first = last = peak
-    while first > 0 and alive[first - 1]:
-        first -= 1
-    while last + 1 < len(alive) and alive[last + 1]:
-        last += 1
-    return first, last
+    enough = (towards >= MOSTLY).nonzero()[:, 0].tolist()
+    return enough[0] + 1 if enough else 0
 
 
 def _explained(
     spiking: Bool[Tensor, "row point"], tokens: Bool[Tensor, " row"], first: int, last: int
 ) -> Bool[Tensor, "row point"]:
     """What a cycle accounts for: on its tokens, its own points and all that spike without a gap before or after."""
-    explained = torch.zeros_like(spiking)
-    explained[:, first : last + 1] = tokens[:, None]
-    for point in range(last + 1, spiking.shape[1]):
-        explained[:, point] = explained[:, point - 1] & spiking[:, point]
-    for point in range(first - 1, -1, -1):
-        explained[:, point] = explained[:, point + 1] & spiking[:, point]
-    return explained
-
-
-def _median(values: Tensor) -> Tensor:
-    """Median over the first dimension; of an even number, the mean of the middle two."""
-    return values.quantile(0.5, dim=0)
-
-
-def ordinary_rows(life: Lifecycle) -> Rows:
-    """The tokens drawn at random from every window, less those that spike in the main cycle: the control."""
-    keep = life.trace.rows.drawn.clone()
-    if life.main is not None:
-        keep &= ~life.main.is_spike
-    return life.trace.rows[keep]
+    explained = spiking.clone()
+    explained[:, first : last + 1] = True
+    explained[:, last:] = explained[:, last:].cumprod(1).bool()
+    explained[:, : first + 1] = explained[:, : first + 1].flip(1).cumprod(1).flip(1).bool()
+    return explained & tokens[:, None]
 
 
 def spike_rows(life: Lifecycle) -> Rows:
     """The spike tokens of the main cycle."""
     return life.trace.rows[life.main.is_spike]
+
+
+def ordinary_rows(life: Lifecycle) -> Rows:
+    """The tokens drawn at random from every window, less those that spike in the main cycle: the control."""
+    drawn = life.trace.rows.drawn
+    return life.trace.rows[drawn if life.main is None else drawn & ~life.main.is_spike]
 
 
 def middle_row(life: Lifecycle) -> Rows:
@@ -242,126 +214,63 @@ def middle_row(life: Lifecycle) -> Rows:
     return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
 
 
-def late_step_down(life: Lifecycle) -> tuple[Block, ...]:
-    """The step-down blocks of the main cycle that are FFN blocks of the model's second half, as LC3 counts them."""
-    return tuple(b for b in life.main.step_down if not b.is_attention and b > life.trace.anatomy.n_blocks // 2)
-
-
-def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
-    """Every block that writes at least `least` of the main cycle's value: the block, its write, its share, its step."""
-    cycle = life.main
-    rows = []
-    for block in map(Block, range(1, life.trace.anatomy.n_blocks + 1)):
-        write = float(cycle.writes[block - 1])
-        step = "up" if block in cycle.step_up else "down" if block in cycle.step_down else ""
-        rows.append((str(block), write, write / cycle.value, step))
-    frame = pd.DataFrame(rows, columns=["block", "write", "share of the plateau", "step"])
-    return frame[frame["share of the plateau"].abs() >= least].set_index("block")
-
-
-def cycles_table(life: Lifecycle) -> pd.DataFrame:
-    """One line a cycle: first channel, its plateau value, step-up and step-down blocks, tokens."""
-    rows = life.trace.rows
-    lines = []
-    for cycle in life.cycles:
-        positions = rows.position[cycle.is_spike]
-        lines.append(
-            {
-                "channel": cycle.channel,
-                "plateau value": cycle.value,
-                "step-up": cycle.step_up,
-                "step-down": cycle.step_down,
-                "shape": cycle.shape,
-                "tokens": int(cycle.is_spike.sum()),
-                "at position 0": int((positions == 0).sum()),
-            }
-        )
-    return pd.DataFrame(lines)
-
-
 def index_of(life: Lifecycle, channel: int) -> int:
     """Where among the trace's followed channels a channel of the model is."""
     return int((life.trace.channels == channel).nonzero()[0])
 
 
-def first_step_up(life: Lifecycle) -> Block | NotApplicable:
+def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
+    """Which tokens of the windows are a cycle's spike tokens."""
+    rows = life.trace.rows[cycle.is_spike]
+    spikes = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
+    spikes[rows.window, rows.position] = True
+    return spikes
+
+
+def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n length"]:
+    """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
+
+    Raises:
+        ValueError: `life` was found in another model.
+    """
+    check_model(model, life)
+    check_tokens(model, tokens)
+    cycle, trace = life.main, life.trace
+    spikes = torch.zeros(tokens.shape, dtype=torch.bool)
+    if cycle is None:
+        return spikes
+    sign = math.copysign(1, cycle.value)
+    held = trace.rows.stream[:, cycle.peak, index_of(life, cycle.channel)] * sign
+    _, least = _size_and_least(trace.rows, held, cycle.is_spike, STEP)
+    for window, spiking in zip(tokens, spikes, strict=True):
+
+        def on_stream(point: Block, h: Float[Tensor, "token d_model"], spiking: Tensor = spiking) -> None:
+            if point == cycle.peak:
+                above = torch.maximum(least, trace.threshold * h.abs().median().cpu())
+                spiking.copy_(h[:, cycle.channel].cpu() * sign >= above)
+
+        follow(model, window, on_stream)
+    return spikes
+
+
+@measure
+def first_step_up(life: Lifecycle) -> Block:
     """The main cycle's first FFN block that is step-up: it meets tokens that do not spike yet, a later one may not."""
-    if life.main is None:
-        return NotApplicable(life.reason)
-    ffn = [block for block in life.main.step_up if not block.is_attention]
-    if not ffn:
-        return NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
-    return ffn[0]
+    for block in life.require_main().step_up:
+        if not block.is_attention:
+            return block
+    raise NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
 
 
-def check_model(model: TransformerBridge | Weights, life: Lifecycle) -> None:
-    """Raise ValueError where a life cycle was found in a model of another shape than this one's."""
-    about, theirs = anatomy(model), life.trace.anatomy
-    if any(getattr(about, name) != getattr(theirs, name) for name in ("family", "n_layers", "d_model", "d_vocab")):
-        raise ValueError(
-            f"this life cycle was found in a {theirs.family} model of {theirs.n_layers} layers, {theirs.d_model} "
-            f"channels and {theirs.d_vocab} tokens, not in this {about.family} model; trace this one."
-        )
-
-
-def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"], part: bool = False) -> None:
-    """Raise ValueError unless these are the windows that a life cycle was found in, or a `part`: the first of them."""
-    check_ids(tokens)
-    theirs = life.trace.tokens[: len(tokens)] if part and tokens.ndim else life.trace.tokens
-    if not tokens.numel() or not torch.equal(tokens.cpu().to(theirs.dtype), theirs):
-        raise ValueError("these are not the windows that this life cycle was found in; trace these, or give those.")
-
-
-def right_after(tokens: Bool[Tensor, "*window position"]) -> Bool[Tensor, "*window position"]:
-    """The tokens that stand right after those, whether or not they are of them too."""
-    return tokens.roll(1, dims=-1).index_fill(-1, torch.tensor(0), False)
+def late_step_down(life: Lifecycle) -> tuple[Block, ...]:
+    """The step-down blocks of the main cycle that are FFN blocks of the model's second half, as LC3 counts them."""
+    return tuple(b for b in life.main.step_down if not b.is_attention and b > life.trace.anatomy.n_blocks // 2)
 
 
 def plateau_layers(cycle: Cycle) -> range:
     """The layers, from 0, whose attention reads a point of a cycle's plateau."""
     first, last = cycle.plateau
     return range((first + 1) // 2, min(last // 2 + 1, len(cycle.writes) // 2))  # no layer reads the last point
-
-
-def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
-    """Which tokens of the windows are a cycle's spike tokens."""
-    rows = life.trace.rows[cycle.is_spike]
-    found = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
-    found[rows.window, rows.position] = True
-    return found
-
-
-def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n length"]:
-    """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
-
-    Args:
-        model: the one that `life` was found in.
-        life: as `find_lifecycle` returns it.
-        tokens: windows or prompts of one length.
-
-    Raises:
-        ValueError: `tokens` is not two-dimensional or empty, a token is not in the model's vocabulary, or `life` was
-            found in another model.
-    """
-    check_model(model, life)
-    check_tokens(model, tokens)
-    found = torch.zeros(tokens.shape, dtype=torch.bool)
-    cycle, trace = life.main, life.trace
-    if cycle is None:
-        return found
-    sign = math.copysign(1, cycle.value)
-    held = trace.rows.stream[:, cycle.peak, index_of(life, cycle.channel)] * sign
-    _, least = _size_and_least(trace.rows, held, cycle.is_spike, STEP)
-    for i, window in enumerate(tokens):
-
-        def on_stream(point: int, h: Float[Tensor, "token d_model"], i: int = i) -> None:
-            if point == cycle.peak:
-                found[i] = (
-                    h[:, cycle.channel] * sign >= torch.maximum(least, trace.threshold * h.abs().median())
-                ).cpu()
-
-        follow(model, window, on_stream)
-    return found
 
 
 def layers_before(life: Lifecycle) -> list[int]:
@@ -385,3 +294,61 @@ def layers_quiet(life: Lifecycle) -> list[int]:
 def layers_after(life: Lifecycle) -> list[int]:
     """Layers that read the stream past the main cycle's plateau."""
     return [layer for layer in range(life.trace.anatomy.n_layers) if 2 * layer > life.main.plateau[1]]
+
+
+def right_after(tokens: Bool[Tensor, "*window position"]) -> Bool[Tensor, "*window position"]:
+    """The tokens that stand right after those, whether or not they are of them too."""
+    return tokens.roll(1, dims=-1).index_fill(-1, torch.tensor(0), False)
+
+
+def check_model(model: TransformerBridge | Weights, life: Lifecycle) -> None:
+    """Raise ValueError where a life cycle was found in a model of another shape than this one's."""
+    ours, theirs = anatomy(model), life.trace.anatomy
+    if any(getattr(ours, name) != getattr(theirs, name) for name in ("family", "n_layers", "d_model", "d_vocab")):
+        raise ValueError(
+            f"this life cycle was found in a {theirs.family} model of {theirs.n_layers} layers, {theirs.d_model} "
+            f"channels and {theirs.d_vocab} tokens, not in this {ours.family} model; trace this one."
+        )
+
+
+def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"], part: bool = False) -> None:
+    """Raise ValueError unless these are the windows that a life cycle was found in, or a `part`: the first of them."""
+    check_ids(tokens)
+    theirs = life.trace.tokens[: len(tokens)] if part and tokens.ndim else life.trace.tokens
+    if not tokens.numel() or not torch.equal(tokens.cpu().to(theirs.dtype), theirs):
+        raise ValueError("these are not the windows that this life cycle was found in; trace these, or give those.")
+
+
+@measure
+def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
+    """Every block that writes at least `least` of the main cycle's value: its write, its share, its step."""
+    cycle = life.require_main()
+    steps = dict.fromkeys(cycle.step_up, "up") | dict.fromkeys(cycle.step_down, "down")
+    blocks = [Block(b) for b in range(1, len(cycle.writes) + 1)]
+    frame = pd.DataFrame(
+        {
+            "block": [str(block) for block in blocks],
+            "write": cycle.writes.tolist(),
+            "share of the plateau": (cycle.writes / cycle.value).tolist(),
+            "step": [steps.get(block, "") for block in blocks],
+        }
+    )
+    return frame[frame["share of the plateau"].abs() >= least].set_index("block")
+
+
+@measure
+def cycles_table(life: Lifecycle) -> pd.DataFrame:
+    """One line a cycle: first channel, its plateau value, step-up and step-down blocks, tokens."""
+    life.require_main()
+    positions = [life.trace.rows.position[cycle.is_spike] for cycle in life.cycles]
+    return pd.DataFrame(
+        {
+            "channel": [cycle.channel for cycle in life.cycles],
+            "plateau value": [cycle.value for cycle in life.cycles],
+            "step-up": [cycle.step_up for cycle in life.cycles],
+            "step-down": [cycle.step_down for cycle in life.cycles],
+            "shape": [cycle.shape for cycle in life.cycles],
+            "tokens": [len(position) for position in positions],
+            "at position 0": [int((position == 0).sum()) for position in positions],
+        }
+    )

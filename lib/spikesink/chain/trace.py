@@ -1,13 +1,14 @@
 """One pass over the windows that keeps what the life cycle needs, reduced at each hook as it streams by.
 
 A *point* p = 0 … 2L is a place in the residual stream: point 0 is the embedding, point b the stream after block b.
-Held for the length of one window: a few numbers a token. Kept in the end: sums over windows, and one row for each
-token that spikes somewhere, so memory does not grow with the number of windows except by what was found in them.
+What is kept of a window is a few numbers a point and one row for each token that spikes somewhere, so memory does not
+grow with the length of the text but by the spikes in it.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -32,54 +33,30 @@ from spikesink.model.anatomy import (
     run_layers,
 )
 
-
-def median(values: Tensor) -> float:
-    """Median; of an even number, the mean of the middle two; not a number of none."""
-    return float(np.median(values.numpy())) if values.numel() else math.nan
-
-
-EPSILONS = (0.2, 0.4)  # thresholds of a sink that SV3 and TR1 to TR6 ask for as well, beside the usual one
-
-
-EPSILON = 0.3  # Gu et al.'s
-
-
-def spearman(a: Float[Tensor, " head"], b: Float[Tensor, " head"]) -> float:
-    """Rank correlation of two measures over heads, without those in which either is not a number."""
-    return float(spearmanr(a.numpy(), b.numpy(), nan_policy="omit").statistic)
-
-
-SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (DESIGN: claim LC4)
-
-
+EPSILON = 0.3  # of a sink: Gu et al.'s
+EPSILONS = (0.2, 0.4)  # that SV3 and TR1 to TR6 ask for as well
+SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (claim LC4)
 TOP = 3  # the paper draws the three largest channels
-
-
 ORDINARY_TOKENS = 4  # drawn from every window, as controls
-
-
 ORDINARY_CHANNELS = 16  # drawn once, as controls
-
-
 MAX_CHANNELS = 48  # followed, the strongest first
-
-
 MAX_ROWS = 4096  # of candidates kept, the strongest first
-
-
 MAX_DRAWN = 1024  # of ordinary tokens kept
 
 
-OnStream = Callable[[Block, Float[Tensor, "token d_model"]], None]
+def median(values: Tensor) -> float:
+    """Median; of an even number, the mean of the middle two; nan of none."""
+    return float(np.median(values.numpy())) if values.numel() else math.nan
 
 
-OnWrite = Callable[[Block, Float[Tensor, "token d_model"]], None]
+def variation(values: Tensor) -> float:
+    """Coefficient of variation: standard deviation over absolute mean; nan of none."""
+    return float(values.std(correction=0) / values.mean().abs()) if len(values) else math.nan
 
 
-OnPattern = Callable[[int, Float[Tensor, "head query key"]], None]
-
-
-OnHook = Callable[[Tensor], None]
+def spearman(a: Float[Tensor, " head"], b: Float[Tensor, " head"]) -> float:
+    """Rank correlation of two measures over heads, without those in which either is nan."""
+    return float(spearmanr(a.numpy(), b.numpy(), nan_policy="omit").statistic)
 
 
 @dataclass(frozen=True)
@@ -106,7 +83,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one pass saw; medians and magnitudes are in the stream's own units."""
+    """What one pass over the windows keeps; medians and magnitudes are in the stream's own units."""
 
     anatomy: Anatomy
     tokens: Int[Tensor, "window position"]  # the windows themselves
@@ -140,7 +117,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Profile:
-    """One prompt, token by token: what `profile` returns."""
+    """One prompt, token by token."""
 
     tokens: tuple[str, ...]
     magnitude: Float[Tensor, "point token"]  # max |h| over channels
@@ -154,73 +131,59 @@ def trace_windows(
 ) -> Trace:
     """Follow the residual stream, every block's write and the attention on position 0 through all windows.
 
-    Which channels to follow is measured first, on the first window; a channel that spikes only later is then
-    followed too, in a second pass over all windows.
-
-    Args:
-        model: as `load` returns it.
-        tokens: windows, as `windows` returns them.
-        seed: of the ordinary channels and tokens that serve as controls.
-        threshold: how many medians of |h| an entry must exceed to be a spike. Models that are small or young do not
-            reach 100; what is found with less is a spike in the making.
+    Which channels to follow is measured on the first window; where a channel spikes only later, a second pass over all
+    windows follows it too. An entry is a spike above `threshold` medians of |h|; models that are small or young do not
+    reach 100, and what is found with less is a spike in the making.
 
     Raises:
-        ValueError: `tokens` is not two-dimensional, is empty, or is longer than the model's context; a token is not in
-            its vocabulary; a window holds nothing but padding; or the threshold is not above 1.
+        ValueError: the windows are longer than the model's context, one holds nothing but padding, or the threshold is
+            not above 1.
         FloatingPointError: as `follow` does.
     """
-    about = anatomy(model)
     check_tokens(model, tokens)
     check_length(model, tokens.shape[1])
     check_not_padding(model, tokens)
     if not isinstance(threshold, Real) or isinstance(threshold, bool) or not 1 < threshold < math.inf:
         raise ValueError(f"threshold is {threshold!r}; give a number of medians above 1.")
-    first = _Pass(model, about, (), seed, threshold).over(tokens[:1], "finding channels")
-    followed = first.above(threshold / 2)
+    first = _Pass(model, (), seed, threshold).over(tokens[:1], "finding channels")
+    channels = first.above(threshold / 2)
     while True:
-        done = _Pass(model, about, followed, seed, threshold).over(tokens, "tracing windows")
-        if set(done.above(threshold)) <= set(followed):
-            return done.result()
-        followed = done.above(threshold / 2)
+        traced = _Pass(model, channels, seed, threshold).over(tokens, "tracing windows")
+        if set(traced.above(threshold)) <= set(channels):
+            return traced.result(tokens)
+        channels = traced.above(threshold / 2)
 
 
 def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile:
-    """Look at one prompt token by token: how large each gets at every point, and how much attention it draws.
+    """How large each token of one prompt gets at every point, and how much attention it draws.
 
-    Args:
-        model: as `load` returns it.
-        tokens: the token ids of one prompt, without a batch dimension (`model.to_tokens(prompt)[0]`).
+    `tokens` has no batch dimension: `model.to_tokens(prompt)[0]`.
 
     Raises:
         ValueError: no tokens, more than the model's context, or one that is not in its vocabulary.
         FloatingPointError: as `follow` does.
     """
-    about = anatomy(model)
     check_ids(tokens)
-    if tokens.ndim != 1 or not 0 < len(tokens) <= about.context:
-        raise ValueError(
-            f"a prompt of shape {list(tokens.shape)} cannot be looked at; give 1 to {about.context} tokens."
-        )
+    context, sight = anatomy(model).context, anatomy(model).sight
+    if tokens.ndim != 1 or not 0 < len(tokens) <= context:
+        raise ValueError(f"a prompt of shape {list(tokens.shape)} cannot be looked at; give 1 to {context} tokens.")
     check_vocabulary(model, tokens)
-    n_points, length = about.n_blocks + 1, len(tokens)
-    magnitude = torch.zeros(n_points, length)
-    channel = torch.zeros(n_points, length, dtype=torch.long)
-    median = torch.zeros(n_points)
-    attention = torch.zeros(about.n_layers, length)
+    points, attention = {}, {}
 
-    def on_stream(point: int, h: Float[Tensor, "token d_model"]) -> None:
-        magnitude[point], channel[point] = (x.cpu() for x in h.abs().max(-1))
-        median[point] = h.abs().median()
+    def on_stream(point: Block, h: Float[Tensor, "token d_model"]) -> None:
+        points[point] = [x.cpu() for x in (*h.abs().max(-1), h.abs().median())]
 
     def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        attention[layer] = received(pattern, about.sight[layer]).mean(0).cpu()
+        attention[layer] = received(pattern, sight[layer]).mean(0).cpu()
 
     follow(model, tokens, on_stream, on_pattern=on_pattern)
-    return Profile(tuple(model.tokenizer.decode([i]) for i in tokens.tolist()), magnitude, channel, median, attention)
+    texts = tuple(model.tokenizer.decode([i]) for i in tokens.tolist())
+    magnitude, channel, medians = (torch.stack(x) for x in zip(*_in_order(points), strict=True))
+    return Profile(texts, magnitude, channel, medians, torch.stack(_in_order(attention)))
 
 
 def summarize(profile: Profile) -> dict[str, Any]:
-    """What stands out in a profile: the largest entry over the median, whose it is, and what the first token draws.
+    """What stands out in a profile.
 
     Returns:
         token, text, channel and point of the largest entry; its value and its factor over the median there; the
@@ -229,17 +192,15 @@ def summarize(profile: Profile) -> dict[str, Any]:
     """
     over = profile.magnitude / profile.median[:, None]
     point, token = (int(i) for i in torch.unravel_index(over.argmax(), over.shape))
-    others = over[point].clone()
-    others[token] = 0
     n_tokens = len(profile.tokens)
     return {
         "token": token,
         "text": profile.tokens[token].replace("\n", "\\n"),
         "channel": int(profile.channel[point, token]),
-        "point": point,
+        "point": Block(point),
         "value": float(profile.magnitude[point, token]),
         "factor": float(over[point, token]),
-        "runner_up": float(others.max()),
+        "runner_up": float(over[point, torch.arange(n_tokens) != token].max()) if n_tokens > 1 else 0.0,
         "first": float(profile.attention[:, 0].mean()),
         "even": sum(1 / (i + 1) for i in range(n_tokens)) / n_tokens,
     }
@@ -259,10 +220,10 @@ def received(pattern: Float[Tensor, "head query key"], sight: int | None = None)
 def follow(
     model: TransformerBridge,
     tokens: Int[Tensor, " length"],
-    on_stream: OnStream | None = None,
-    on_write: OnWrite | None = None,
-    on_pattern: OnPattern | None = None,
-    also: Sequence[tuple[str, OnHook]] = (),
+    on_stream: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None,
+    on_write: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None,
+    on_pattern: Callable[[int, Float[Tensor, "head query key"]], None] | None = None,
+    also: Sequence[tuple[str, Callable[[Tensor], None]]] = (),
 ) -> None:
     """Run one window and hand on what passes, in float32: each point of the stream, each write, each pattern.
 
@@ -270,86 +231,87 @@ def follow(
     write; some families have no such place in their code, because both read the same stream. No logits are made.
 
     Args:
-        model: as `load` returns it.
         tokens: one window.
-        on_stream: called as on_stream(point, h [token, d_model]) for every point, from 0.
-        on_write: called as on_write(block, what it adds [token, d_model]) for every block, from 1.
-        on_pattern: called as on_pattern(layer, attention [head, query, key]) for every layer.
+        on_stream: called as on_stream(point, h) for every point, the embedding first.
+        on_write: called as on_write(block, what it adds) for every block.
+        on_pattern: called as on_pattern(layer, attention) for every layer, from 0.
         also: further hooks, by TransformerLens's names; each is called with the hook's value, without its batch.
 
     Raises:
         FloatingPointError: an activation overflows, as spikes do in float16, or a weight is not finite.
         RuntimeError: a hook of this family never fires.
     """
-    about = anatomy(model)
-    entered: dict[int, Tensor] = {}
-    fired: set[str] = set()
+    hooks_of, entered = anatomy(model), torch.empty(0)
 
-    def layer_hook(value, hook):
-        fired.add(hook.name)
-        layer = about.layer_hooks.index(hook.name)
-        entered.clear()
-        entered[layer] = value[0].float()
-        if not entered[layer].isfinite().all():
+    def enter_layer(layer: int, h: Tensor) -> None:
+        nonlocal entered
+        entered = h
+        if not h.isfinite().all():
             raise FloatingPointError(not_finite(model, f"the residual stream as it enters layer {layer}"))
         if on_stream is not None:
-            on_stream(Block(2 * layer), entered[layer])
+            on_stream(Block(2 * layer), h)
 
-    def write_hook(value, hook):
-        fired.add(hook.name)
-        block = about.write_hooks.index(hook.name) + 1
-        write = value[0].float()
+    def write_block(block: Block, write: Tensor) -> None:
         if on_write is not None:
-            on_write(Block(block), write)
-        if on_stream is not None and block % 2:
-            on_stream(Block(block), entered[block // 2] + write)
+            on_write(block, write)
+        if on_stream is not None and block.is_attention:
+            on_stream(block, entered + write)
 
-    def pattern_hook(value, hook):
-        fired.add(hook.name)
-        on_pattern(about.pattern_hooks.index(hook.name), value[0].float())
+    calls = [(name, partial(enter_layer, layer)) for layer, name in enumerate(hooks_of.layer_hooks)]
+    if on_stream is not None or on_write is not None:
+        calls += [(name, partial(write_block, Block(b))) for b, name in enumerate(hooks_of.write_hooks, 1)]
+    if on_pattern is not None:
+        calls += [(name, partial(on_pattern, layer)) for layer, name in enumerate(hooks_of.pattern_hooks)]
+    _run_hooked(model, tokens, [*calls, *also])
 
-    def other_hook(call):
-        def hooked(value, hook):
+
+def _run_hooked(
+    model: TransformerBridge, tokens: Int[Tensor, " length"], calls: Sequence[tuple[str, Callable[[Tensor], None]]]
+) -> None:
+    """Run one window, and call each function with the value of its hook, without its batch and in float32."""
+    fired: set[str] = set()
+
+    def hooked(call: Callable[[Tensor], None]):
+        def hook_function(value, hook) -> None:
             fired.add(hook.name)
             call(value[0].float())
 
-        return hooked
+        return hook_function
 
-    hooks = [(name, layer_hook) for name in about.layer_hooks]
-    if on_stream is not None or on_write is not None:
-        hooks += [(name, write_hook) for name in about.write_hooks]
-    if on_pattern is not None:
-        hooks += [(name, pattern_hook) for name in about.pattern_hooks]
-    hooks += [(name, other_hook(call)) for name, call in also]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
+    with torch.inference_mode(), model.hooks(fwd_hooks=[(name, hooked(call)) for name, call in calls]):
         run_layers(model, tokens[None])
-    if silent := [name for name, _ in hooks if name not in fired]:
-        raise RuntimeError(f"{len(silent)} hooks of this {about.family} model never fired, the first is {silent[0]}.")
+    if silent := [name for name, _ in calls if name not in fired]:
+        family = anatomy(model).family
+        raise RuntimeError(f"{len(silent)} hooks of this {family} model never fired, the first is {silent[0]}.")
 
 
 class _Pass:
-    """The sums of one pass, while it runs."""
+    """One pass over windows: what is summed over them, and the rows that are kept."""
 
-    def __init__(self, model: TransformerBridge, about: Anatomy, followed: Sequence[int], seed: int, threshold: float):
-        self.model, self.about, self.threshold = model, about, threshold
+    def __init__(self, model: TransformerBridge, followed: Sequence[int], seed: int, threshold: float):
+        self.model, self.anatomy, self.threshold = model, anatomy(model), threshold
         self.generator = torch.Generator().manual_seed(seed)
-        others = [c for c in torch.randperm(about.d_model, generator=self.generator).tolist() if c not in followed]
-        self.n_followed = len(followed)
-        self.channels = torch.tensor([*followed, *others[:ORDINARY_CHANNELS]])
-        n_points = about.n_blocks + 1
-        self.n_candidates = 0
-        self.windows: list[Tensor] = []
-        self.medians: list[Tensor] = []
-        self.top_stream = torch.zeros(n_points, TOP)
-        self.top_writes = torch.zeros(about.n_blocks, TOP)
-        self.attention = torch.zeros(about.n_layers, about.n_heads)
-        self.ratio = torch.zeros(about.d_model)  # the largest |h| over its window's median, by channel
-        self.closure = 0.0
+        d_model = self.anatomy.d_model
+        others = [c for c in torch.randperm(d_model, generator=self.generator).tolist() if c not in followed]
+        self.n_followed, self.channels = len(followed), torch.tensor([*followed, *others[:ORDINARY_CHANNELS]])
+        self.medians: list[Float[Tensor, " point"]] = []
+        self.top_stream = torch.zeros(self.anatomy.n_blocks + 1, TOP)
+        self.top_writes = torch.zeros(self.anatomy.n_blocks, TOP)
+        self.attention = torch.zeros(self.anatomy.n_layers, self.anatomy.n_heads)
+        self.ratio = torch.zeros(d_model)  # the largest |h| over its window's median, by channel
+        self.closure, self.n_candidates = 0.0, 0
         self.rows: Rows | None = None
 
     def over(self, tokens: Int[Tensor, "n length"], label: str) -> "_Pass":
+        """Add up windows."""
         for window in progress(tokens, label, "window"):
-            self._one(window)
+            rows = self._follow(window)
+            self.n_candidates += int(rows.candidate.sum())
+            error = (rows.stream[:, :1] + rows.writes.cumsum(1) - rows.stream[:, 1:]).abs().amax((0, 2))
+            self.closure = max(self.closure, float((error / rows.top_values[:, 1:, 0].amax(0)).max()))
+            rows.drawn[torch.randperm(len(rows), generator=self.generator)[:ORDINARY_TOKENS]] = True
+            kept = rows[rows.candidate | rows.drawn]
+            self.rows = kept if self.rows is None else _joined(self.rows, kept)
         return self
 
     def above(self, medians: float) -> list[int]:
@@ -357,64 +319,12 @@ class _Pass:
         order = self.ratio.argsort(descending=True, stable=True).tolist()
         return [c for c in order if self.ratio[c] > medians][:MAX_CHANNELS]
 
-    def _one(self, window: Int[Tensor, " length"]) -> None:
-        about, length = self.about, len(window)
-        n_points = about.n_blocks + 1
-        stream = torch.zeros(length, n_points, len(self.channels))
-        writes = torch.zeros(length, about.n_blocks, len(self.channels))
-        top_channels = torch.zeros(length, n_points, TOP, dtype=torch.long)
-        top_values = torch.zeros(length, n_points, TOP)
-        medians = torch.zeros(n_points)
-        candidate = torch.zeros(length, dtype=torch.bool)
-
-        def on_stream(point: int, h: Float[Tensor, "token d_model"]) -> None:
-            size = h.abs()
-            median = size.median()
-            by_channel = size.amax(0)
-            values, indices = size.topk(TOP, dim=-1)
-            medians[point] = median
-            stream[:, point] = h[:, self.channels.to(h.device)].cpu()
-            top_values[:, point], top_channels[:, point] = values.cpu(), indices.cpu()
-            candidate.logical_or_((values[:, 0] > self.threshold * median).cpu())
-            torch.maximum(self.ratio, (by_channel / median).cpu(), out=self.ratio)
-            self.top_stream[point] += by_channel.topk(TOP).values.cpu()
-
-        def on_write(block: int, write: Float[Tensor, "token d_model"]) -> None:
-            writes[:, block - 1] = write[:, self.channels.to(write.device)].cpu()
-            self.top_writes[block - 1] += write.abs().amax(0).topk(TOP).values.cpu()
-
-        def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-            self.attention[layer] += received(pattern[..., :1], about.sight[layer])[:, 0].cpu()
-
-        follow(self.model, window, on_stream, on_write, on_pattern)
-
-        drawn = torch.zeros(length, dtype=torch.bool)
-        drawn[torch.randperm(length, generator=self.generator)[:ORDINARY_TOKENS]] = True
-        largest = top_values[..., 0].amax(1)
-        error = (stream[:, :1] + writes.cumsum(1) - stream[:, 1:]).abs().amax((0, 2))
-        self.closure = max(self.closure, float((error / top_values[:, 1:, 0].amax(0)).max()))
-        found = Rows(
-            window=torch.full((length,), len(self.windows)),
-            position=torch.arange(length),
-            token=window.cpu(),
-            drawn=drawn,
-            candidate=candidate,
-            largest=largest,
-            stream=stream,
-            writes=writes,
-            top_channels=top_channels,
-            top_values=top_values,
-        )[candidate | drawn]
-        self.rows = found if self.rows is None else _joined(self.rows, found)
-        self.medians.append(medians)
-        self.n_candidates += int(candidate.sum())
-        self.windows.append(window.cpu())
-
-    def result(self) -> Trace:
-        medians, n_windows = torch.stack(self.medians), len(self.windows)
+    def result(self, tokens: Int[Tensor, "n length"]) -> Trace:
+        """All that was added up."""
+        medians, n_windows = torch.stack(self.medians), len(self.medians)
         return Trace(
-            anatomy=self.about,
-            tokens=torch.stack(self.windows),
+            anatomy=self.anatomy,
+            tokens=tokens.cpu(),
             channels=self.channels,
             n_followed=self.n_followed,
             n_candidates=self.n_candidates,
@@ -427,6 +337,47 @@ class _Pass:
             closure=self.closure,
             threshold=self.threshold,
         )
+
+    def _follow(self, window: Int[Tensor, " length"]) -> Rows:
+        """Add one window to the sums; a row for each of its tokens."""
+        stream, writes, top, medians = {}, {}, {}, {}
+
+        def on_stream(point: Block, h: Float[Tensor, "token d_model"]) -> None:
+            size = h.abs()
+            by_channel, middle = size.amax(0), size.median()
+            self.top_stream[point] += by_channel.topk(TOP).values.cpu()
+            torch.maximum(self.ratio, (by_channel / middle).cpu(), out=self.ratio)
+            medians[point] = middle.cpu()
+            stream[point] = h[:, self.channels.to(h.device)].cpu()
+            top[point] = [x.cpu() for x in size.topk(TOP, dim=-1)]
+
+        def on_write(block: Block, write: Float[Tensor, "token d_model"]) -> None:
+            self.top_writes[block - 1] += write.abs().amax(0).topk(TOP).values.cpu()
+            writes[block] = write[:, self.channels.to(write.device)].cpu()
+
+        def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+            self.attention[layer] += received(pattern[..., :1], self.anatomy.sight[layer])[:, 0].cpu()
+
+        follow(self.model, window, on_stream, on_write, on_pattern)
+        self.medians.append(torch.stack(_in_order(medians)))
+        values, channels = (torch.stack(x, dim=1) for x in zip(*_in_order(top), strict=True))
+        return Rows(
+            window=torch.full((len(window),), len(self.medians) - 1),
+            position=torch.arange(len(window)),
+            token=window.cpu(),
+            drawn=torch.zeros(len(window), dtype=torch.bool),
+            candidate=(values[..., 0] > self.threshold * self.medians[-1]).any(1),
+            largest=values[..., 0].amax(1),
+            stream=torch.stack(_in_order(stream), dim=1),
+            writes=torch.stack(_in_order(writes), dim=1),
+            top_channels=channels,
+            top_values=values,
+        )
+
+
+def _in_order(values: dict[int, Any]) -> list[Any]:
+    """What hooks gave, by depth, in whatever order they fired."""
+    return [values[key] for key in sorted(values)]
 
 
 def _joined(first: Rows, second: Rows) -> Rows:

@@ -1,46 +1,39 @@
-"""TODO."""
+"""LC1 to LC7: who writes the spike, keeps it and cancels it; in which channels, of which tokens.
 
-import math
-from itertools import combinations
+A share is of the plateau value: what the first channel holds half-way through the plateau.
+"""
+
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
-from spikesink.chain.lifecycle import (
-    MAX_PAIRS,
-    STEP_BLOCKS,
-    Lifecycle,
-    _median,
-    index_of,
-    late_step_down,
-    ordinary_rows,
-    spike_rows,
-)
-from spikesink.chain.trace import TOP, Rows
-from spikesink.common import NotApplicable
+from spikesink.chain.lifecycle import STEP_BLOCKS, Lifecycle, index_of, late_step_down, ordinary_rows, spike_rows
+from spikesink.chain.trace import TOP, Rows, variation
+from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
 
+MAX_PAIRS = 2000  # of spike tokens, for the Jaccard index
 
-def lc1_step_up(life: Lifecycle) -> Evidence | NotApplicable:
-    """LC1: which blocks write the spike, and what share of the plateau value the early FFN blocks among them write.
+
+@measure
+def lc1_step_up(life: Lifecycle) -> Evidence:
+    """LC1: which blocks write the spike, and what share the early FFN blocks among them write.
 
     Of more than three such blocks the three largest writes count; of the attention blocks, the largest write of either
-    sign in the first half or before the step-down. Controls: what the same blocks write into the same channel on
-    ordinary tokens, and into ordinary channels on the spike tokens, both over the plateau value; and the latter over
-    what those channels themselves hold half-way through the plateau (a step-up block can dominate every channel of its
-    tokens; what sets the spike channels apart is the size).
+    sign in the first half or before the step-down. Controls: the same blocks' writes into the same channel on ordinary
+    tokens, and into ordinary channels on the spike tokens, both as shares; and the latter over what those channels
+    themselves hold (a step-up block can dominate every channel of its tokens; what sets the spike channels apart is the
+    size).
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    cycle, n_blocks = life.main, life.trace.anatomy.n_blocks
+    cycle, n_blocks, controls = life.require_main(), life.trace.anatomy.n_blocks, life.trace.ordinary
     share = cycle.writes / cycle.value
     early = [b for b in cycle.step_up if not b.is_attention and b <= n_blocks // 2]
     which = torch.tensor(sorted(early, key=lambda b: -share[b - 1])[:STEP_BLOCKS], dtype=torch.long) - 1
-    ordinary, spikes, controls = ordinary_rows(life), spike_rows(life), life.trace.ordinary
-    same_channel = ordinary.writes[:, which, index_of(life, cycle.channel)].sum(1)  # token
+    spikes = spike_rows(life)
+    same_channel = ordinary_rows(life).writes[:, which, index_of(life, cycle.channel)].sum(1)  # token
     other_channels = spikes.writes[:, which][..., controls].sum(1)  # token, channel
-    held = spikes.stream[:, cycle.middle, controls]
     return make_evidence(
         measured={
             "step_up_blocks": list(cycle.step_up),
@@ -53,52 +46,48 @@ def lc1_step_up(life: Lifecycle) -> Evidence | NotApplicable:
         control={
             "share_written_ordinary_tokens": _typical(same_channel / cycle.value),
             "share_written_ordinary_channels": _typical(other_channels.abs() / abs(cycle.value)),
-            "write_over_own_value_ordinary_channels": _typical(other_channels / held),
+            "write_over_own_value_ordinary_channels": _typical(
+                other_channels / spikes.stream[:, cycle.middle, controls]
+            ),
         },
     )
 
 
-def lc2_plateau(life: Lifecycle) -> Evidence | NotApplicable:
-    """LC2: the median size of a write between step-up and step-down, over the plateau value.
+@measure
+def lc2_plateau(life: Lifecycle) -> Evidence:
+    """LC2: the median share that a block between step-up and step-down writes, whatever its sign.
 
     Control: the same blocks' writes into ordinary channels of the same tokens, over what those channels hold half-way.
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    cycle = life.main
-    between = torch.arange(cycle.plateau[0] + 1, cycle.plateau[1] + 1)
-    if not len(between):
-        return NotApplicable("no block lies between the last step-up and the first step-down block")
+    cycle = life.require_main()
+    first, last = cycle.plateau
+    if first == last:
+        raise NotApplicable("no block lies between the last step-up and the first step-down block")
     spikes = spike_rows(life)
-    index = index_of(life, cycle.channel)
-    writes = spikes.writes[:, between - 1]  # row, block, channel
-    ratio = writes.abs() / spikes.stream[:, cycle.middle].abs()[:, None]
+    writes = spikes.writes[:, first:last].abs()  # row, block, channel; block b is at b - 1
+    ratio = writes / spikes.stream[:, cycle.middle].abs()[:, None]
     return make_evidence(
         measured={
-            "plateau_write_ratio": float((writes[..., index].abs() / abs(cycle.value)).median()),
-            "first_point": cycle.plateau[0],
-            "last_point": cycle.plateau[1],
-            "value_at_first_point": float(cycle.stream[cycle.plateau[0]]),
-            "value_at_last_point": float(cycle.stream[cycle.plateau[1]]),
+            "plateau_write_ratio": float((writes[..., index_of(life, cycle.channel)] / abs(cycle.value)).median()),
+            "first_point": first,
+            "last_point": last,
+            "value_at_first_point": float(cycle.stream[first]),
+            "value_at_last_point": float(cycle.stream[last]),
         },
         control={"write_ratio_ordinary_channels": _typical(ratio[..., life.trace.ordinary])},
     )
 
 
-def lc3_step_down(life: Lifecycle) -> Evidence | NotApplicable:
-    """LC3: which blocks cancel the spike, and what share of the plateau value the late FFN blocks among them take back.
+@measure
+def lc3_step_down(life: Lifecycle) -> Evidence:
+    """LC3: which blocks cancel the spike, and what share the late FFN blocks among them take back.
 
-    Control: what the same blocks take back from the same channel on ordinary tokens, over the same plateau value, and
-    by how much they change ordinary channels of the spike tokens, in either direction, over what those hold.
+    Controls: the share that the same blocks take back from the same channel on ordinary tokens; and by how much they
+    change ordinary channels of the spike tokens, in either direction, over what those hold.
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    cycle, n_blocks = life.main, life.trace.anatomy.n_blocks
+    cycle, spikes, index = life.require_main(), spike_rows(life), index_of(life, life.main.channel)
     late = late_step_down(life)
     which = torch.tensor(late, dtype=torch.long) - 1
-    ordinary, spikes = ordinary_rows(life), spike_rows(life)
-    index = index_of(life, cycle.channel)
-    controls = life.trace.ordinary
     taken = -spikes.writes[:, which].sum(1)  # token, channel
     held = spikes.stream[:, cycle.middle]
     return make_evidence(
@@ -106,34 +95,34 @@ def lc3_step_down(life: Lifecycle) -> Evidence | NotApplicable:
             "step_down_blocks": list(cycle.step_down),
             "share_cancelled": float(-(cycle.writes[which] / cycle.value).sum()),
             "left_at_the_end": float(cycle.stream[-1] / cycle.value),
-            "cv_held": _variation(held[:, index]),
-            "cv_taken_back": _variation(taken[:, index]) if late else 0.0,
-            "n_blocks": n_blocks,
+            "cv_held": variation(held[:, index]),
+            "cv_taken_back": variation(taken[:, index]) if late else 0.0,
+            "n_blocks": life.trace.anatomy.n_blocks,
         },
         control={
-            "share_cancelled_ordinary_tokens": _typical(-ordinary.writes[:, which, index].sum(1) / cycle.value),
-            "change_over_own_value_ordinary_channels": _typical((taken / held)[:, controls].abs()),
+            "share_cancelled_ordinary_tokens": _typical(
+                -ordinary_rows(life).writes[:, which, index].sum(1) / cycle.value
+            ),
+            "change_over_own_value_ordinary_channels": _typical((taken / held)[:, life.trace.ordinary].abs()),
         },
     )
 
 
-def lc4_few_channels(life: Lifecycle) -> Evidence | NotApplicable:
+@measure
+def lc4_few_channels(life: Lifecycle) -> Evidence:
     """LC4: how many channels hold more than 100 medians half-way through the plateau, and the largest over the median.
 
     Control: the same on ordinary tokens; and the count at both ends of the plateau, since the median grows with depth.
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    cycle, medians = life.main, life.trace.medians
-    ordinary, spikes = ordinary_rows(life), spike_rows(life)
+    cycle, medians, ordinary = life.require_main(), life.trace.medians, ordinary_rows(life)
     if not len(ordinary):
-        return NotApplicable("every token spikes, so there is no ordinary one to compare with")
+        raise NotApplicable("every token spikes, so there is no ordinary one to compare with")
 
     def count(rows: Rows, point: int) -> int:
-        typical = _median(rows.stream[:, point, : life.trace.n_followed].abs())
+        typical = rows.stream[:, point, : life.trace.n_followed].abs().quantile(0.5, dim=0)
         return int((typical > life.trace.threshold * medians[point]).sum())
 
-    middle = cycle.middle
+    middle, spikes = cycle.middle, spike_rows(life)
     return Evidence(
         measured={
             "n_spike_channels": len(cycle.channels),
@@ -149,90 +138,84 @@ def lc4_few_channels(life: Lifecycle) -> Evidence | NotApplicable:
     )
 
 
-def lc5_same_channels(life: Lifecycle) -> Evidence | NotApplicable:
+@measure
+def lc5_same_channels(life: Lifecycle) -> Evidence:
     """LC5: mean Jaccard index of the top-3 channels, over pairs of spike tokens, half-way through the plateau.
 
     Control: the same over pairs of ordinary tokens.
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    spikes, ordinary, middle = spike_rows(life), ordinary_rows(life), life.main.middle
+    middle, spikes, ordinary = life.require_main().middle, spike_rows(life), ordinary_rows(life)
     if min(len(spikes), len(ordinary)) < 2:
-        return NotApplicable("a pair of spike tokens and a pair of ordinary ones are needed, and were not found")
+        raise NotApplicable("a pair of spike tokens and a pair of ordinary ones are needed, and were not found")
     return Evidence(
         measured={"jaccard": _jaccard(spikes.top_channels[:, middle]), "n_tokens": len(spikes)},
         control={"jaccard_ordinary_tokens": _jaccard(ordinary.top_channels[:, middle]), "n_tokens": len(ordinary)},
     )
 
 
-def lc6_fixed_ratios(life: Lifecycle) -> Evidence | NotApplicable:
+@measure
+def lc6_fixed_ratios(life: Lifecycle) -> Evidence:
     """LC6: coefficient of variation, over spike tokens, of the second channel's value over the first's.
 
     Controls: the same two channels on ordinary tokens; and on the spike tokens, the ratio of each ordinary channel to
     the first (median over channels), since a step-up block can fix every channel of its tokens. The ratio is given for
     the spike tokens at position 0 alone as well.
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    if len(life.main.channels) < 2:
-        return NotApplicable("only one channel spikes, and a ratio needs two")
-    first, second = (index_of(life, channel) for channel in life.main.channels[:2])
+    cycle = life.require_main()
+    if len(cycle.channels) < 2:
+        raise NotApplicable("only one channel spikes, and a ratio needs two")
+    first, second = (index_of(life, channel) for channel in cycle.channels[:2])
 
     def ratio(rows: Rows, other: int = second) -> Tensor:
-        at = rows.stream[:, life.main.middle]
-        return (at[:, other] / at[:, first])[at[:, first] != 0]
+        held = rows.stream[:, cycle.middle]
+        return (held[:, other] / held[:, first])[held[:, first] != 0]
 
     spikes = spike_rows(life)
-    others = range(len(life.trace.channels))[life.trace.ordinary]
+    controls = range(len(life.trace.channels))[life.trace.ordinary]
     measured = {
-        "ratio_cv": _variation(ratio(spikes)),
+        "ratio_cv": variation(ratio(spikes)),
         "ratio": float(ratio(spikes).median()),
-        "channels": list(life.main.channels[:2]),
+        "channels": list(cycle.channels[:2]),
     }
     if (spikes.position == 0).sum() > 1:
-        measured["ratio_cv_position0"] = _variation(ratio(spikes[spikes.position == 0]))
+        measured["ratio_cv_position0"] = variation(ratio(spikes[spikes.position == 0]))
     return make_evidence(
         measured=measured,
         control={
-            "ratio_cv_ordinary_tokens": _variation(ratio(ordinary_rows(life))),
-            "ratio_cv_ordinary_channels": _typical(torch.tensor([_variation(ratio(spikes, i)) for i in others])),
+            "ratio_cv_ordinary_tokens": variation(ratio(ordinary_rows(life))),
+            "ratio_cv_ordinary_channels": _typical(torch.tensor([variation(ratio(spikes, i)) for i in controls])),
         },
     )
 
 
-def lc7_few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
+@measure
+def lc7_few_tokens(life: Lifecycle, decode: Callable[[list[int]], str]) -> Evidence:
     """LC7: the share of tokens that spike, of windows in which position 0 does, and the commonest spike tokens.
 
     Beside them the share of tokens with any entry above 100 medians at any depth: where it is much larger, a channel is
-    large on ordinary tokens too, and what tells a spike token from them is its size alone.
-
-    Controls: the mean share of windows in which another position spikes; and of the very tokens that spike at position
-    0, the share that do so where they occur later in the windows (a BOS token does not, and then there is no such
-    control).
-
-    Args:
-        life: as `find_lifecycle` returns it.
-        decode: from a list of token ids to text, such as `model.tokenizer.decode`.
+    large on ordinary tokens too, and only its size tells a spike token from them. Controls: the mean share of windows
+    in which another position spikes; and of the tokens that spike at position 0, the share that do where they occur
+    later (a BOS token does not occur later, and then there is no such control).
     """
-    if life.main is None:
-        return NotApplicable(life.reason)
-    trace, spikes = life.trace, spike_rows(life)
-    if trace.n_candidates > trace.rows.candidate.sum() and life.main.is_spike.sum() == trace.rows.candidate.sum():
-        return NotApplicable(f"more than {len(spikes)} tokens spike, too many to follow; measure fewer windows")
-    total = trace.n_windows * trace.length
-    first = spikes.position == 0
-    at_first = int(first.sum())
+    trace, main = life.trace, life.require_main()
+    spikes = spike_rows(life)
+    if trace.n_candidates > trace.rows.candidate.sum() and main.is_spike.sum() == trace.rows.candidate.sum():
+        raise NotApplicable(f"more than {len(spikes)} tokens spike, too many to follow; measure fewer windows")
+    total, first = trace.tokens.numel(), spikes.position == 0
+    n_first = int(first.sum())
     same_elsewhere = int(torch.isin(trace.tokens[:, 1:], spikes.token[first]).sum())
-    spiking_elsewhere = int(torch.isin(spikes.token[~first], spikes.token[first]).sum())
-    control = {"other_positions_share": (len(spikes) - at_first) / max(1, total - trace.n_windows)}
+    control = {"other_positions_share": (len(spikes) - n_first) / max(1, total - trace.n_windows)}
     if same_elsewhere:
+        spiking_elsewhere = int(torch.isin(spikes.token[~first], spikes.token[first]).sum())
         control["same_tokens_elsewhere_share"] = spiking_elsewhere / same_elsewhere
         control["n_same_tokens_elsewhere"] = same_elsewhere
+    tokens, counts = spikes.token.unique(return_counts=True)
+    commonest = tokens[counts.argsort(descending=True, stable=True)][:5].tolist()
     return Evidence(
         measured={
             "spike_token_share": len(spikes) / total,
-            "position0_share": at_first / trace.n_windows,
-            "spike_tokens": [decode([token]) for token in _commonest(spikes.token)],
+            "position0_share": n_first / trace.n_windows,
+            "spike_tokens": [decode([token]) for token in commonest],
             "n_spike_tokens": len(spikes),
             "share_above_100_medians": trace.n_candidates / total,
         },
@@ -241,24 +224,13 @@ def lc7_few_tokens(life: Lifecycle, decode) -> Evidence | NotApplicable:
 
 
 def _typical(values: Tensor) -> float:
-    """Median of the finite values; not a number where there are none."""
-    finite = values[values.isfinite()]
-    return float(finite.median()) if len(finite) else math.nan
+    """Median of the finite values; nan where there are none."""
+    return float(values[values.isfinite()].median())
 
 
-def _variation(values: Float[Tensor, " token"]) -> float:
-    """Coefficient of variation: standard deviation over absolute mean."""
-    return float(values.std(correction=0) / values.mean().abs()) if len(values) else math.nan
-
-
-def _commonest(tokens: Tensor, most: int = 5) -> list[int]:
-    values, counts = tokens.unique(return_counts=True)
-    return values[counts.argsort(descending=True, stable=True)][:most].tolist()
-
-
-def _jaccard(top: Tensor) -> float:
-    """Mean over pairs of rows of |A n B| / |A u B|, of sets of TOP channels each; at most MAX_PAIRS pairs."""
-    pairs = torch.tensor(list(combinations(range(min(len(top), 400)), 2)))
-    pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
-    shared = (top[pairs[:, 0], :, None] == top[pairs[:, 1], None, :]).sum((1, 2))
+def _jaccard(top: Int[Tensor, "token top"]) -> float:
+    """Mean over pairs of tokens of |A n B| / |A u B|, of sets of TOP channels each; at most MAX_PAIRS pairs."""
+    pairs = torch.combinations(torch.arange(min(len(top), 400)))
+    a, b = pairs[:: -(-len(pairs) // MAX_PAIRS)].T
+    shared = (top[a, :, None] == top[b, None, :]).sum((1, 2))
     return float((shared / (2 * TOP - shared)).mean())
