@@ -190,7 +190,7 @@ def test_a_constant_key_and_value_does_for_the_first_token(served):
     model, tokens = served
     life = find_lifecycle(trace_windows(model, tokens))
     held_out = spikesink.windows(model, texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
-    known = chain.spike_means(model, life, held_out)
+    known = chain.spike_means(model, held_out, life)
     loss = {
         name: patching.evaluate(model, tokens, *cuts).loss[:, 24:].mean()
         for name, cuts in {
@@ -225,7 +225,7 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     model, tokens = served
     life = find_lifecycle(trace_windows(model, tokens))
     text = texts.Text("planted", planted.text(6, 48))
-    known = chain.spike_means(model, life, spikesink.windows(model, text, 3, 48, seed=5))
+    known = chain.spike_means(model, spikesink.windows(model, text, 3, 48, seed=5), life)
     where = find_spikes(model, life, tokens)
     ways = evictions(model, known, 8, where)
     assert set(ways) == {cache.WINDOW, *map(cache.named, (1, 2, 4)), cache.OTHERS, cache.HEAVY, cache.CONSTANT}

@@ -13,6 +13,7 @@ from spikesink.chain.lifecycle import find_spikes, is_spike
 from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import judge
+from spikesink.ledger.evidence.cuts import NO_CHANGE
 from spikesink.patching import behaviour
 from spikesink.patching import cuts as chain
 from spikesink.patching.outcome import CLEAN
@@ -30,8 +31,8 @@ def life(planted_model, trigger_tokens):
 def parts(planted_model, trigger_tokens, life):
     """The trigger stands in windows 1 and 5 at position 0, in 3 at 47, in 2 at 20, in 4 at 5 and 30."""
     (held_out, out), (judged, where) = chain.split_windows(life, 40)
-    known = chain.spike_means(planted_model, life, held_out, out)
-    return known, chain.break_chain(planted_model, known, judged, where)
+    known = chain.spike_means(planted_model, held_out, life, out)
+    return known, chain.break_chain(planted_model, judged, known, where)
 
 
 def at(model, tokens, names, cuts, rows=None):
@@ -86,7 +87,7 @@ def test_other_targets_are_as_many_in_each_window_and_no_spikes(parts):
 def test_each_cut_changes_what_it_names_and_nothing_before_it(parts, planted_model):
     known, broken = parts
     spike, other = broken.targets.spike, broken.targets.other
-    cuts = chain.cuts_on(known, broken.targets)
+    cuts = chain.aim_cuts(known, broken.targets)
     assert set(cuts) == set(chain.CUTS) == set(broken.outcomes) - {CLEAN}
     names = [
         "blocks.2.mlp.hook_out",
@@ -164,7 +165,7 @@ def test_a_planted_spike_can_be_taken_out_with_its_keys_and_values_held(parts, p
     assert evidence.ab4_spike_removed(broken) == NotApplicable(chain.NO_SINK)
     many = {key: replace(of, score=torch.full((3, 6, 4), 0.5)) for key, of in broken.outcomes.items()}
     # The trigger stands first in every window here, and what is held is what stands there.
-    assert evidence.ab4_spike_removed(replace(broken, outcomes=many)) == NotApplicable(chain.NO_CHANGE)
+    assert evidence.ab4_spike_removed(replace(broken, outcomes=many)) == NotApplicable(NO_CHANGE)
     many["decoupled"] = replace(many["decoupled"], divergence=many["decoupled"].divergence + 1e-5)
     result = evidence.ab4_spike_removed(replace(broken, outcomes=many))
     assert judge("AB4", result, "08").verdict == "holds"
@@ -251,7 +252,7 @@ def test_doses_do_not_run_anew_what_is_known(parts, planted_model, monkeypatch):
         return plain(model, tokens, cuts)
 
     monkeypatch.setattr(chain, "compare", counted)
-    found = chain.doses(planted_model, broken, (0, 0.5, 1, 3))
+    found = chain.dose_spike(planted_model, broken, (0, 0.5, 1, 3))
     assert asked == [0.5, 3, "control"]
     assert found.factors == (0, 0.5, 1, 3)
     assert found.outcomes[0] is broken.outcomes["zeroed"]
@@ -269,35 +270,34 @@ def test_doses_do_not_run_anew_what_is_known(parts, planted_model, monkeypatch):
 
 def test_the_map_finds_the_block_that_makes_the_spike(parts, planted_model):
     known, broken = parts
-    found = chain.block_map(planted_model, known, broken.tokens, broken.targets.spike)
+    found = chain.map_blocks(planted_model, broken.tokens, known, broken.targets.spike)
     spike = found.spike()
     assert len(spike) == 12
     assert int(spike.argmin()) + 1 == 4
     assert float(spike[3]) < 0.05
     assert spike[4:].tolist() == pytest.approx([1] * 8, abs=0.02)
-    assert "L1 MLP (block 4)" in chain.block_table(found).index
     skipped = patching.evaluate(planted_model, broken.tokens, patching.skip(patching.mlp(1), broken.targets.spike))
     assert found.outcomes[3].perplexity == pytest.approx(skipped.perplexity)
 
 
 def test_decouple_and_unsink_find_the_spike_tokens_of_a_prompt(planted_model, trigger_tokens, life):
     prompt = trigger_tokens[2]
-    cuts = patching.decouple(planted_model, life, prompt)
+    cuts = patching.decouple(planted_model, prompt, life)
     assert all(cut.positions.same == (20,) for cut in cuts)
     outcome = patching.evaluate(planted_model, prompt, *cuts)
     assert float(outcome.largest.max()) < 50
-    assert len(patching.decouple(planted_model, life, prompt, hold_readout=False)) == len(cuts) - 1
-    (mask,) = patching.unsink(planted_model, life, prompt)
+    assert len(patching.decouple(planted_model, prompt, life, hold_readout=False)) == len(cuts) - 1
+    (mask,) = patching.unsink(planted_model, prompt, life)
     assert (mask.positions.same, mask.site.places) == ((20,), (2, 3, 4))
     with pytest.raises(ValueError, match="none of these tokens spikes, so there is nothing to take apart"):
-        patching.decouple(planted_model, life, trigger_tokens[0])
+        patching.decouple(planted_model, trigger_tokens[0], life)
     with pytest.raises(ValueError, match="no token of the windows that means are taken of spikes"):
-        patching.decouple(planted_model, life, prompt, held_out=trigger_tokens[:1])
+        patching.decouple(planted_model, prompt, life, held_out=trigger_tokens[:1])
 
 
 def test_generation_goes_on_without_the_spike(planted_model, trigger_tokens, life):
     prompt = trigger_tokens[2:3, :30]
-    cuts, largest = patching.decouple(planted_model, life, prompt), []
+    cuts, largest = patching.decouple(planted_model, prompt, life), []
     watch = [("blocks.3.hook_in", lambda value, hook: largest.append(float(value.abs().max())))]
     with patching.patched(planted_model, *cuts), planted_model.hooks(fwd_hooks=watch):
         planted_model.generate(prompt, max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False)
@@ -310,32 +310,32 @@ def test_where_nothing_spikes_there_is_nothing_to_cut(random_model):
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
     (held_out, out), (judged, where) = chain.split_windows(life, 12)
     assert judged.shape == where.shape == (2, 12)
-    known = chain.spike_means(random_model, life, held_out, out)
-    broken = chain.break_chain(random_model, known, judged, where)
+    known = chain.spike_means(random_model, held_out, life, out)
+    broken = chain.break_chain(random_model, judged, known, where)
     nothing = [
         known,
         broken,
-        chain.doses(random_model, broken),
-        chain.block_map(random_model, known, judged, where),
+        chain.dose_spike(random_model, broken),
+        chain.map_blocks(random_model, judged, known, where),
         evidence.ab1_zeroing_breaks(broken),
         chain.cut_table(broken),
-        behaviour.behaviour(random_model, life, broken),
+        behaviour.measure_behaviour(random_model, life, broken),
     ]
     assert all(isinstance(of, NotApplicable) and "100 medians" in of.reason for of in nothing)
     with pytest.raises(ValueError, match="no token has an entry above 100 medians"):
-        patching.decouple(random_model, life, tokens[0], held_out=tokens)
+        patching.decouple(random_model, tokens[0], life, held_out=tokens)
     with pytest.raises(ValueError, match="none of these tokens spikes"):
-        patching.unsink(random_model, life, tokens[0])
+        patching.unsink(random_model, tokens[0], life)
 
 
 def test_windows_without_a_spike_on_one_side_say_so(planted_model, trigger_tokens, life, parts):
     none = torch.zeros(2, 48, dtype=torch.bool)
-    held = chain.spike_means(planted_model, life, trigger_tokens[:2], none)
+    held = chain.spike_means(planted_model, trigger_tokens[:2], life, none)
     assert held == NotApplicable("no token of the windows that means are taken of spikes; measure more windows")
-    judged = chain.break_chain(planted_model, parts[0], trigger_tokens[:2], none)
+    judged = chain.break_chain(planted_model, trigger_tokens[:2], parts[0], none)
     assert judged == NotApplicable("no token of the windows to judge on spikes; measure more windows")
     with pytest.raises(ValueError, match="there is no cut 'sawn'; give some of skipped"):
-        chain.cuts_on(parts[0], parts[1].targets, ["sawn"])
+        chain.aim_cuts(parts[0], parts[1].targets, ["sawn"])
 
 
 def test_a_repeated_prompt_is_the_same_tokens_twice(planted_model, trigger_tokens):
@@ -368,7 +368,7 @@ def test_recall_asks_for_what_was_said_once(model, request):
 def test_behaviour_is_measured_for_every_cut_that_can_be_made(parts, planted_model, life):
     broken = parts[1]
     names = ("masked", "decoupled")
-    found = behaviour.behaviour(planted_model, life, broken, names, n=2, new_tokens=4)
+    found = behaviour.measure_behaviour(planted_model, life, broken, names, n=2, new_tokens=4)
     assert list(found.by_position) == [CLEAN, *names]
     assert found.edges == (1, 8, 16, 32, 39)
     loss = broken.outcomes["masked"].loss
@@ -393,7 +393,7 @@ def test_copies_and_answers_are_read_at_their_own_predictions(random_model, monk
     monkeypatch.setattr(
         behaviour, "greedy", lambda model, broken, names, n, new: {CLEAN: torch.zeros(n, new, dtype=torch.long)}
     )
-    found = behaviour.behaviour(planted_model, life, broken, (), n=2)
+    found = behaviour.measure_behaviour(planted_model, life, broken, (), n=2)
     bos = int(spikesink.anatomy(planted_model).prepends_bos)
     # The second copy begins at token 40 + bos; its first token cannot be known, the others are predicted from there on.
     assert found.second_copy[CLEAN] == pytest.approx((40 + bos + 78 + bos) / 2)
@@ -405,14 +405,14 @@ def test_copies_and_answers_are_read_at_their_own_predictions(random_model, monk
 
 def test_one_window_has_no_interval_and_can_be_recorded(planted_model, trigger_tokens, life, parts):
     where = is_spike(life, life.main)
-    broken = chain.break_chain(planted_model, parts[0], trigger_tokens[2:3], where[2:3])
-    dosed = chain.doses(planted_model, broken, (0, 1, 2))
+    broken = chain.break_chain(planted_model, trigger_tokens[2:3], parts[0], where[2:3])
+    dosed = chain.dose_spike(planted_model, broken, (0, 1, 2))
     zeroing, dose = evidence.ab1_zeroing_breaks(broken), evidence.ab7_dose_response(dosed)
     assert "interval_clean" not in zeroing.measured
     assert "lows" not in dose.measured
     for key, found in (("AB1", zeroing), ("AB7", dose)):
         assert judge(key, found, "08").verdict in ("holds", "differs")
-    assert set(chain.cut_table(broken)["95% interval"]) == {""}
+    assert chain.cut_table(broken)["low"].isna().all()
     for fig in (plots.broken_chain(broken), plots.dose_response(dosed)):
         fig.draw_without_rendering()
     both = evidence.ab1_zeroing_breaks(parts[1]).measured

@@ -199,19 +199,19 @@ def test_without_the_step_up_there_is_no_sink_and_with_constants_there_is_no_spi
     assert skipped.sink_ratio == 0
     assert skipped.max_activation < 0.01 * clean.max_activation
     assert skipped.perplexity > 2 * clean.perplexity  # the planted heads now speak for what never comes
-    apart = patching.evaluate(grown.model, grown.tokens, *patching.decouple(grown.model, grown.life, grown.tokens))
+    apart = patching.evaluate(grown.model, grown.tokens, *patching.decouple(grown.model, grown.tokens, grown.life))
     assert torch.equal(apart.score > 0.3, clean.score > 0.3)
     assert apart.max_activation < 0.01 * clean.max_activation
     assert apart.perplexity == pytest.approx(clean.perplexity, rel=1e-3)
-    unsunk = patching.evaluate(grown.model, grown.tokens, *patching.unsink(grown.model, grown.life, grown.tokens))
+    unsunk = patching.evaluate(grown.model, grown.tokens, *patching.unsink(grown.model, grown.tokens, grown.life))
     assert unsunk.sink_ratio == 0
     assert unsunk.max_activation == pytest.approx(clean.max_activation, rel=1e-6)
 
 
 def test_where_attention_takes_no_change_nothing_is_masked(grown):
-    known = cuts.spike_means(grown.model, grown.life, grown.tokens)
-    deaf = replace(known, about=replace(known.about, edits_pattern=False))
-    able, unable = (set(cuts.cuts_on(of, cuts.choose_tokens(grown.spikes))) for of in (known, deaf))
+    known = cuts.spike_means(grown.model, grown.tokens, grown.life)
+    deaf = replace(known, anatomy=replace(known.anatomy, edits_pattern=False))
+    able, unable = (set(cuts.aim_cuts(of, cuts.choose_tokens(grown.spikes))) for of in (known, deaf))
     assert able - unable == {"masked", "masked_everywhere", "masked_elsewhere", "zeroed_and_masked"}
 
 

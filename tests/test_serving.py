@@ -205,7 +205,7 @@ def test_weights_are_rounded_while_the_context_lasts():
 
 def test_a_cell_has_what_it_says(planted):
     model, tokens, life, where = planted
-    known = chain.spike_means(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    known = chain.spike_means(model, data.held_out(Backcopy(), 8, 32)[4:], life)
     of = cells(known, where)
     assert tuple(of) == CELLS
     techniques = quantize.activations(model, ranges(model, tokens, where), where)
@@ -245,7 +245,7 @@ def test_a_cell_has_what_it_says(planted):
 def test_without_the_spike_nothing_makes_it(planted, cell):
     """The step-up block's hidden activation is as large as ever if only what it writes is taken away."""
     model, tokens, life, where = planted
-    known = chain.spike_means(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    known = chain.spike_means(model, data.held_out(Backcopy(), 8, 32)[4:], life)
     with patching.patched(model, *cells(known, where)[cell]):
         found = ranges(model, tokens, where)["FFN's hidden"]
     assert float(found.spike[1]) == 0
@@ -403,7 +403,7 @@ def spoken():
 @torch.inference_mode()
 def test_what_a_spike_breaks_is_told_where_tokens_share_a_step(spoken):
     model, tokens, life = spoken
-    known = chain.spike_means(model, life, tokens[:8])
+    known = chain.spike_means(model, tokens[:8], life)
     judged = tokens[8:]
     where = find_spikes(model, life, judged)
     techniques = quantize.activations(model, ranges(model, tokens[:8], find_spikes(model, life, tokens[:8])), where)
@@ -421,7 +421,7 @@ def test_what_a_spike_breaks_is_told_where_tokens_share_a_step(spoken):
 @torch.inference_mode()
 def test_the_spikes_channels_apart_are_set_beside_others(planted):
     model, tokens, life, where = planted
-    known = chain.spike_means(model, life, data.held_out(Backcopy(), 8, 32)[4:])
+    known = chain.spike_means(model, data.held_out(Backcopy(), 8, 32)[4:], life)
     techniques = quantize.activations(model, ranges(model, tokens, where), where)
     of = cells(known, where)
     crossed = cross(model, tokens, of, techniques)
@@ -450,7 +450,7 @@ def test_the_spikes_channels_apart_are_set_beside_others(planted):
 def test_without_a_spike_there_are_no_cells():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
     life = find_lifecycle(trace_windows(model, tokens))
-    known = chain.spike_means(model, life, tokens)
+    known = chain.spike_means(model, tokens, life)
     for found in (cells(known, tokens > 0), diagnose(known)):
         assert isinstance(found, NotApplicable)
     assert sink_held(known) == ()
@@ -460,7 +460,7 @@ def test_without_a_spike_there_are_no_cells():
 def test_without_a_spike_techniques_are_tried_in_the_model_as_it_is():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
     life = find_lifecycle(trace_windows(model, tokens))
-    known, none = chain.spike_means(model, life, tokens), torch.zeros_like(tokens, dtype=torch.bool)
+    known, none = chain.spike_means(model, tokens, life), torch.zeros_like(tokens, dtype=torch.bool)
     of, seen = cells(known, none), ranges(model, tokens, none)
     crossed = cross(model, tokens, of, quantize.activations(model, seen, none), none)
     crossed = quantize.weights(model, tokens, of, crossed, {"weights": (2, "tensor")})

@@ -156,8 +156,8 @@ class Subject:
     @cached_property
     def known(self) -> cuts.SpikeMeans | NotApplicable:
         """What spike tokens are on average, over windows that are then not judged."""
-        held_out, _ = cuts.split_windows(self.life, length=self.short)
-        return cuts.spike_means(self.model, self.life, *held_out)
+        (held_out, where), _ = cuts.split_windows(self.life, length=self.short)
+        return cuts.spike_means(self.model, held_out, self.life, where)
 
     @property
     def short(self) -> int:

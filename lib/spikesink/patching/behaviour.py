@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.chain.lifecycle import Lifecycle, find_spikes
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.texts import bos
-from spikesink.patching.cuts import Broken, SpikeMeans, choose_tokens, cuts_on, named
+from spikesink.patching.cuts import Broken, SpikeMeans, aim_cuts, choose_tokens, named
 from spikesink.patching.interventions import patched
 from spikesink.patching.outcome import CLEAN, Outcome, compare
 
@@ -43,7 +43,7 @@ class Behaviour:
 
 
 @measure
-def behaviour(
+def measure_behaviour(
     model: TransformerBridge,
     life: Lifecycle,
     broken: Broken | NotApplicable,
@@ -65,10 +65,10 @@ def behaviour(
     """
     names = [name for name in names if name in broken.outcomes]
     edges = _edges(broken.clean.loss.shape[1])
-    copies = _on(model, life, broken.known, repeated(model, broken.tokens, n, seed=seed), names, seed)
+    copies = _on(model, life, broken.means, repeated(model, broken.tokens, n, seed=seed), names, seed)
     half = copies[CLEAN].loss.shape[1] // 2 + 1  # the first prediction of the second copy's second token, or after
     prompts, at = recall_prompts(model, n, seed)
-    answers = _on(model, life, broken.known, prompts, names, seed)
+    answers = _on(model, life, broken.means, prompts, names, seed)
     written = greedy(model, broken, names, n, new_tokens)
     same = {name: tokens == written[CLEAN] for name, tokens in written.items()}
     return Behaviour(
@@ -99,14 +99,14 @@ def _edges(n: int) -> tuple[int, ...]:
 def _on(
     model: TransformerBridge,
     life: Lifecycle,
-    known: SpikeMeans,
+    means: SpikeMeans,
     prompts: Int[Tensor, "n length"],
     names: Sequence[str],
     seed: int,
 ) -> dict[str, Outcome]:
     """Cuts on other prompts: their spike tokens are looked for, the constants are the same."""
     where = find_spikes(model, life, prompts)
-    return compare(model, prompts, cuts_on(known, choose_tokens(where, seed), names) if where.any() else {})
+    return compare(model, prompts, aim_cuts(means, choose_tokens(where, seed), names) if where.any() else {})
 
 
 def _answer(loss: Float[Tensor, "prompt position"], at: Sequence[slice]) -> float:
@@ -181,7 +181,7 @@ def greedy(
     """What the model writes greedily after the first half of some windows, as it is and under each cut."""
     prompts = _prompts(broken, n)
     where = broken.targets.spike[:n, : prompts.shape[1]]
-    cuts = cuts_on(broken.known, choose_tokens(where, broken.targets.seed), names) if where.any() else {}
+    cuts = aim_cuts(broken.means, choose_tokens(where, broken.targets.seed), names) if where.any() else {}
     written = {}
     for name, cut in progress({CLEAN: (), **cuts}.items(), "generating", "cut"):
         with patched(model, *cut):

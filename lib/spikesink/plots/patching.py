@@ -141,7 +141,7 @@ def where_it_goes(broken: Broken, names: Sequence[str] = (CLEAN, "skipped", "mas
         ax.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("layer")
     fig.colorbar(image, ax=axes, label="attention it gets,\nmean over heads and queries", pad=0.01)
-    layers = broken.known.layers
+    layers = broken.means.layers
     shares = {name: float(broken.outcomes[name].attention[layers.start : layers.stop, 0].mean()) for name in names}
     text = f"Position 0 gets {shares[CLEAN]:.0%} of attention on the plateau"
     if "skipped" in shares:

@@ -53,14 +53,14 @@ def cells(known: SpikeMeans | NotApplicable, where: Bool[Tensor, "window positio
     Returns:
         Interventions by cell, or why there are none.
     """
-    require_projections(known.about)
+    require_projections(known.anatomy)
     if not where.any():
         return NotApplicable("no token of these windows spikes")
     made = tuple(f"blocks.{block.layer}.{HIDDEN}" for block in known.steps if not block.is_attention)
-    unmade = (zero(hook(made), where),) if made and shows_ffn(known.about) else ()
+    unmade = (zero(hook(made), where),) if made and shows_ffn(known.anatomy) else ()
     held = {HELD: cuts} if (cuts := sink_held(known, where, known.start)) else {}
     found = {AS_IT_IS: (), **held, NO_SPIKE: (*unmade, *decoupled(known, where))}
-    if known.about.edits_pattern:
+    if known.anatomy.edits_pattern:
         found[NO_SINK] = (mask_key(where, known.layers),)
     return found | ({NEITHER: (*unmade, skip(known.steps, where))} if known.steps else {})
 

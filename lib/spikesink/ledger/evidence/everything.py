@@ -124,11 +124,11 @@ def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: Long, see
     """On windows that the means are not taken from: shorter ones for cuts and rounding, whole ones for caches."""
     length = life.trace.length
     budget = length // 4
-    held_out, (judged, where) = cuts.split_windows(life, length=max(4, budget))
-    means = cuts.spike_means(model, life, *held_out)
-    broken = cuts.break_chain(model, means, judged, where, seed=seed)
+    (held_out, out), (judged, where) = cuts.split_windows(life, length=max(4, budget))
+    means = cuts.spike_means(model, held_out, life, out)
+    broken = cuts.break_chain(model, judged, means, where, seed=seed)
 
-    techniques = quantize.activations(model, quantize.ranges(model, *held_out), where)
+    techniques = quantize.activations(model, quantize.ranges(model, held_out, out), where)
     of = cells.cells(means, where)
     rounded = quantize.weights(model, judged, of, cells.cross(model, judged, of, techniques, where))
 
@@ -142,7 +142,7 @@ def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: Long, see
         "AB4": ab.ab4_spike_removed(broken),
         "AB5": ab.ab5_sink_removed(broken),
         "AB6": ab.ab6_wrong_places(broken),
-        "AB7": ab.ab7_dose_response(cuts.doses(model, broken)),
+        "AB7": ab.ab7_dose_response(cuts.dose_spike(model, broken)),
         "SV1": sv.sv1_sets_the_scale(rounded),
         "SV2": sv.sv2_needs_the_sink(long, evicted, budget),
         "SV3": sv.sv3_over_lengths(long.lengths),
