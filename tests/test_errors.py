@@ -1,7 +1,7 @@
 """What is wrong is said in one sentence, with what would do: a table of bad inputs to every public entry.
 
-Beside the table stand the files that tests of their own follow further: GGUF files cut short, a full disk, and a
-process killed while it caches, with a clean retry after it (test_models); patching's own (test_patching).
+Files that tests of their own follow further are in test_models (GGUF cut short, a full disk, a process killed while it
+caches); patching's own bad inputs are in test_patching, the command line's in test_reproduce.
 """
 
 import json
@@ -30,7 +30,8 @@ from spikesink.common import NotApplicable
 from spikesink.ledger import claims
 from spikesink.ledger.claims import Evidence
 from spikesink.model import paths, texts
-from spikesink.model.load import LoadError, prepare
+from spikesink.model.errors import LoadError
+from spikesink.model.load import prepare
 from spikesink.model.texts import Text, TextError
 from spikesink.model.weights import Weights, weights_of
 from tests import planted
@@ -41,6 +42,7 @@ NAN, INFINITE = math.nan, math.inf
 NONE = NotApplicable("nothing was collapsed")
 HEADER = claims.Header("tiny", "tiny", "0", "house", "0", (1, 2), "float32", 0)
 DOWN, NORM = "model.layers.2.mlp.down_proj.weight", "model.layers.1.post_attention_layernorm.weight"
+VALUE = "model.layers.1.self_attn.v_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class World:
     tokens: torch.Tensor
     life: object
 
-    def copy(self, name: str, broken: Callable[[Path], None]) -> Path:
+    def copy(self, name: str, broken: Callable[[Path], object]) -> Path:
         """A copy of the model in several shards, after something was done to it; made once."""
         copy = self.folder / name
         if not copy.exists():
@@ -62,18 +64,23 @@ class World:
             broken(copy)
         return copy
 
-    def shard(self, name: str, change: Callable[[bytes], bytes | None]) -> Path:
-        """A copy in which the third shard has other bytes, or is not there."""
+    def shard(self, name: str, change: Callable[[bytes], bytes]) -> Path:
+        """A copy in which the third shard has other bytes."""
+        return self.copy(name, lambda copy: third(copy).write_bytes(change(third(copy).read_bytes())))
 
-        def broken(copy: Path) -> None:
-            file = sorted(copy.glob("*.safetensors"))[2]
-            new = change(file.read_bytes())
-            if new is None:
-                file.unlink()
-            else:
-                file.write_bytes(new)
+    def text(self, name: str, content: bytes) -> str:
+        """A file of its own."""
+        (self.folder / name).write_bytes(content)
+        return str(self.folder / name)
 
-        return self.copy(name, broken)
+    def config(self, name: str, config: transformers.PretrainedConfig | dict) -> Path:
+        """A directory with a configuration, and weights that nobody should get to."""
+        directory = self.folder / name
+        directory.mkdir(exist_ok=True)
+        content = config if isinstance(config, dict) else config.to_dict()
+        (directory / "config.json").write_text(json.dumps(content, default=str))
+        (directory / "model.safetensors").touch()
+        return directory
 
     def poisoned(self, weight: str, value: float, row: int = 3) -> Path:
         """The model with one number of a weight replaced."""
@@ -106,17 +113,21 @@ class World:
         (self.folder / "file").touch()
         return self.folder / "file"
 
-    def gguf(self) -> Path:
-        """A whole GGUF file, which goes through the cache."""
-        path = self.folder / "tiny.gguf"
-        return path if path.exists() else tiny_gguf(path)
-
-    def with_environment(self, call: Callable, **variables: object) -> object:
+    def under(self, call: Callable, **variables: object) -> object:
         """What a call gives under environment variables."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, str(value))
             return call()
+
+    def load_gguf(self) -> object:
+        """Load a whole GGUF file, which goes through the cache."""
+        path = self.folder / "tiny.gguf"
+        return spikesink.load(path if path.exists() else tiny_gguf(path))
+
+    def padded(self, *windows: int) -> torch.Tensor:
+        """The tokens, with nothing but padding in some windows."""
+        return self.tokens.index_fill(0, torch.tensor(windows), self.model.tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +142,15 @@ def world(tmp_path_factory, planted_directory, planted_model):
     return World(folder, planted_directory, planted_model, weights_of(planted_model), tokens, life)
 
 
-def replaced(name: str, content: str) -> Callable[[Path], None]:
-    return lambda copy: (copy / name).write_text(content) and None
+def third(copy: Path) -> Path:
+    """The third shard of a copy."""
+    return sorted(copy.glob("*.safetensors"))[2]
 
 
-def removed(pattern: str) -> Callable[[Path], None]:
-    return lambda copy: [file.unlink() for file in copy.glob(pattern)] and None
+def lacking(copy: Path) -> None:
+    tensors = load_file(third(copy))
+    del tensors[next(iter(tensors))]
+    save_file(tensors, third(copy), metadata={"format": "pt"})
 
 
 def narrower(copy: Path) -> None:
@@ -144,209 +158,202 @@ def narrower(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
 
 
-MODELS = "smollm2-135m, a .gguf file, a directory or a hub id"
-SOURCES = "house, pydoc, a file's path, or datasets:NAME"
-IDS = "tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them."
-OTHER_WINDOWS = "these are not the windows that this life cycle was found in; trace these, or give those."
-OTHER_MODEL = (
-    "this life cycle was found in a llama model of 6 layers, 64 channels and 400 tokens, not in this llama model; "
-    "trace this one."
-)
+def header(whole: bytes) -> bytes:
+    """A shard whose header is no JSON."""
+    return whole[:8] + b"x" * 32 + whole[40:]
 
-# What is called; the error; its sentence, in which … stands for what differs between machines and libraries.
+
+MODELS = "give .*gguf file, a directory or a hub id"
+SOURCES = "give house, pydoc, a file's path, or datasets:NAME"
+IDS = r"token ids.*model\.to_tokens\(text\)"
+SHARD = r"model-00003-of-\d+\.safetensors is incomplete or damaged.*get it again"
+DAMAGED = "incomplete or damaged.*get it again"
+OTHER_WINDOWS = "not the windows that this life cycle was found in"
+OTHER_MODEL = "6 layers, 64 channels and 400 tokens, not in this llama model; trace this one"
+UNWRITABLE = r"cannot be written \(Not a directory\); make room there"
+CACHE = "cache .* could not be written.*SPIKESINK_CACHE"
+NOT_FINITE_WEIGHT = f"enters layer 3 is not finite in float32, because the weight {DOWN}.*get the model again"
+FFN_2 = "the FFN of layer 2.*not finite; get the model again"
+
+# What is called; the error; what its sentence names: the value that is wrong, and what would do.
 LOADING = {
-    "no model": (lambda w: spikesink.load(None), LoadError, f"a model is named by … not by None; give {MODELS}."),
-    "a list": (lambda w: spikesink.load([]), LoadError, f"a model is named by … not by []; give {MODELS}."),
-    "a number": (lambda w: spikesink.open_weights(3), LoadError, f"a model is named by … not by 3; give {MODELS}."),
-    "an empty name": (lambda w: prepare(""), LoadError, f"a model is named by … not by ''; give {MODELS}."),
-    "nobody's home": (
-        lambda w: spikesink.load("~no-such-user/model"),
+    "no model": (lambda w: spikesink.load(None), LoadError, f"None; {MODELS}"),
+    "a list": (lambda w: spikesink.load([]), LoadError, rf"\[\]; {MODELS}"),
+    "a number": (lambda w: spikesink.open_weights(3), LoadError, f"3; {MODELS}"),
+    "an empty name": (lambda w: prepare(""), LoadError, f"''; {MODELS}"),
+    "nobody's home": (lambda w: spikesink.load("~no-such-user/model"), LoadError, "directory ~no-such-user/model"),
+    "a NUL": (lambda w: spikesink.load("a\0b"), LoadError, "no file or directory a\0b"),
+    "a path": (lambda w: spikesink.load("/nowhere/model.gguf"), LoadError, "no file or directory /nowhere/model.gguf"),
+    "two words": (lambda w: spikesink.load("two words"), LoadError, "no file or directory two words; check the path"),
+    "no hub": (lambda w: spikesink.load("nobody/nothing"), LoadError, "nobody/nothing.*smollm2-135m.*not be reached"),
+    "a list of devices": (lambda w: spikesink.load(w.whole, ["cpu"]), LoadError, "'cpu'.*give one of cpu, cuda,"),
+    "no device": (lambda w: spikesink.load(w.whole, "nonsense"), LoadError, "'nonsense'.*give one of cpu, cuda,"),
+    "no such GPU": (lambda w: spikesink.load(w.whole, "cuda:99"), LoadError, "'cuda:99'.*give one of cpu, cuda,"),
+    "a device without numbers": (lambda w: spikesink.load(w.whole, "meta"), LoadError, "'meta'.*give one of cpu"),
+    "a dtype that is none": (lambda w: spikesink.load(w.whole, dtype=32), LoadError, "32.*give one of float32,"),
+    "a directory without a model": (lambda w: spikesink.load(w.folder), LoadError, r"no config\.json"),
+    "a directory without weights": (
+        lambda w: spikesink.load(w.copy("bare", lambda copy: [f.unlink() for f in copy.glob("*.safetensors")])),
         LoadError,
-        "there is no file or directory ~no-such-user/model; check the path.",
+        "no weights in safetensors; put them beside",
     ),
-    "a NUL": (lambda w: spikesink.load("a\0b"), LoadError, "there is no file or directory a\0b; check the path."),
-    "a list of devices": (
-        lambda w: spikesink.load(w.whole, device=["cpu"]),
+    "encoder only": (
+        lambda w: spikesink.load(w.config("bert", transformers.BertConfig())),
         LoadError,
-        "device ['cpu'] is not one that torch knows; give one of cpu, cuda, cuda:N, auto, disk.",
+        r"encoder-only \(type bert\).*decoder-only",
     ),
-    "a device without numbers": (
-        lambda w: spikesink.load(w.whole, device="meta"),
+    "encoder and decoder": (
+        lambda w: spikesink.load(w.config("t5", transformers.T5Config())),
         LoadError,
-        "device 'meta' cannot be used here; give cpu.",
+        "encoder-decoder.*decoder-only",
     ),
-    "a dtype that is none": (
-        lambda w: spikesink.load(w.whole, dtype=32),
+    "images besides text": (  # before TransformerLens installs anything for it
+        lambda w: spikesink.load(w.config("gemma3", transformers.Gemma3Config())),
         LoadError,
-        "dtype 32 is not one that models run in; give one of float32, bfloat16, float16.",
+        "images or sound.*give a text-only model",
     ),
-    "a shard's header damaged": (
-        lambda w: spikesink.load(w.shard("header", lambda b: b[:8] + b"x" * 32 + b[40:])),
+    "an unknown model type": (
+        lambda w: spikesink.load(w.config("odd", {"model_type": "oddity"})),
         LoadError,
-        "… cannot be loaded: it is incomplete or damaged (model-00003-of-…safetensors: …); get it again.",
+        "not supported.*oddity.*another family",
     ),
-    "a shard's header damaged, weights only": (
-        lambda w: spikesink.open_weights(w.shard("header", lambda b: b[:8] + b"x" * 32 + b[40:])),
-        LoadError,
-        "… cannot be loaded: it is incomplete or damaged (model-00003-of-…safetensors: …); get it again.",
-    ),
-    "a shard cut short": (
-        lambda w: spikesink.load(w.shard("cut", lambda b: b[:1000])),
-        LoadError,
-        "… cannot be loaded: it is incomplete or damaged (model-00003-of-…safetensors: …); get it again.",
-    ),
-    "an empty shard": (
-        lambda w: spikesink.open_weights(w.shard("empty", lambda b: b"")),
-        LoadError,
-        "… cannot be loaded: it is incomplete or damaged (model-00003-of-…safetensors: …); get it again.",
-    ),
+    "a shard's header damaged": (lambda w: spikesink.load(w.shard("header", header)), LoadError, SHARD),
+    "a shard cut short": (lambda w: spikesink.open_weights(w.shard("cut", lambda b: b[:1000])), LoadError, SHARD),
+    "an empty shard": (lambda w: spikesink.open_weights(w.shard("empty", lambda b: b"")), LoadError, SHARD),
     "a shard that is not there": (
-        lambda w: spikesink.load(w.shard("gone", lambda b: None)),
+        lambda w: spikesink.open_weights(w.copy("gone", lambda copy: third(copy).unlink())),
         LoadError,
-        "… cannot be loaded: it is incomplete or damaged (…model-00003-of-…safetensors); get it again.",
+        r"model-00003-of-\d+\.safetensors.*get it again",
     ),
-    "a shard that is not there, weights only": (
-        lambda w: spikesink.open_weights(w.shard("gone", lambda b: None)),
+    "a matrix that is not there": (
+        lambda w: spikesink.load(w.copy("lacking", lacking)),
         LoadError,
-        "… cannot be loaded: it is incomplete or damaged (…model-00003-of-…safetensors); get it again.",
+        r"lacks 1 of its weights, the first is model\.",
+    ),
+    "a matrix that is not there, weights only": (
+        lambda w: spikesink.open_weights(w.copy("lacking", lacking)),
+        LoadError,
+        r"lacks 1 of its weights, the first is model\.",
     ),
     "shards without their index": (
-        lambda w: spikesink.load(w.copy("index", removed("*.index.json"))),
+        lambda w: spikesink.load(w.copy("index", lambda copy: next(copy.glob("*.index.json")).unlink())),
         LoadError,
-        "… cannot be loaded: it is incomplete or damaged (…); get it again.",
+        DAMAGED,
     ),
     "an index that is no JSON": (
-        lambda w: spikesink.load(w.copy("index-json", replaced("model.safetensors.index.json", "{"))),
+        lambda w: spikesink.load(w.copy("index-json", lambda copy: next(copy.glob("*.index.json")).write_text("{"))),
         LoadError,
-        "… cannot be loaded: it is incomplete or damaged (…); get it again.",
+        DAMAGED,
     ),
     "a config that is no JSON": (
-        lambda w: spikesink.load(w.copy("config-json", replaced("config.json", "{"))),
+        lambda w: spikesink.load(w.copy("config-json", lambda copy: (copy / "config.json").write_text("{"))),
         LoadError,
-        "… cannot be loaded: it is incomplete or damaged (…config.json' is not a valid JSON file); get it again.",
+        DAMAGED,
     ),
     "another model's config": (
         lambda w: spikesink.load(w.copy("narrower", narrower)),
         LoadError,
-        "… cannot be loaded: its weights have other shapes than its config.json says; put two there that belong "
-        "together.",
+        "other shapes than its config.json says; put two there that belong together",
     ),
     "no tokenizer": (
-        lambda w: spikesink.load(w.copy("no-tokenizer", removed("tokenizer*"))),
+        lambda w: spikesink.load(w.copy("no-tokenizer", lambda copy: [f.unlink() for f in copy.glob("tokenizer*")])),
         LoadError,
-        "… cannot be loaded: its tokenizer is incomplete or damaged (…); get it again.",
+        f"tokenizer is {DAMAGED}",
     ),
     "a damaged tokenizer": (
-        lambda w: spikesink.load(w.copy("tokenizer-json", replaced("tokenizer.json", "{}"))),
+        lambda w: spikesink.load(w.copy("tokenizer", lambda copy: (copy / "tokenizer.json").write_text("{}"))),
         LoadError,
-        "… cannot be loaded: its tokenizer is incomplete or damaged (…); get it again.",
+        f"tokenizer is {DAMAGED}",
+    ),
+    "a budget in words": (
+        lambda w: spikesink.load(w.whole, "auto", max_memory={"cpu": "much"}),
+        LoadError,
+        "max_memory {'cpu': 'much'} holds no size such as 8GB",
+    ),
+    "a budget of nothing": (
+        lambda w: spikesink.load(w.whole, "auto", max_memory={"cpu": None}),
+        LoadError,
+        "max_memory {'cpu': None} holds no size such as 8GB",
+    ),
+    "a budget of no device": (
+        lambda w: spikesink.load(w.whole, "auto", max_memory={"attic": "8GB"}),
+        LoadError,
+        "names 'attic', which is no device here; there are .*'cpu'",
     ),
 }
 
 ENVIRONMENT = {
-    "a cache that cannot be made": (
-        lambda w: w.with_environment(lambda: spikesink.load(w.gguf()), SPIKESINK_CACHE=w.file() / "cache"),
-        LoadError,
-        "the cache … could not be written (Not a directory); make room there or set SPIKESINK_CACHE to another "
-        "directory.",
-    ),
-    "a cache that is a file": (
-        lambda w: w.with_environment(lambda: spikesink.load(w.gguf()), SPIKESINK_CACHE=w.file()),
-        LoadError,
-        "the cache … could not be written (File exists); make room there or set SPIKESINK_CACHE to another directory.",
-    ),
+    "a cache that cannot be made": (lambda w: w.under(w.load_gguf, SPIKESINK_CACHE=w.file() / "x"), LoadError, CACHE),
+    "a cache that is a file": (lambda w: w.under(w.load_gguf, SPIKESINK_CACHE=w.file()), LoadError, CACHE),
     "nowhere to offload to": (
-        lambda w: w.with_environment(lambda: spikesink.load(w.whole, "disk"), SPIKESINK_CACHE=w.file() / "cache"),
+        lambda w: w.under(lambda: spikesink.load(w.whole, "disk"), SPIKESINK_CACHE=w.file() / "cache"),
         LoadError,
-        "the cache … could not be written (Not a directory); make room there or set SPIKESINK_CACHE to another "
-        "directory.",
+        CACHE,
     ),
     "a budget without a device": (
-        lambda w: w.with_environment(lambda: spikesink.load(w.whole, "auto"), SPIKESINK_MAX_MEMORY="8GB"),
+        lambda w: w.under(lambda: spikesink.load(w.whole, "auto"), SPIKESINK_MAX_MEMORY="8GB"),
         LoadError,
-        "SPIKESINK_MAX_MEMORY is '8GB'; give a device and a size each, without spaces between them, as in "
-        "0=20GB cpu=8GB.",
+        "SPIKESINK_MAX_MEMORY '8GB'.*as in 0=20GB cpu=8GB",
     ),
     "a budget with a space in it": (
-        lambda w: w.with_environment(lambda: spikesink.load(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=600 MB"),
+        lambda w: w.under(lambda: spikesink.load(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=600 MB"),
         LoadError,
-        "SPIKESINK_MAX_MEMORY is 'cpu=600 MB'; give a device and a size each, without spaces between them, as in "
-        "0=20GB cpu=8GB.",
+        "SPIKESINK_MAX_MEMORY 'cpu=600 MB'.*as in 0=20GB cpu=8GB",
     ),
     "a budget that no notebook could use": (
-        lambda w: w.with_environment(lambda: prepare(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=much"),
+        lambda w: w.under(lambda: prepare(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=much"),
         LoadError,
-        "SPIKESINK_MAX_MEMORY 'cpu=much' holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB.",
+        "SPIKESINK_MAX_MEMORY 'cpu=much'.*as in 0=20GB cpu=8GB",
     ),
     "figures that cannot be made": (
-        lambda w: w.with_environment(
+        lambda w: w.under(
             lambda: notebook.open_ledger("01_one", w.model, w.tokens).save(plots.chain(), "one"),
             SPIKESINK_FIGURES=w.file() / "figures",
         ),
         OSError,
-        "the folder … cannot be written (Not a directory); make room there, or give another place for figures.",
+        UNWRITABLE,
     ),
     "a ledger that cannot be made": (
-        lambda w: w.with_environment(
+        lambda w: w.under(
             lambda: notebook.open_ledger("01_one", w.model, w.tokens).record({"LC1": NONE}),
             SPIKESINK_FIGURES=w.file() / "figures",
         ),
         OSError,
-        "the folder … cannot be written (Not a directory); make room there, or give another place for figures.",
+        UNWRITABLE,
     ),
 }
 
 TEXTS = {
-    "no text": (lambda w: spikesink.read(None), TextError, f"a text is named by … not by None; give {SOURCES}."),
-    "a directory": (lambda w: spikesink.read(w.folder), TextError, f"there is no text '…'; give {SOURCES}."),
-    "the text itself": (
-        lambda w: spikesink.read("The river runs to the sea. " * 200),
-        TextError,
-        f"there is no text 'The river …'; give {SOURCES}.",
-    ),
-    "a data set without a name": (
-        lambda w: spikesink.read("datasets:"),
-        TextError,
-        "'datasets:' names no data set; give datasets:NAME.",
-    ),
+    "no text": (lambda w: spikesink.read(None), TextError, f"None; {SOURCES}"),
+    "no such text": (lambda w: spikesink.read("nowhere.txt"), TextError, f"'nowhere.txt'.*{SOURCES}"),
+    "a directory": (lambda w: spikesink.read(w.folder), TextError, SOURCES),
+    "the text itself": (lambda w: spikesink.read("The river runs. " * 200), TextError, f"'The river .*{SOURCES}"),
+    "a data set without a name": (lambda w: spikesink.read("datasets:"), TextError, "'datasets:'.*give datasets:NAME"),
+    "no such data set": (lambda w: spikesink.read("datasets:nobody/nothing"), TextError, "nobody/nothing.*check the"),
+    "an empty file": (lambda w: spikesink.read(w.text("empty.txt", b" \n\n ")), TextError, r"empty\.txt' is empty"),
+    "latin": (lambda w: spikesink.read(w.text("latin.txt", b"caf\xe9")), TextError, r"latin\.txt is not UTF-8"),
     "an empty text": (
         lambda w: spikesink.windows(w.model, Text("mine", ""), 2, 16),
         TextError,
-        "the text 'mine' has 0 tokens, enough for 0 windows of 16, not 2; ask for fewer or shorter ones, or give a "
-        "longer text.",
+        "'mine' has 0 tokens, enough for 0 windows of 16, not 2; ask for fewer",
     ),
-    "a number in words": (
-        lambda w: spikesink.windows(w.model, n="4"),
-        TextError,
-        "n must be a whole number, but is '4'.",
-    ),
-    "half a window": (lambda w: spikesink.windows(w.model, n=1.5), TextError, "n must be a whole number, but is 1.5."),
-    "yes as a length": (
-        lambda w: spikesink.windows(w.model, length=True),
-        TextError,
-        "length must be a whole number, but is True.",
-    ),
-    "a seed below zero": (
-        lambda w: spikesink.windows(w.model, seed=-1),
-        TextError,
-        "seed -1 is negative; give a whole number of at least 0.",
-    ),
-    "a name for a model": (
-        lambda w: spikesink.windows("smollm2-135m"),
-        ValueError,
-        "'smollm2-135m' is no model; give what load returned.",
-    ),
+    "beyond the context": (lambda w: spikesink.windows(w.model, length=513), TextError, "513 .*context of 512"),
+    "a number in words": (lambda w: spikesink.windows(w.model, n="4"), TextError, "n is '4'; give a whole number"),
+    "half a window": (lambda w: spikesink.windows(w.model, n=1.5), TextError, r"n is 1\.5; give a whole number"),
+    "no window": (lambda w: spikesink.windows(w.model, n=0), TextError, "n is 0; .* at least 1"),
+    "a window of one": (lambda w: spikesink.windows(w.model, length=1), TextError, "length is 1; .* at least 2"),
+    "yes as a length": (lambda w: spikesink.windows(w.model, length=True), TextError, "length is True"),
+    "a seed below zero": (lambda w: spikesink.windows(w.model, seed=-1), TextError, "seed is -1; .* at least 0"),
+    "a name for a model": (lambda w: spikesink.windows("smollm2-135m"), ValueError, "'smollm2-135m' is no model"),
     "another model's tokenizer": (
         lambda w: spikesink.windows(spikesink.load(w.other(vocabulary=100))),
         TextError,
-        "the tokenizer makes token 399 of the text 'house', but the model has embeddings for 0 to 99 only; it seems to "
-        "be another model's, so put this model's own tokenizer beside its weights.",
+        "token 399 of the text 'house', but .* 0 to 99 only.*put this model's own tokenizer",
     ),
     "another model's tokenizer, counted": (
         lambda w: texts.token_counts(spikesink.load(w.other(vocabulary=100)), Text("mine", "The clock")),
         TextError,
-        "the tokenizer makes token … of the text 'mine', but the model has embeddings for 0 to 99 only; it seems to "
-        "be another model's, so put this model's own tokenizer beside its weights.",
+        "of the text 'mine', but .* 0 to 99 only.*put this model's own tokenizer",
     ),
 }
 
@@ -358,134 +365,87 @@ TRACE = {
     "nothing": (lambda w: spikesink.find_spikes(w.model, w.life, None), ValueError, IDS),
     "an array": (lambda w: firsttoken.compare_static_map(w.model, w.tokens.numpy()), ValueError, IDS),
     "one window without a batch": (
-        lambda w: firsttoken.read_self_attention(w.model, w.tokens[0], 4, 9),
+        lambda w: spikesink.trace_windows(w.model, w.tokens[0]),
         ValueError,
-        "tokens must be [windows, length] and not empty, but are [32].",
+        r"\[windows, length\] and not empty, but are \[32\]",
     ),
     "a token beyond the vocabulary": (
         lambda w: spikesink.trace_windows(w.model, w.tokens + 400),
         ValueError,
-        "token … does not exist; this model's vocabulary has ids 0 to 399.",
+        r"token \d+ does not exist; .* ids 0 to 399",
     ),
     "a prompt with a token below zero": (
         lambda w: spikesink.profile(w.model, w.tokens[0] - 400),
         ValueError,
-        "token -… does not exist; this model's vocabulary has ids 0 to 399.",
+        r"token -\d+ does not exist; .* ids 0 to 399",
     ),
-    "all padding": (
-        lambda w: spikesink.trace_windows(w.model, padded(w.tokens, w.model, 1)),
-        ValueError,
-        "window 1 holds nothing but padding (token 0); leave it out, or fill it with text.",
-    ),
-    "all padding, scored": (
-        lambda w: sinks.score(w.model, padded(w.tokens, w.model, 0, 1, 2)),
-        ValueError,
-        "window 0 holds nothing but padding (token 0); leave it out, or fill it with text.",
-    ),
-    "a model's name": (
-        lambda w: spikesink.trace_windows("smollm2-135m", w.tokens),
-        ValueError,
-        "'smollm2-135m' is no model; give what load returned.",
-    ),
+    "all padding": (lambda w: spikesink.trace_windows(w.model, w.padded(1)), ValueError, "window 1 .*leave it out"),
+    "all padding, scored": (lambda w: sinks.score(w.model, w.padded(0, 2)), ValueError, "window 0 .*leave it out"),
+    "a model's name": (lambda w: spikesink.trace_windows("smollm2-135m", w.tokens), ValueError, "'smollm2-135m' is no"),
 }
 
 NOT_FINITE = {
     "NaN, traced": (
         lambda w: spikesink.trace_windows(spikesink.load(w.poisoned(DOWN, NAN)), w.tokens),
         FloatingPointError,
-        f"the residual stream as it enters layer 3 is not finite in float32, because the weight {DOWN} is not; get the "
-        "model again.",
+        NOT_FINITE_WEIGHT,
     ),
     "infinite, traced": (
         lambda w: spikesink.trace_windows(spikesink.load(w.poisoned(DOWN, INFINITE)), w.tokens),
         FloatingPointError,
-        f"the residual stream as it enters layer 3 is not finite in float32, because the weight {DOWN} is not; get the "
-        "model again.",
+        NOT_FINITE_WEIGHT,
     ),
     "NaN in half precision": (
         lambda w: spikesink.profile(spikesink.load(w.poisoned(NORM, NAN), dtype="bfloat16"), w.tokens[0]),
         FloatingPointError,
-        f"the residual stream as it enters layer 2 is not finite in bfloat16, because the weight {NORM} is not; get "
-        "the model again, or load it in float32.",
+        f"enters layer 2 is not finite in bfloat16, because the weight {NORM}.*load it in float32",
     ),
     "NaN on disk": (
         lambda w: sinks.score(spikesink.load(w.poisoned(DOWN, NAN), "disk"), w.tokens),
         FloatingPointError,
-        "the residual stream as it enters layer 3 is not finite in float32; its activations overflow, or weights that "
-        "are on disk are not finite, so get the model again.",
+        "enters layer 3 is not finite in float32; get the model again",
     ),
     "NaN, by the census": (
         lambda w: amplifier.census(spikesink.open_weights(w.poisoned(DOWN, NAN))),
         FloatingPointError,
-        "the FFN of layer 2, or the norm that it reads through, has weights that are not finite; get the model again.",
+        FFN_2,
     ),
     "NaN in a norm, by the census": (
         lambda w: amplifier.census(weights_of(spikesink.load(w.poisoned(NORM, NAN)))),
         FloatingPointError,
-        "the FFN of layer 1, or the norm that it reads through, has weights that are not finite; get the model again.",
+        "the FFN of layer 1, or the norm .*get the model again",
     ),
     "NaN, on the static path": (
-        lambda w: paths.static_path(
-            spikesink.open_weights(w.poisoned("model.layers.1.self_attn.v_proj.weight", NAN)), torch.tensor([7]), 4
-        ),
+        lambda w: paths.static_path(spikesink.open_weights(w.poisoned(VALUE, NAN)), torch.tensor([7]), 4),
         FloatingPointError,
-        "the attention of layer 1, or the norm that it reads through, has weights that are not finite; get the model "
-        "again.",
+        "the attention of layer 1, or the norm .*get the model again",
     ),
     "NaN in an embedding, by the probe": (
         lambda w: firsttoken.probe(spikesink.open_weights(w.poisoned("model.embed_tokens.weight", NAN, row=5)), w.life),
         FloatingPointError,
-        "the embedding of token 5 is not finite; get the model again.",
-    ),
-    "NaN past the layers that TK2 would compare": (
-        lambda w: firsttoken.compare_static_map(spikesink.load(w.poisoned(DOWN, NAN)), w.tokens),
-        FloatingPointError,
-        f"the residual stream or what attention adds to it is not finite in float32, because the weight {DOWN} is not; "
-        "get the model again.",
+        "the embedding of token 5 .*get the model again",
     ),
     "NaN in the unembedding": (
         lambda w: patching.evaluate(
             spikesink.load(w.poisoned("lm_head.weight", NAN)), w.tokens, patching.skip(patching.mlp(1))
         ),
         FloatingPointError,
-        "what the model predicts when nothing is changed is not finite in float32, because the weight lm_head.weight "
-        "is not; get the model again.",
+        r"nothing is changed is not finite in float32, because the weight lm_head\.weight",
     ),
     "a static path that overflows": (
         lambda w: paths.static_path(spikesink.open_weights(w.large()), torch.tensor([1]), 4, torch.float16),
         FloatingPointError,
-        "the static path is not finite after layer 1 in float16; use float32.",
+        "not finite after layer 1 in float16; use float32",
     ),
 }
 
 MEASURES = {
-    "a life cycle of tokens": (
-        lambda w: spikesink.find_lifecycle(w.tokens),
-        ValueError,
-        "a life cycle is found in what trace_windows returned, not in a Tensor.",
-    ),
-    "a step in words": (
-        lambda w: spikesink.find_lifecycle(w.life.trace, step="0.1"),
-        ValueError,
-        "step must lie between 0 and 1, but is '0.1'.",
-    ),
-    "other windows, amplifier": (
-        lambda w: amplifier.read_block(w.model, w.tokens.flip(0), w.life),
-        ValueError,
-        OTHER_WINDOWS,
-    ),
-    "fewer windows, amplifier": (
-        lambda w: amplifier.read_block(w.model, w.tokens[:2], w.life),
-        ValueError,
-        OTHER_WINDOWS,
-    ),
-    "other windows, hits": (
+    "a life cycle of tokens": (lambda w: spikesink.find_lifecycle(w.tokens), ValueError, "trace_windows.* not in a Te"),
+    "a step in words": (lambda w: spikesink.find_lifecycle(w.life.trace, step="0.1"), ValueError, "0 and 1.*'0.1'"),
+    "other windows": (lambda w: amplifier.read_block(w.model, w.tokens.flip(0), w.life), ValueError, OTHER_WINDOWS),
+    "fewer windows": (lambda w: amplifier.read_block(w.model, w.tokens[:2], w.life), ValueError, OTHER_WINDOWS),
+    "other windows, census": (
         lambda w: amplifier.census_on_text(w.model, w.tokens[1:], w.life, amplifier.census(w.weights)),
-        ValueError,
-        OTHER_WINDOWS,
-    ),
-    "shorter windows, delimiters": (
-        lambda w: firsttoken.compare_delimiters(w.model, w.tokens[:, :20], w.life, w.life.main),
         ValueError,
         OTHER_WINDOWS,
     ),
@@ -514,173 +474,79 @@ MEASURES = {
         ValueError,
         OTHER_MODEL,
     ),
-    "a model for weights": (
-        lambda w: amplifier.census(w.model),
-        ValueError,
-        "a census is of weights, not of a TransformerBridge; give weights_of(model).",
-    ),
+    "a model for weights": (lambda w: amplifier.census(w.model), ValueError, r"TransformerBridge; give weights_of\("),
     "a model on the static path": (
         lambda w: paths.static_path(w.model, torch.tensor([7]), 4),
         ValueError,
-        "a static path is one of weights, not of a TransformerBridge; give weights_of(model).",
+        r"TransformerBridge; give weights_of\(model\)",
     ),
-    "a layer in words": (
-        lambda w: w.weights.ffn("1"),
-        ValueError,
-        "layer '1' does not exist; this model has layers 0 to 5.",
-    ),
-    "a channel in words": (
-        lambda w: amplifier.eigenpairs(w.weights.ffn(1), "9"),
-        ValueError,
-        "channel '9' does not exist; this model has channels 0 to 63.",
-    ),
-    "half an eigenpair": (
-        lambda w: amplifier.eigenpairs(w.weights.ffn(1), 9, 1.5),
-        ValueError,
-        "1.5 eigenpairs were asked for, and Lanczos finds 1 to 63 of 64.",
-    ),
+    "a layer in words": (lambda w: w.weights.ffn("1"), ValueError, "layer '1' .*layers 0 to 5"),
+    "a layer too many": (lambda w: w.weights.norm_scale(6), ValueError, "layer 6 .*layers 0 to 5"),
+    "a channel in words": (lambda w: amplifier.eigenpairs(w.weights.ffn(1), "9"), ValueError, "'9' .* 0 to 63"),
+    "half an eigenpair": (lambda w: amplifier.eigenpairs(w.weights.ffn(1), 9, 1.5), ValueError, r"1\.5 .* 1 to 63"),
     "an attention block in the census": (
         lambda w: amplifier.census(w.weights).rank_in_block(3, 9),
         ValueError,
-        "L1 attn (block 3), channel 9 is not among the FFN blocks up to L5 MLP (block 12) with channels 0 to 63.",
+        r"block 3\), channel 9 .*block 12\) with channels 0 to 63",
     ),
-    "a block in words": (
-        lambda w: paths.static_path(w.weights, torch.tensor([7]), "4"),
-        ValueError,
-        "block '4' does not exist; this model has blocks 1 to 12.",
-    ),
-    "a list to probe": (
-        lambda w: firsttoken.probe(w.weights, w.life, [7, 8]),
-        ValueError,
-        "tokens must be a one-dimensional tensor of token ids, and not empty.",
-    ),
-    "half a position": (
-        lambda w: paths.prefixes(w.tokens, 2, 1.5),
-        ValueError,
-        "position 1.5 is not in windows of 32 tokens.",
-    ),
-    "yes as an epsilon": (
-        lambda w: sinks.score(w.model, w.tokens, epsilon=True),
-        ValueError,
-        "epsilon must lie between 0 and 1, both excluded, but is True.",
-    ),
-    "yes as a length": (
-        lambda w: sinks.score(w.model, w.tokens, length=True),
-        ValueError,
-        "length must be a whole number of tokens, but is True.",
-    ),
+    "a block in words": (lambda w: paths.static_path(w.weights, torch.tensor([7]), "4"), ValueError, "'4'"),
+    "a list to probe": (lambda w: firsttoken.probe(w.weights, w.life, [7, 8]), ValueError, "one-dimensional tensor"),
+    "half a position": (lambda w: firsttoken.prefixes(w.tokens, 2, 1.5), ValueError, r"1\.5 .*windows of 32"),
+    "yes as an epsilon": (lambda w: sinks.score(w.model, w.tokens, epsilon=True), ValueError, "0 and 1.*True"),
+    "yes as a length": (lambda w: sinks.score(w.model, w.tokens, length=True), ValueError, "whole number.*True"),
     "a set of floats": (
         lambda w: sinks.score(w.model, w.tokens, groups={"mine": torch.ones(3, 32)}),
         ValueError,
-        "the set 'mine' of key tokens must have the shape of the windows, [3, 32], and hold truth values.",
+        r"'mine' .*\[3, 32\], and hold truth values",
     ),
-    "a patch of a model's name": (
-        lambda w: patching.evaluate("smollm2-135m", w.tokens),
-        ValueError,
-        "'smollm2-135m' is no model; give what load returned.",
-    ),
+    "a patch of a model's name": (lambda w: patching.evaluate("smollm2-135m", w.tokens), ValueError, "what load"),
 }
 
+
+def damaged_ledger(w: World) -> Path:
+    return w.copy("ledger", lambda copy: (copy / "claims.json").write_text("{"))
+
+
+DAMAGED_LEDGER = "the ledger .* is damaged .*; remove it and run its notebooks again"
 CLAIMS = {
-    "a claim that there is not": (
-        lambda w: claims.judge("LC99", NONE, "01_one"),
-        ValueError,
-        "there is no claim 'LC99'; rules.RULES lists those there are.",
-    ),
-    "a dictionary for evidence": (
-        lambda w: claims.judge("LC2", {"plateau_write_ratio": 0.0}, "01_one"),
-        ValueError,
-        "LC2 is judged by Evidence or NotApplicable, not by a dict.",
-    ),
+    "a claim that there is not": (lambda w: claims.judge("LC99", NONE, "01"), ValueError, r"'LC99'; rules\.RULES"),
     "a measure left out": (
         lambda w: claims.judge("LC2", Evidence({"ratio": 0.0}, {"ratio": 1.0}), "01_one"),
         ValueError,
-        "LC2 cannot be judged without 'plateau_write_ratio'; measure it too.",
+        "LC2 .* without 'plateau_write_ratio'; measure it too",
     ),
     "NaN in a list": (
         lambda w: claims.judge("AB7", Evidence({"factors": [0.0, 1.0], "perplexities": [NAN, 1.0]}, {"a": 1}), "08"),
         ValueError,
-        "AB7: perplexities[0] is nan, which is no number that a ledger can hold.",
+        "AB7: perplexities is .*nan",
     ),
-    "a damaged ledger": (
-        lambda w: claims.record(w.copy("ledger", replaced("claims.json", "{")), HEADER, {}),
-        ValueError,
-        "the ledger … is damaged (…); remove it and run its notebooks again.",
-    ),
-    "a damaged ledger, rendered": (
-        lambda w: claims.ledgers(w.copy("ledger", replaced("claims.json", "{")).parent),
-        ValueError,
-        "the ledger … is damaged (…); remove it and run its notebooks again.",
-    ),
+    "a damaged ledger": (lambda w: claims.record(damaged_ledger(w), HEADER, {}), ValueError, DAMAGED_LEDGER),
+    "a damaged ledger, rendered": (lambda w: claims.ledgers(damaged_ledger(w).parent), ValueError, DAMAGED_LEDGER),
 }
 
 SCAN = {
-    "no entries": (
-        lambda w: scan.plan(w.whole, 0),
-        ValueError,
-        "0 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.",
-    ),
-    "more entries than there are": (
-        lambda w: scan.scan(w.whole, 500),
-        ValueError,
-        "500 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.",
-    ),
+    "no entries": (lambda w: scan.plan(w.whole, 0), ValueError, "0 entries .*ask for 1 to 400"),
+    "more entries than there are": (lambda w: scan.scan(w.whole, 500), ValueError, "500 entries .*ask for 1 to 400"),
     "nowhere to keep layers": (
         lambda w: scan.scan(w.whole, 40, w.file() / "kept"),
         OSError,
-        "the layers cannot be kept in … (Not a directory); make room there, or keep them elsewhere.",
+        r"\(Not a directory\); make room there, or keep them elsewhere",
     ),
-    "NaN, scanned": (
-        lambda w: scan.scan(w.poisoned(DOWN, NAN), 40),
-        FloatingPointError,
-        "the FFN of layer 2, or the norm that it reads through, has weights that are not finite; get the model again.",
-    ),
-    "no GGUF file, planned": (
-        lambda w: scan.plan(w.file()),
-        LoadError,
-        "… is a file but not GGUF; give a .gguf file, or the directory the model is in.",
-    ),
-    "a number, planned": (lambda w: scan.plan(3), LoadError, f"a model is named by … not by 3; give {MODELS}."),
+    "NaN, scanned": (lambda w: scan.scan(w.poisoned(DOWN, NAN), 40), FloatingPointError, FFN_2),
+    "no GGUF file, planned": (lambda w: scan.plan(w.file()), LoadError, r"not GGUF; give a \.gguf file"),
+    "a number, planned": (lambda w: scan.plan(3), LoadError, f"3; {MODELS}"),
 }
 
-TABLE = {
-    f"{group}: {name}": row
-    for group, rows in {
-        "load": LOADING,
-        "environment": ENVIRONMENT,
-        "text": TEXTS,
-        "trace": TRACE,
-        "not finite": NOT_FINITE,
-        "scan": SCAN,
-        "measure": MEASURES,
-        "claims": CLAIMS,
-    }.items()
-    for name, row in rows.items()
-}
+GROUPS = [LOADING, ENVIRONMENT, TEXTS, TRACE, NOT_FINITE, SCAN, MEASURES, CLAIMS]
+ROWS = [pytest.param(*row, id=name) for rows in GROUPS for name, row in rows.items()]
 
 
-def padded(tokens: torch.Tensor, model, *windows: int) -> torch.Tensor:
-    """The same tokens, with nothing but padding in some windows."""
-    return tokens.index_fill(0, torch.tensor(windows), model.tokenizer.pad_token_id)
-
-
-def says(sentence: str, text: str) -> bool:
-    """Whether a text is a sentence in which … stands for anything."""
-    return re.fullmatch(".*".join(map(re.escape, sentence.split("…"))), text) is not None
-
-
-@pytest.mark.parametrize(("call", "error", "sentence"), TABLE.values(), ids=TABLE)
-def test_what_is_wrong_is_said_in_one_sentence(call, error, sentence, world):
-    with pytest.raises(error) as raised:
+@pytest.mark.parametrize(("call", "error", "words"), ROWS)
+def test_what_is_wrong_is_said_in_one_sentence(call, error, words, world):
+    with pytest.raises(error, match=words) as raised:
         call(world)
-    text = str(raised.value)
-    assert says(sentence, text), text
-    assert "\n" not in text
-    assert len(text) < 400
-
-
-def test_the_table_is_as_long_as_it_should_be():
-    assert len(TABLE) >= 30
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
 
 
 def test_what_is_broken_in_the_table_is_all_that_is_wrong_with_it(world):
@@ -696,9 +562,8 @@ def test_what_is_broken_in_the_table_is_all_that_is_wrong_with_it(world):
 def test_a_larger_embedding_than_the_tokenizer_is_no_error(world):
     """Vocabularies are padded to round numbers."""
     model = spikesink.load(world.other(vocabulary=512))
-    assert spikesink.anatomy(model).d_vocab == 512 > len(model.tokenizer)
+    assert model.anatomy.d_vocab == len(texts.token_counts(model)) == 512 > len(model.tokenizer)
     assert int(spikesink.windows(model, "house", 2, 16).max()) < 400
-    assert len(texts.token_counts(model)) == 512
 
 
 def test_a_token_without_an_embedding_is_an_error_only_where_a_text_needs_it(world):
@@ -708,9 +573,9 @@ def test_a_token_without_an_embedding_is_an_error_only_where_a_text_needs_it(wor
     tokenizer.add_tokens([AddedToken("<mine>", special=True)])
     tokenizer.save_pretrained(directory)
     model = spikesink.load(directory)
-    assert len(model.tokenizer) == 401 > spikesink.anatomy(model).d_vocab
+    assert len(model.tokenizer) == 401 > model.anatomy.d_vocab
     assert spikesink.windows(model, "house", 2, 16).shape == (2, 16)
-    with pytest.raises(TextError, match="token 400 of the text 'mine', but the model has embeddings for 0 to 399 only"):
+    with pytest.raises(TextError, match="token 400 of the text 'mine'"):
         spikesink.windows(model, Text("mine", "The <mine> clock " * 20), 2, 16)
 
 
@@ -720,57 +585,49 @@ def test_one_token_of_padding_is_no_window_of_it(world):
     assert spikesink.trace_windows(world.model, torch.tensor([[0]])).n_windows == 1
 
 
-COMMAND = {
-    "nobody's home": (["--model", "~no-such-user/x"], "there is no file or directory ~no-such-user/x; check the path."),
-    "no text": (["--text", ""], f"there is no text ''; give {SOURCES}."),
-    "the text itself": (["--text", "word " * 200], f"there is no text 'word …'; give {SOURCES}."),
-    "another model's tokenizer": (["--model", "{other}"], "the tokenizer makes token 399 of the text 'house', but …"),
-    "a damaged tokenizer": (["--model", "{damaged}"], "… its tokenizer is incomplete or damaged (…); get it again."),
-    "figures below a file": (
-        ["--figures", "{file}/figures"],
-        "the folder … cannot be written (Not a directory); make it writable, or give another.",
-    ),
-    "a build folder below a file": (
-        ["--build", "{file}/build"],
-        "the folder … cannot be written (Not a directory); make it writable, or give another.",
-    ),
-}
-
-
-@pytest.mark.parametrize(("given", "sentence"), COMMAND.values(), ids=COMMAND)
-def test_make_says_it_before_a_kernel_starts(given, sentence, world, tmp_path, monkeypatch, capfd):
-    """As `make` passes its variables on; more of them are in test_reproduce."""
-    monkeypatch.setattr(reproduce, "_execute", lambda *_: pytest.fail("a notebook was started"))
-    places = {
-        "other": world.other(vocabulary=100),
-        "damaged": world.copy("tokenizer-json", replaced("tokenizer.json", "{}")),
-        "file": world.file(),
-    }
-    arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
-    arguments += ["--build", str(tmp_path / "build"), "--model", str(world.whole)]
-    assert main(["figures", *arguments, *(part.format(**places) for part in given)]) == 1
-    lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert says(sentence, lines[1]), lines[1]
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 @pytest.mark.parametrize(
-    ("variable", "sentence"),
+    ("option", "value", "words"),
     [
-        ("MODEL=", "argument --model: '' names no model (see --help)"),
-        ("N_PROMPTS=x", "argument --n-prompts: 'x' is not a whole number of at least 1 (see --help)"),
-        ("SEQ_LEN=", "argument --seq-len: '' is not a whole number of at least 2 (see --help)"),
-        ("SEED=-1", "argument --seed: '-1' is not a whole number of at least 0 (see --help)"),
+        ("--model", "~no-such-user/x", "directory ~no-such-user/x; check the path"),
+        ("--model", "{other}", "token 399 of the text 'house'"),
+        ("--model", "{damaged}", f"tokenizer is {DAMAGED}"),
+        ("--text", "", f"''.*{SOURCES}"),
+        ("--figures", "{file}/figures", r"cannot be written \(Not a directory\)"),
+        ("--build", "{file}/build", r"cannot be written \(Not a directory\)"),
     ],
 )
-def test_make_itself_passes_it_on(variable, sentence):
+def test_make_says_it_before_a_kernel_starts(option, value, words, world, tmp_path, monkeypatch, capfd):
+    """As `make` passes its variables on; more of them are in test_reproduce."""
+    monkeypatch.setattr(reproduce, "_execute", lambda *_: pytest.fail("a notebook was started"))
+    broken = {
+        "other": world.other(vocabulary=100),
+        "damaged": world.copy("tokenizer", lambda copy: (copy / "tokenizer.json").write_text("{}")),
+        "file": world.file(),
+    }
+    given = {"--notebooks": ROOT / "notebooks", "--figures": tmp_path / "figures", "--build": tmp_path / "build"}
+    given |= {"--model": world.whole, option: value.format(**broken)}
+    assert main(["figures", *(str(part) for pair in given.items() for part in pair)]) == 1
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert re.search(words, said[1]), said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("MODEL=", "--model: '' names no model"),
+        ("N_PROMPTS=x", "--n-prompts: 'x' is not a whole number of at least 1"),
+        ("SEQ_LEN=", "--seq-len: '' is not a whole number of at least 2"),
+        ("SEED=-1", "--seed: '-1' is not a whole number of at least 0"),
+    ],
+)
+def test_make_itself_passes_it_on(variable, words):
     # Without READY the environment is taken as it is.
     command = ["make", "figures", "READY=", f"BIN={Path(sys.executable).parent}", variable]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     said = ran.stderr.splitlines()
-    assert ran.returncode == 2
-    assert said[0] == sentence
-    assert len(said) == 2  # the other is make's own
-    assert said[1].startswith("make")
+    assert (ran.returncode, len(said)) == (2, 2)  # the other line is make's own
+    assert words in said[0]

@@ -11,8 +11,9 @@ import torch
 import spikesink
 from spikesink import patching
 from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
-from spikesink.model import load, paths
-from spikesink.model.load import LoadError, cache_directory, is_offloaded
+from spikesink.model import paths
+from spikesink.model.gguf import cache_directory
+from spikesink.model.placement import is_offloaded, read_budget
 from spikesink.model.weights import weights_of
 from tests.test_families import FAMILIES, tiny
 
@@ -129,22 +130,6 @@ def test_what_a_killed_process_left_is_removed_by_the_next(random_directory, tmp
     assert not used.exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"cpu": "much"}, "max_memory {'cpu': 'much'} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB."),
-        ({"cpu": None}, "max_memory {'cpu': None} holds no size such as 8GB; give sizes, as in 0=20GB cpu=8GB."),
-        ({"attic": "8GB"}, "max_memory {'attic': '8GB'} names 'attic', which is no device here; there are ['cpu']."),
-    ],
-)
-def test_a_budget_that_is_none_is_one_sentence(given, said, random_directory):
-    if torch.cuda.is_available():
-        pytest.skip("the devices are named in the sentence")
-    with pytest.raises(LoadError) as error:
-        spikesink.load(random_directory, device="auto", max_memory=given)
-    assert str(error.value) == said
-
-
 @pytest.mark.parametrize("given", [None, {"cpu": "2gb"}], ids=["no budget", "more than enough"])
 def test_a_model_that_fits_is_loaded_whole(given, planted_directory, planted_model, trigger_tokens):
     model = spikesink.load(planted_directory, device="auto", max_memory=given)
@@ -156,13 +141,10 @@ def test_a_model_that_fits_is_loaded_whole(given, planted_directory, planted_mod
 
 def test_a_small_b_means_bytes_too(random_directory):
     assert is_offloaded(spikesink.load(random_directory, device="auto", max_memory={"cpu": "300kb"}))
-    assert load._budget({"cpu": "8gb"})["cpu"] == 8 * 10**9
+    assert read_budget({"cpu": "8gb"})["cpu"] == 8 * 10**9
 
 
 def test_the_budget_can_be_in_the_environment(random_directory, monkeypatch):
     monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu=300KB")
     assert is_offloaded(spikesink.load(random_directory, device="auto"))
-    monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu")
-    with pytest.raises(LoadError, match="SPIKESINK_MAX_MEMORY is 'cpu'"):
-        spikesink.load(random_directory, device="auto")
     assert not is_offloaded(spikesink.load(random_directory, device="cpu"))

@@ -220,7 +220,7 @@ def test_models_that_cannot_be_told_apart_are_one_sentence(given, said, capsys):
     ("given", "said"),
     [
         (["--model", "nosuch.gguf"], "there is no file or directory nosuch.gguf"),
-        (["--device", "abacus"], "is not one that torch knows"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--dtype", "int8"], "is not one that models run in"),
         (["--text", "nosuch.txt"], "there is no text 'nosuch.txt'"),
         (["--n-prompts", "100000"], "ask for fewer or shorter ones"),

@@ -21,8 +21,8 @@ from spikesink.__main__ import main
 from spikesink.apps import scan
 from spikesink.chain import amplifier, experts
 from spikesink.common import progress
-from spikesink.model import load, paths
-from spikesink.model.load import LoadError
+from spikesink.model import gguf, paths
+from spikesink.model.errors import LoadError
 from spikesink.model.weights import open_weights, weights_of
 from tests import planted
 from tests.test_experts import moe
@@ -348,7 +348,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_plan_of_the_builtin_is_the_same_from_its_header_as_from_its_twin(default_model, cache, monkeypatch):
-    monkeypatch.setattr(load, "_write_dequantized", lambda *_: pytest.fail("the file was dequantized"))
+    monkeypatch.setattr(gguf, "_write_twin", lambda *_: pytest.fail("the file was dequantized"))
     header = scan.plan()
     assert not cache.exists()
     monkeypatch.undo()
@@ -374,8 +374,8 @@ def test_a_plan_of_a_gguf_file_says_that_it_is_dequantized_first(tmp_path, cache
 
 
 def test_a_plan_of_a_hub_model_says_what_is_downloaded(planted_directory, monkeypatch):
-    here = scan.configuration(planted_directory)
-    monkeypatch.setattr(scan, "configuration", lambda spec: here)
+    here = scan.read_configuration(planted_directory)
+    monkeypatch.setattr(scan, "read_configuration", lambda spec: here)
     planned = scan.plan("someone/planted", 40)
     assert (planned.first, planned.disk) == ("download", 4 * planned.parameters)
     said = planned.sentences()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spikesink
-from spikesink.model.texts import Text, TextError
+from spikesink.model.texts import TextError
 
 
 def test_house_text_is_the_same_everywhere():
@@ -70,40 +70,3 @@ def test_a_data_set_from_a_folder(default_model, tmp_path):
     assert set(spikesink.read(f"{source}:::body").content.split()) == {"x"}
     with pytest.raises(TextError, match="no column 'nothing'"):
         spikesink.read(f"{source}:::nothing")
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [("nowhere.txt", "there is no text 'nowhere.txt'"), ("datasets:nobody/nothing", "cannot be read")],
-)
-def test_a_text_that_does_not_exist(source, words):
-    with pytest.raises(TextError, match=words):
-        spikesink.read(source)
-
-
-def test_an_empty_text(tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n\n ")
-    with pytest.raises(TextError, match="is empty"):
-        spikesink.read(str(tmp_path / "empty.txt"))
-
-
-def test_a_text_that_is_not_utf8(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(TextError, match="not UTF-8"):
-        spikesink.read(str(tmp_path / "latin.txt"))
-
-
-def test_a_text_too_short_for_the_request(default_model):
-    with pytest.raises(TextError, match="enough for 1 windows of 4, not 2"):
-        spikesink.windows(default_model, Text("short", "one two three four five"), 2, 4)
-
-
-def test_a_window_longer_than_the_context(random_model):
-    with pytest.raises(TextError, match="longer than the model's context of 512"):
-        spikesink.windows(random_model, "house", 1, 513)
-
-
-@pytest.mark.parametrize(("n", "length"), [(0, 64), (1, 1), (-1, 64)])
-def test_windows_that_cannot_be_measured(random_model, n, length):
-    with pytest.raises(TextError, match="cannot be measured"):
-        spikesink.windows(random_model, "house", n, length)

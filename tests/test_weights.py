@@ -12,7 +12,7 @@ import spikesink
 from spikesink.apps import memory
 from spikesink.chain import amplifier
 from spikesink.common import NotApplicable
-from spikesink.model.load import LoadError
+from spikesink.model.errors import LoadError
 from spikesink.model.weights import give_back, open_weights, weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny

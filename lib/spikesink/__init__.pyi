@@ -4,7 +4,7 @@ from .chain.trace import profile as profile
 from .chain.trace import summarize as summarize
 from .chain.trace import trace_windows as trace_windows
 from .model.anatomy import anatomy as anatomy
-from .model.load import LoadError as LoadError
+from .model.errors import LoadError as LoadError
 from .model.load import load as load
 from .model.texts import TextError as TextError
 from .model.texts import read as read

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sentences() -> tuple[type[Exception], ...]:
     """The errors whose messages are sentences for whoever gave the command."""
-    from spikesink.model.load import LoadError
+    from spikesink.model.errors import LoadError
 
     return LoadError, ValueError, FloatingPointError, CommandError, OSError
 

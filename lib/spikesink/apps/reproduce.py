@@ -202,13 +202,14 @@ def check(parameters: Mapping[str, Any]) -> None:
     Raises:
         CommandError: with the message of the LoadError or TextError that every notebook would raise.
     """
-    from spikesink.model.load import LoadError, prepare
-    from spikesink.model.texts import TextError, cut
+    from spikesink.model.errors import LoadError
+    from spikesink.model.load import prepare
+    from spikesink.model.texts import TextError, windows
 
     n, length, seed = (parameters[key] for key in ("N_PROMPTS", "SEQ_LEN", "SEED"))
     try:
         ready = prepare(parameters["MODEL"], parameters["DEVICE"], parameters["DTYPE"])
-        cut(parameters["TEXT"], ready.tokenizer, ready.prepends_bos, ready.context, n, length, seed, ready.d_vocab)
+        windows(ready, parameters["TEXT"], n, length, seed)
     except (LoadError, TextError) as error:
         raise CommandError(str(error)) from None
 

@@ -36,7 +36,9 @@ from spikesink.chain.lifecycle import STEP
 from spikesink.chain.trace import SPIKE_OVER_MEDIAN
 from spikesink.common import CommandError, NotApplicable, brief, check_writable, progress, write_atomically
 from spikesink.model import paths
-from spikesink.model.load import LoadError, cache_directory, configuration, gguf_file, prepare, quiet, twin_of
+from spikesink.model.errors import LoadError, quiet
+from spikesink.model.gguf import cache_directory, is_dequantized
+from spikesink.model.load import gguf_file, prepare, read_configuration
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
 from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights, require_static_map
 
@@ -111,7 +113,7 @@ def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Pla
         LoadError: as `load` does.
         ValueError: no entries, or more than the vocabulary has.
     """
-    config = configuration(spec)
+    config = read_configuration(spec)
     _check_entries(entries, config.vocab_size)
     with quiet(), torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=config.dtype)
@@ -152,7 +154,7 @@ def _comes_first(spec: str) -> str:
     """What a scan does before it starts; of a hub's model it is not known here what the hub's cache has."""
     file = gguf_file(spec)
     if file is not None:
-        return "dequantize" if twin_of(file) is None else ""
+        return "" if is_dequantized(file) else "dequantize"
     return "download" if local(spec) is None else ""
 
 

@@ -1,7 +1,8 @@
-"""TODO."""
+"""What models of any family are made of, and the checks that measures begin with: the one place that knows families."""
 
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -113,12 +114,12 @@ def _whole(number: int, what: str) -> int:
     return int(number)
 
 
-def normalise(x: Float[Tensor, "*batch d_model"], about: Anatomy) -> Float[Tensor, "*batch d_model"]:
+def normalise(x: Float[Tensor, "*batch d_model"], anatomy: Anatomy) -> Float[Tensor, "*batch d_model"]:
     """h~: the stream over its root mean square (less its mean first, where the model's norm is LayerNorm)."""
-    if about.norm == "LN":
+    if anatomy.norm == "LN":
         x = x - x.mean(-1, keepdim=True)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * size.square_().div_(x.shape[-1]).add_(about.norm_eps).rsqrt_()
+    return x * size.square_().div_(x.shape[-1]).add_(anatomy.norm_eps).rsqrt_()
 
 
 def body_of(model: TransformerBridge) -> torch.nn.Module:
@@ -175,7 +176,7 @@ def check_not_padding(model: TransformerBridge, tokens: Tensor) -> None:
 def anatomy(model: TransformerBridge) -> Anatomy:
     """Describe a model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by.
 
-    It is found once and kept as `model.anatomy`; `load` does so, a bridge of your own gets it here.
+    It is kept as `model.anatomy`: `load` sees to that, a bridge of your own gets it here.
 
     Raises:
         ValueError: this is no model.
@@ -184,104 +185,107 @@ def anatomy(model: TransformerBridge) -> Anatomy:
         return model.anatomy
     if not hasattr(model, "original_model"):
         raise ValueError(f"{model!r} is no model; give what load returned.")
-    cfg = model.cfg
-    config = model.original_model.config.get_text_config()
-    block = model.blocks[0]
-    mlp = getattr(block, "mlp", None)
-    experts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
-    n_experts = next(filter(None, experts), 0)
-    if n_experts:  # there "gate" is the router's name
-        gated = any(".gate_" in name for name, _ in mlp.named_parameters())
-    else:
-        gated = mlp is not None and "gate" in dict(mlp.named_children())
+    cfg, config = model.cfg, model.original_model.config.get_text_config()
+    model.anatomy = Anatomy(
+        family=config.model_type,
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        d_vocab=cfg.d_vocab,
+        context=cfg.n_ctx,
+        parallel=bool(cfg.parallel_attn_mlp),
+        residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1),
+        prepends_bos=bool(cfg.default_prepend_bos),
+        bos_token=model.tokenizer.bos_token_id if model.tokenizer is not None else None,
+        **_describe_norms(model),
+        **_describe_attention(model, config),
+        **_describe_ffn(model, config),
+        **_name_hooks(model),
+    )
+    return model.anatomy
+
+
+def _describe_norms(model: TransformerBridge) -> dict[str, Any]:
+    cfg, block = model.cfg, model.blocks[0]
     if "ln1_post" in block.hook_aliases.get("hook_attn_out", ""):
         placement = "sandwich" if hasattr(block, "ln1") else "post"
     else:
         placement = "pre"
     norms = [name for name in ("ln1", "ln2") if placement != "post" and hasattr(block, name)]
-    attention = block.attn.original_component
-    layers = range(cfg.n_layers)
-    model.anatomy = Anatomy(
-        family=config.model_type,
-        n_layers=cfg.n_layers,
-        n_heads=cfg.n_heads,
-        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
-        d_model=cfg.d_model,
-        d_head=cfg.d_head,
-        d_mlp=_ffn_width(mlp, config, cfg.d_model) or cfg.d_mlp,
-        d_vocab=cfg.d_vocab,
-        context=cfg.n_ctx,
-        norm="RMS" if cfg.uses_rms_norm else "LN",
-        norm_placement=placement,
-        norm_scale_offset=float(cfg.rmsnorm_uses_offset),
-        norm_eps=cfg.eps,
-        gate_activation=cfg.act_fn if gated else None,
-        qk_norm="q_norm" in dict(block.attn.named_children()),
-        parallel=bool(cfg.parallel_attn_mlp),
-        n_experts=n_experts,
-        residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1),
-        attention_norm=norms[0] if norms else None,
-        ffn_norm=norms[-1] if norms else None,  # where the two blocks share one, it is the only one
-        sight=_sight(config, cfg.n_layers),
-        softcap=getattr(config, "attn_logit_softcapping", None),
-        query_scale=float(getattr(attention, "scaling", None) or cfg.d_head**-0.5),
-        sees_rotation=isinstance(block.attn, PositionEmbeddingsAttentionBridge),
-        prepends_bos=bool(cfg.default_prepend_bos),
-        bos_token=model.tokenizer.bos_token_id if model.tokenizer is not None else None,
-        layer_hooks=(*(f"blocks.{i}.hook_in" for i in layers), f"blocks.{cfg.n_layers - 1}.hook_out"),
-        write_hooks=tuple(
-            # An alias in most families; Granite's block has hooks of its own, with its residual multiplier applied.
-            f"blocks.{i}.{block.hook_aliases.get(hook, hook)}"
-            for i in layers
+    return {
+        "norm": "RMS" if cfg.uses_rms_norm else "LN",
+        "norm_placement": placement,
+        "norm_scale_offset": float(cfg.rmsnorm_uses_offset),
+        "norm_eps": cfg.eps,
+        "attention_norm": norms[0] if norms else None,
+        "ffn_norm": norms[-1] if norms else None,  # where the two blocks share one, it is the only one
+    }
+
+
+def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> dict[str, Any]:
+    cfg, attention = model.cfg, model.blocks[0].attn
+    own, parts = attention.original_component, dict(attention.named_children())
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * cfg.n_layers
+    # Where the family's own code has read the pattern before a hook sees it, a change of it goes nowhere.
+    delegates = getattr(type(attention), "forward", None) is AttentionBridge.forward
+    return {
+        "n_heads": cfg.n_heads,
+        "n_kv_heads": cfg.n_key_value_heads or cfg.n_heads,
+        "d_head": cfg.d_head,
+        "qk_norm": "q_norm" in parts,
+        "projects": {"k", "v"} <= parts.keys(),
+        "sight": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "softcap": getattr(config, "attn_logit_softcapping", None),
+        "query_scale": float(getattr(own, "scaling", None) or cfg.d_head**-0.5),
+        "sees_rotation": isinstance(attention, PositionEmbeddingsAttentionBridge),
+        "edits_pattern": not delegates or bool(getattr(own, "accepts_pattern_fn", False)),
+        "learned_sink": isinstance(getattr(own, "sinks", None), Tensor),
+    }
+
+
+def _describe_ffn(model: TransformerBridge, config: PretrainedConfig) -> dict[str, Any]:
+    mlp = getattr(model.blocks[0], "mlp", None)
+    parts = dict(mlp.named_children()) if mlp is not None else {}
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    n_experts = next(filter(None, counts), 0)
+    # In a mixture of experts "gate" is the router's name.
+    gated = any(".gate_" in name for name, _ in mlp.named_parameters()) if n_experts else "gate" in parts
+    if "in" in parts:
+        width = parts["in"].weight.numel() // model.cfg.d_model  # by its size, as some families keep it transposed
+    else:
+        width = getattr(config, "moe_intermediate_size", None)
+    return {
+        "d_mlp": width or model.cfg.d_mlp,
+        "gate_activation": model.cfg.act_fn if gated else None,
+        "n_experts": n_experts,
+        "separate_ffn": mlp is not None and mlp.name is not None,
+    }
+
+
+def _name_hooks(model: TransformerBridge) -> dict[str, tuple[str | None, ...]]:
+    aliases, last = model.blocks[0].hook_aliases, model.cfg.n_layers - 1
+    routers = [getattr(getattr(block, "mlp", None), "hook_aliases", {}) for block in model.blocks]
+    routers = [names.get("hook_expert_weights") for names in routers]
+    return {
+        "layer_hooks": (*(f"blocks.{i}.hook_in" for i in range(last + 1)), f"blocks.{last}.hook_out"),
+        # An alias in most families; Granite's block has hooks of its own, with its residual multiplier applied.
+        "write_hooks": tuple(
+            f"blocks.{i}.{aliases.get(hook, hook)}"
+            for i in range(last + 1)
             for hook in ("hook_attn_out", "hook_mlp_out")
         ),
-        pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in layers),
-        router_hooks=tuple(_router_hook(model.blocks[i], i) for i in layers),
-        edits_pattern=_edits_pattern(block.attn),
-        projects={"k", "v"} <= dict(block.attn.named_children()).keys(),
-        separate_ffn=mlp is not None and block.mlp.name is not None,
-        learned_sink=isinstance(getattr(attention, "sinks", None), Tensor),
-    )
-    return model.anatomy
-
-
-def _edits_pattern(attention: torch.nn.Module) -> bool:
-    """Where the family's own code has read the pattern before a hook sees it, a change of it goes nowhere."""
-    delegates = getattr(type(attention), "forward", None) is AttentionBridge.forward
-    return not delegates or bool(getattr(attention.original_component, "accepts_pattern_fn", False))
-
-
-def _ffn_width(mlp: torch.nn.Module | None, config: PretrainedConfig, d_model: int) -> int | None:
-    """Hidden neurons of a layer's FFN, or of one of its experts; None where that is not to be seen."""
-    into = dict(mlp.named_children()).get("in") if mlp is not None else None
-    if into is None:
-        return getattr(config, "moe_intermediate_size", None)
-    return into.weight.numel() // d_model  # by its size, as some families keep it transposed
-
-
-def _router_hook(block: torch.nn.Module, layer: int) -> str | None:
-    name = getattr(getattr(block, "mlp", None), "hook_aliases", {}).get("hook_expert_weights")
-    return name and f"blocks.{layer}.mlp.{name}"
-
-
-def _sight(config: PretrainedConfig, n_layers: int) -> tuple[int | None, ...]:
-    """How far back each layer sees: sliding-window layers so many tokens, the others everything."""
-    window = getattr(config, "sliding_window", None) or None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * n_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        "pattern_hooks": tuple(f"blocks.{i}.attn.hook_pattern" for i in range(last + 1)),
+        "router_hooks": tuple(name and f"blocks.{i}.mlp.{name}" for i, name in enumerate(routers)),
+    }
 
 
 def not_finite(model: TransformerBridge, what: str) -> str:
     """A sentence that says why something is not finite: a weight that is not, or else an overflow."""
-    said = f"{what} is not finite in {str(model.cfg.dtype).removeprefix('torch.')}"
+    narrow = model.cfg.dtype != torch.float32  # where rounding a weight or adding up can already overflow
     whole = getattr(model, "original_model", model)
     wrong = [name for name, w in whole.named_parameters() if not w.is_meta and not w.isfinite().all()]
-    narrow = model.cfg.dtype != torch.float32  # where rounding a weight or adding up can already overflow
+    why = ""
     if wrong:
-        name = wrong[0].replace("_original_component.", "")
-        others = f", the first of {len(wrong)}" if len(wrong) > 1 else ""
-        advice = "get the model again, or load it in float32" if narrow else "get the model again"
-        return f"{said}, because the weight {name}{others} is not; {advice}."
-    if narrow:
-        return f"{said}; load it in float32."
-    return f"{said}; its activations overflow, or weights that are on disk are not finite, so get the model again."
+        why = f", because the weight {wrong[0].replace('_original_component.', '')} ({len(wrong)} in all) is not"
+    ways = ["get the model again"] * (bool(wrong) or not narrow) + ["load it in float32"] * narrow
+    return f"{what} is not finite in {str(model.cfg.dtype).removeprefix('torch.')}{why}; {' or '.join(ways)}."

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MODEL = "smollm2-135m"
-
-
 ENTRIES = 1024  # of a vocabulary, spread evenly over it, that a scan puts at position 0
-
-
 LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
 
 

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerBase
 
-from spikesink.model.anatomy import anatomy
+from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.model.errors import first_line
+from spikesink.model.load import Prepared
 
 CHARACTERS_FROM_A_DATASET = 2_000_000
-
-
 SOURCES = "house, pydoc, a file's path, or datasets:NAME"
 
 
@@ -62,82 +60,34 @@ def read(source: str | os.PathLike = "house") -> Text:
 
         content = "\n\n".join(topics[name] for name in sorted(topics))
     elif source.startswith("datasets:"):
-        content = _from_dataset(source)
+        content = "\n\n".join(documents(source, CHARACTERS_FROM_A_DATASET))
     else:
-        content = _from_file(source)
+        content = _read_file(source)
     if not content.strip():
         raise TextError(f"the text {source!r} is empty; give one with some words in it.")
     return Text(source, content)
 
 
 def windows(
-    model: TransformerBridge, source: str | Text = "house", n: int = 16, length: int = 256, seed: int = 0
+    model: TransformerBridge | Prepared, source: str | Text = "house", n: int = 16, length: int = 256, seed: int = 0
 ) -> Int[Tensor, "n length"]:
     """Cut `n` windows of `length` tokens out of a text, none overlapping another, at places drawn by `seed`.
 
-    A window begins with BOS where the tokenizer adds one of its own accord (`anatomy(model).prepends_bos`).
+    A window begins with BOS where the tokenizer adds one of its own accord (`model.anatomy.prepends_bos`). What
+    `prepare` returns will do as a model: its weights are not needed.
 
     Raises:
         TextError: the text is too short for the request, a window is longer than the model's context, or the tokenizer
             makes ids of the text that the model has no embedding for.
     """
-    about = anatomy(model)
-    return cut(source, model.tokenizer, about.prepends_bos, about.context, n, length, seed, about.d_vocab)
-
-
-def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " token"]:
-    """A whole text's tokens, without BOS.
-
-    Raises:
-        TextError: as `read` and `windows` do.
-    """
-    text = source if isinstance(source, Text) else read(source)
-    return torch.tensor(_ids(text, model.tokenizer, anatomy(model).d_vocab))
-
-
-def bos(model: TransformerBridge) -> list[int]:
-    """What `windows` begin with: BOS where the tokenizer adds one of its own accord, else nothing."""
-    return _bos(model.tokenizer, anatomy(model).prepends_bos)
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase, prepends_bos: bool) -> list[int]:
-    return [tokenizer.bos_token_id] if prepends_bos else []
-
-
-def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
-    """How often each vocabulary entry occurs in a text.
-
-    Raises:
-        TextError: as `read` and `windows` do.
-    """
-    return torch.bincount(all_ids(model, source), minlength=anatomy(model).d_vocab)
-
-
-def cut(
-    source: str | Text,
-    tokenizer: PreTrainedTokenizerBase,
-    prepends_bos: bool,
-    context: int | None,
-    n: int,
-    length: int,
-    seed: int,
-    d_vocab: int | None = None,
-) -> Int[Tensor, "n length"]:
-    """What `windows` does, for a model whose weights are not read yet; it raises the same.
-
-    With `d_vocab`, the number of embeddings: a tokenizer may have more ids than those, as long as the text needs none.
-    """
-    _check_whole(n=n, length=length, seed=seed)
-    text = source if isinstance(source, Text) else read(source)
-    begin = _bos(tokenizer, prepends_bos)
-    if seed < 0:
-        raise TextError(f"seed {seed} is negative; give a whole number of at least 0.")
-    if n < 1 or length < 2 + len(begin):
-        raise TextError(f"{n} windows of {length} tokens cannot be measured; ask for at least 1 of {2 + len(begin)}.")
+    begin, context = bos(model), _shape(model).context
+    for name, number, least in (("n", n, 1), ("length", length, 2 + len(begin)), ("seed", seed, 0)):
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
+            raise TextError(f"{name} is {number!r}; give a whole number of at least {least}.")
     if context is not None and length > context:
         raise TextError(f"a window of {length} tokens is longer than the model's context of {context}.")
-    ids = _ids(text, tokenizer, d_vocab)
-    body = length - len(begin)
+    text = source if isinstance(source, Text) else read(source)
+    ids, body = _encode(model, text), length - len(begin)
     there = len(ids) // body
     if there < n:
         raise TextError(
@@ -148,15 +98,34 @@ def cut(
     return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
 
 
-def _check_whole(**given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TextError(f"{name} must be a whole number, but is {value!r}.")
+def bos(model: TransformerBridge | Prepared) -> list[int]:
+    """What `windows` begin with: BOS where the tokenizer adds one of its own accord, else nothing."""
+    return [model.tokenizer.bos_token_id] if _shape(model).prepends_bos else []
 
 
-def _ids(text: Text, tokenizer: PreTrainedTokenizerBase, d_vocab: int | None) -> list[int]:
+def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " token"]:
+    """A whole text's tokens, without BOS.
+
+    Raises:
+        TextError: as `read` and `windows` do.
+    """
+    return torch.tensor(_encode(model, source if isinstance(source, Text) else read(source)))
+
+
+def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
+    """How often each vocabulary entry occurs in a text; raises what `all_ids` does."""
+    return torch.bincount(all_ids(model, source), minlength=anatomy(model).d_vocab)
+
+
+def _shape(model: TransformerBridge | Prepared) -> Anatomy | Prepared:
+    """What tells a model's context, its vocabulary and whether it begins with BOS."""
+    return model if isinstance(model, Prepared) else anatomy(model)
+
+
+def _encode(model: TransformerBridge | Prepared, text: Text) -> list[int]:
     """A text's token ids, without BOS."""
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    ids = model.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    d_vocab = _shape(model).d_vocab
     if d_vocab is not None and ids and (largest := max(ids)) >= d_vocab:
         raise TextError(
             f"the tokenizer makes token {largest} of the text {text.name!r}, but the model has embeddings for 0 to "
@@ -165,25 +134,16 @@ def _ids(text: Text, tokenizer: PreTrainedTokenizerBase, d_vocab: int | None) ->
     return ids
 
 
-def _from_file(source: str) -> str:
-    path = Path(source).expanduser()
+def _read_file(source: str) -> str:
     try:
-        found = path.is_file()
-    except OSError:  # longer than a name can be: somebody gave the text itself
-        found = False
-    if not found:
-        short = source if len(source) <= 80 else f"{source[:80]}…"
-        raise TextError(f"there is no text {short!r}; give {SOURCES}.")
-    try:
-        return path.read_text(encoding="utf-8")
+        return Path(source).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise TextError(f"the file {source} is not UTF-8 text; convert it, or give another.") from None
-    except OSError as error:
-        raise TextError(f"the file {source} cannot be read ({error.strerror or error}); give another.") from None
-
-
-def _from_dataset(source: str) -> str:
-    return "\n\n".join(documents(source, CHARACTERS_FROM_A_DATASET))
+    except (OSError, RuntimeError, ValueError) as error:
+        # Somebody may have given the text itself, which is longer than a name can be.
+        short = source if len(source) <= 80 else f"{source[:80]}…"
+        why = getattr(error, "strerror", None) or error
+        raise TextError(f"there is no text {short!r} to be read ({why}); give {SOURCES}.") from None
 
 
 def documents(source: str, characters: int) -> list[str]:
@@ -210,6 +170,5 @@ def documents(source: str, characters: int) -> list[str]:
             f"the data set {source!r} has no column {column or 'text'!r}; name one after the split."
         ) from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TextError(f"{source!r} cannot be read ({reason}); check the name, or go online.") from None
+        raise TextError(f"{source!r} cannot be read ({first_line(error)}); check the name, or go online.") from None
     return content

@@ -1,10 +1,8 @@
 """A model's weights, one layer at a time: out of a loaded model, or straight from its safetensors.
 
-What only needs weights need not hold a model. `open_weights` leaves it on disk, from where each layer is read when it
-is asked for, so that memory does not grow with the number of layers.
-
-Everywhere the norm's learned scale is folded into the matrices that read through it, so that what enters them is h~,
-the normalised stream without that scale, whose norm is sqrt(d_model).
+`open_weights` leaves a model on disk, from where each layer is read when it is asked for, so that memory does not grow
+with the number of layers. Everywhere the norm's learned scale is folded into the matrices that read through it, so that
+what enters them is h~, the normalised stream without that scale, whose norm is sqrt(d_model).
 """
 
 import ctypes
@@ -30,11 +28,10 @@ from spikesink.model.load import DEFAULT_MODEL, load
 
 @dataclass(frozen=True)
 class FFN:
-    """A gated feed-forward block, F(h~) = down (act(gate h~ + b) * (up h~ + c)) + e, with the norm's scale folded in.
+    """A gated feed-forward block, F(h~) = down (act(gate h~ + b) * (up h~ + c)) + e.
 
-    h~ is the normalised stream without its learned scale (and, where the norm has a bias, without that): its norm is
-    sqrt(d_model). Where the block's output passes another norm before it is added to the stream, `post_scale` is that
-    norm's scale and F is what enters it.
+    Where its output passes another norm before it is added to the stream, `post_scale` is that norm's scale and F is
+    what enters it.
     """
 
     gate: Float[Tensor, "d_mlp d_model"]
@@ -68,10 +65,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where weights come from.
+    """Where weights come from; what they give is float32 on the CPU, layer by layer, with the norms' scales folded in.
 
     `block(i, *parts)` is a context in which those parts ("mlp", "ln2", ...) of layer i's TransformerLens block have
     their weights in them. `embed(ids)` is the stream as it enters layer 0, of tokens that are each at position 0.
+
+    All methods raise ValueError for a layer that does not exist, FloatingPointError for weights that are not finite,
+    and NotApplicable where the family has no such part.
     """
 
     anatomy: Anatomy
@@ -79,95 +79,61 @@ class Weights:
     embed: Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 
     def ffn(self, layer: int) -> FFN:
-        """The gated FFN of a layer (from 0), in float32 on the CPU.
-
-        Raises:
-            ValueError: the model has no such layer.
-            NotApplicable: its FFN is not one gated FFN.
-            FloatingPointError: its weights are not finite.
-        """
-        self._check(layer)
+        """The gated FFN of a layer."""
         require_form(self.anatomy)
-        with self._of_ffn(layer) as block:
-            parts = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
-            found = self._gated(block, [part.weight for part in parts], [part.bias for part in parts])
-        return _finite(found, f"the FFN of layer {layer}")
+        with self._parts(layer, "mlp", self.anatomy.ffn_norm, "ln2_post") as block:
+            linears = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
+            ffn = self._fold_ffn(block, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        return _require_finite(ffn, f"the FFN of layer {layer}")
 
     def experts(self, layer: int) -> dict[str, FFN]:
-        """The gated FFNs of a layer (from 0) of a mixture of experts, float32 on the CPU, by their names.
+        """The gated FFNs of a layer of a mixture of experts, by their names.
 
         "0", "1", ... are those that the router chooses from; a name from the model's own code is an expert that every
         token passes; and where a layer has one FFN and no router, it is named "mlp". Experts that are kept in a way
         that is not known here are not among them.
-
-        Raises:
-            ValueError: the model has no such layer.
-            FloatingPointError: its weights are not finite.
         """
-        self._check(layer)
-        with self._of_ffn(layer) as block:
-            parts = gated_parts(_own(block.mlp))
-            found = {name: self._gated(block, weights, biases) for name, weights, biases in parts}
-        return {name: _finite(ffn, f"expert {name} of layer {layer}") for name, ffn in found.items()}
+        with self._parts(layer, "mlp", self.anatomy.ffn_norm, "ln2_post") as block:
+            return {
+                name: _require_finite(self._fold_ffn(block, weights, biases), f"expert {name} of layer {layer}")
+                for name, weights, biases in gated_parts(_unwrap(block.mlp))
+            }
 
     def attention(self, layer: int) -> Attention:
-        """The attention of a layer (from 0) as a token sees it that can attend only to itself, float32 on the CPU.
-
-        Raises:
-            ValueError: the model has no such layer.
-            NotApplicable: it has no W_V, or a gate on what the heads give.
-            FloatingPointError: its weights are not finite.
-        """
-        about = self.anatomy
-        require_linear_attention(about)
-        with self._of_attention(layer, "ln1_post") as block:
+        """The attention of a layer as a token sees it that can attend only to itself."""
+        shape = self.anatomy
+        require_linear_attention(shape)
+        with self._parts(layer, "attn", shape.attention_norm, "ln1_post") as block:
             value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
-            heads = _matrix(out).unflatten(1, (about.n_kv_heads, -1, about.d_head))
-            summed = heads.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
-            scale, shift = self._norm(block, about.attention_norm)
-            matrix, value_bias = _folded(value, scale, shift)
-            found = Attention(
+            by_head = _matrix(out).unflatten(1, (shape.n_kv_heads, -1, shape.d_head))
+            summed = by_head.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
+            matrix, value_bias = self._fold(block, value)
+            attention = Attention(
                 value=matrix,
                 out=summed,
-                bias=summed @ value_bias + _floats(out.bias, about.d_model),
+                bias=summed @ value_bias + _floats(out.bias, shape.d_model),
                 post_scale=self._post_scale(block, "ln1_post"),
             )
-        return _finite(found, f"the attention of layer {layer}")
+        return _require_finite(attention, f"the attention of layer {layer}")
 
     def keys(self, layer: int) -> tuple[Float[Tensor, "d_kv d_model"], Float[Tensor, " d_kv"]]:
-        """W_K of a layer (from 0), head after head, and b_K, in float32 on the CPU: a key is W_K h~ + b_K.
-
-        Before any QK norm and any rotation; the norm's scale and bias are folded in.
-
-        Raises:
-            ValueError: the model has no such layer.
-            NotApplicable: it has no W_K.
-            FloatingPointError: its weights are not finite.
-        """
-        with self._of_attention(layer) as block:
-            scale, shift = self._norm(block, self.anatomy.attention_norm)
-            found = _folded(dict(block.attn.named_children())["k"], scale, shift)
-        return _finite(found, f"the keys of layer {layer}")
+        """W_K of a layer, head after head, and b_K: a key is W_K h~ + b_K, before any QK norm and any rotation."""
+        require_projections(self.anatomy)
+        with self._parts(layer, "attn", self.anatomy.attention_norm) as block:
+            keys = self._fold(block, dict(block.attn.named_children())["k"])
+        return _require_finite(keys, f"the keys of layer {layer}")
 
     def norm_scale(self, layer: int) -> Float[Tensor, " d_model"]:
-        """The learned scale of the norm that a layer's attention reads through; ones where it reads the stream itself.
-
-        Raises:
-            ValueError: the model has no such layer.
-        """
-        self._check(layer)
-        with self.block(layer, self.anatomy.attention_norm) as block:
+        """The learned scale of the norm that a layer's attention reads through; ones where it reads the stream."""
+        with self._parts(layer, self.anatomy.attention_norm) as block:
             return self._norm(block, self.anatomy.attention_norm)[0].clone()
 
-    def _of_ffn(self, layer: int) -> AbstractContextManager[torch.nn.Module]:
-        return self.block(layer, "mlp", self.anatomy.ffn_norm, "ln2_post")
+    def _parts(self, layer: int, *parts: str | None) -> AbstractContextManager[torch.nn.Module]:
+        if not isinstance(layer, Integral) or not 0 <= layer < self.anatomy.n_layers:
+            raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {self.anatomy.n_layers - 1}.")
+        return self.block(layer, *parts)
 
-    def _of_attention(self, layer: int, *parts: str) -> AbstractContextManager[torch.nn.Module]:
-        self._check(layer)
-        require_projections(self.anatomy)
-        return self.block(layer, "attn", self.anatomy.attention_norm, *parts)
-
-    def _gated(self, block: torch.nn.Module, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FFN:
+    def _fold_ffn(self, block: torch.nn.Module, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FFN:
         gate, up, down = map(_floats, weights)
         gate_bias, up_bias = (_floats(bias, gate.shape[0]) for bias in biases[:2])
         scale, shift = self._norm(block, self.anatomy.ffn_norm)
@@ -182,13 +148,14 @@ class Weights:
             down_bias=None if biases[2] is None else _floats(biases[2]),
         )
 
-    def _check(self, layer: int) -> None:
-        if not isinstance(layer, Integral) or not 0 <= layer < self.anatomy.n_layers:
-            raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {self.anatomy.n_layers - 1}.")
+    def _fold(self, block: torch.nn.Module, linear: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        """The matrix and bias of an attention's projection, with the scale and bias of the norm before it in them."""
+        matrix, (scale, shift) = _matrix(linear), self._norm(block, self.anatomy.attention_norm)
+        return matrix * scale, _floats(linear.bias, matrix.shape[0]) + matrix @ shift
 
     def _norm(self, block: torch.nn.Module, name: str | None) -> tuple[Tensor, Tensor]:
         """A norm's scale and its bias; ones and zeros where there is no norm, or one that learns nothing."""
-        norm = _own(dict(block.named_children())[name]) if name is not None else None
+        norm = _unwrap(dict(block.named_children())[name]) if name is not None else None
         scale, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
         ones = torch.ones(self.anatomy.d_model)
         return (
@@ -247,25 +214,16 @@ def require_separate_ffn(anatomy: Anatomy) -> None:
 def weights_of(model: TransformerBridge) -> Weights:
     """The weights of a loaded model; of an offloaded one, each layer is read when it is asked for."""
     return Weights(
-        anatomy(model), lambda layer, *parts: _present(model.blocks[layer], *parts), lambda ids: _embedded(model, ids)
+        anatomy(model), lambda layer, *parts: _present(model.blocks[layer], *parts), lambda ids: _embed(model, ids)
     )
 
 
 def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dtype | None = None) -> Weights:
     """The weights of a model that stays on disk; each layer is read when it is asked for, and then let go.
 
-    Args:
-        spec, dtype: as `load` takes them.
-
-    Raises:
-        LoadError: as `load` does.
+    Takes and raises what `load` does.
     """
     return weights_of(load(spec, "disk", dtype))
-
-
-def _own(module: torch.nn.Module) -> torch.nn.Module:
-    """The module that a bridge has wrapped; where there is no bridge, itself."""
-    return getattr(module, "original_component", module)
 
 
 @contextmanager
@@ -290,37 +248,36 @@ def give_back() -> None:
 Part = tuple[str, Sequence[Tensor], Sequence[Tensor | None]]  # name; gate, up and down; their biases
 
 
-Found = TypeVar("Found", FFN, Attention, tuple[Tensor, Tensor])
-
-
 def gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
     """The gated FFNs in a layer's FFN module, in the two forms that transformers keeps them in."""
     for name, module in mlp.named_modules():
         if name.endswith("_original_component"):
             continue  # the bridge's wrapper around it has the same parts
         both, down = (getattr(module, part, None) for part in ("gate_up_proj", "down_proj"))
+        linears = [getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
         if isinstance(both, Tensor) and both.ndim == 3:
             if getattr(module, "is_transposed", False) or any("bias" in n for n, _ in module.named_parameters()):
                 return  # another order of the matrix, or an activation that is not the plain one
             for expert in range(len(both)):
                 yield str(expert), (*both[expert].chunk(2), down[expert]), (None, None, None)
-        elif all(hasattr(getattr(module, part, None), "weight") for part in ("gate_proj", "up_proj", "down_proj")):
-            linears = [getattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")]
+        elif all(hasattr(linear, "weight") for linear in linears):
             yield name.split(".")[-1] or "mlp", [part.weight for part in linears], [part.bias for part in linears]
 
 
-def _finite(found: Found, what: str) -> Found:
-    """A layer's matrices as they are, unless some value in them is no finite number."""
-    for values in found if isinstance(found, tuple) else vars(found).values():
+Matrices = TypeVar("Matrices", FFN, Attention, tuple[Tensor, Tensor])
+
+
+def _require_finite(matrices: Matrices, what: str) -> Matrices:
+    for values in matrices if isinstance(matrices, tuple) else vars(matrices).values():
         if isinstance(values, Tensor) and not values.isfinite().all():
             raise FloatingPointError(
                 f"{what}, or the norm that it reads through, has weights that are not finite; get the model again."
             )
-    return found
+    return matrices
 
 
 @torch.no_grad()
-def _embedded(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+def _embed(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
     entering = _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
     if len(wrong := ids[~entering.isfinite().all(-1).to(ids.device)]):
@@ -328,16 +285,15 @@ def _embedded(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Ten
     return entering
 
 
-def _folded(linear: torch.nn.Module, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """A projection's matrix and bias, of what the norm before it makes: with that norm's scale and bias folded in."""
-    matrix = _matrix(linear)
-    return matrix * scale, _floats(linear.bias, matrix.shape[0]) + matrix @ shift
+def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The module that a bridge has wrapped; where there is no bridge, itself."""
+    return getattr(module, "original_component", module)
 
 
 def _matrix(linear: torch.nn.Module) -> Float[Tensor, "out in"]:
     """A linear module's matrix; some families keep it transposed."""
     weight = _floats(linear.weight)
-    return weight.T if isinstance(_own(linear), Conv1D) else weight
+    return weight.T if isinstance(_unwrap(linear), Conv1D) else weight
 
 
 def _floats(values: Tensor | None, zeros: int = 0) -> Tensor:
