@@ -83,8 +83,6 @@ HOLDS |= {
 HOLDS["X-TK5"] = HOLDS["TK4"]
 HOLDS |= {f"TR{i}": {"n_agree": 2, "n_differ": 0, "n_reported": 4, "unsupported": []} for i in range(1, 7)}
 HOLDS |= {
-    "X-TR7": {"spearman_sink": -0.5, "spearman_spike": 0.4},
-    "X-TR8": {"share_spike_first": 0.9},
     "X-TR9": {"attention_other": [0.5, 0.9], "attention_trigger": [0.1, 0.0]},
 }
 DIFFERS = [
@@ -141,10 +139,6 @@ DIFFERS = [
     ("SV3", HOLDS["SV3"] | {"sink_ratios": [0.0, 0.0]}),
     ("SV3", HOLDS["SV3"] | {"sink_ratios_at_0.2": [0.4, 0.19]}),
     ("SV3", HOLDS["SV3"] | {"sink_ratios_at_0.4": [0.21, 0.1]}),
-    ("X-TR7", {"spearman_sink": -0.49, "spearman_spike": 0.4}),
-    ("X-TR7", {"spearman_sink": 0.9, "spearman_spike": 0.4}),
-    ("X-TR7", {"spearman_sink": -0.6, "spearman_spike": -0.7}),
-    ("X-TR8", {"share_spike_first": 0.89}),
     ("X-TR9", {"attention_other": [0.49, 0.9], "attention_trigger": [0.1, 0.0]}),
     ("X-TR9", {"attention_other": [0.5, 0.9], "attention_trigger": [0.11, 0.0]}),
     ("X-AM8", HOLDS["X-AM8"] | {"scale_over_median": 9.9}),

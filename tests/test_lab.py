@@ -84,9 +84,9 @@ def base_run():
 @pytest.mark.parametrize("variant", [pytest.param(variant, id=variant.name) for variant in families.VARIANTS])
 def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(variant, base_run):
     config = varied(variant)
-    of = next((varied(other) for other in families.VARIANTS if other.name == variant.of), SMALL)
+    of = next((varied(other) for other in families.VARIANTS if other.name == variant.against), SMALL)
     assert [f.name for f in fields(Config) if getattr(config, f.name) != getattr(of, f.name)] == [variant.field]
-    assert of == SMALL or variant.of != families.BASE
+    assert of == SMALL or variant.against != families.BASE
     ours, base = parameters(config), parameters(of)
     for name in ours.keys() | base.keys():
         same = name in ours and name in base and torch.equal(ours[name], base[name])

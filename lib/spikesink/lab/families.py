@@ -42,21 +42,21 @@ SEEDS = 3
 class Variant:
     """One change: a `field` of a configuration, and its value as a function of what it was.
 
-    `of` names what is changed, and what the variant is compared with: the base, or another variant.
+    `against` names what is changed and what the variant is compared with: the base, or another variant.
     """
 
     family: str
     name: str
     field: str
     value: Callable[[Config], Any]
-    of: str = BASE
+    against: str = BASE
     headline: bool = False  # three seeds at every tier
     kept: bool = True  # its weights, if it is a headline
 
     def config(self, base: Config) -> Config:
         """The variant of a tier with this base."""
-        of = next((other.config(base) for other in VARIANTS if other.name == self.of), base)
-        return replace(of, **{self.field: self.value(getattr(of, self.field))})
+        changed = next((other.config(base) for other in VARIANTS if other.name == self.against), base)
+        return replace(changed, **{self.field: self.value(getattr(changed, self.field))})
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ VARIANTS = (
     Variant("context", WITHOUT_BOS, "bos", _is(False)),
 )
 FAMILIES = tuple(dict.fromkeys(variant.family for variant in VARIANTS))
+FAMILY = {variant.name: variant.family for variant in VARIANTS}
+AGAINST = {variant.name: variant.against for variant in VARIANTS}
 
 
 def planned(tier: str) -> Iterator[Planned]:

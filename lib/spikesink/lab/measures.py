@@ -1,9 +1,11 @@
 """What a model of the lab is like: what its records hold beside loss, sink ratio and largest activations."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -105,3 +107,49 @@ def late(model: Decoder, tokens: Int[Tensor, "window position"], epsilon: float 
         "sink_ratio": float((score > epsilon).float().mean()),
         "attention": float(score.mean()),
     }
+
+
+@torch.inference_mode()
+def read_gates(model: Decoder, tokens: Int[Tensor, "window position"]) -> list[Float[Tensor, "window position head"]]:
+    """What the gates of each layer let through, the mean over a head's channels; nothing of a model without gates."""
+    names = [f"blocks.{layer}.attn.gate.hook_gate" for layer in range(model.anatomy.n_layers)]
+    _, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names)
+    # A static gate is the same for all tokens, and one per token for all heads.
+    return [cache[name].mean(-1).expand(*tokens.shape, -1).cpu() for name in names if name in cache]
+
+
+def tabulate_gates(models: Mapping[str, Decoder], tokens: Int[Tensor, "window position"]) -> pd.DataFrame:
+    """By layer of models of as many layers, what each head gives position 0, and what its gate lets through.
+
+    The median over all tokens but the first, with the 5% and the 95% quantile.
+    """
+    columns = {}
+    for name, model in models.items():
+        scores = evaluate(model, tokens).score.mean(0)  # layer, head
+        columns[f"{name}: attention"] = [", ".join(f"{score:.2f}" for score in heads) for heads in scores.tolist()]
+        if gates := read_gates(model, tokens):
+            ends = [gate[:, 1:].flatten(0, 1).quantile(torch.tensor([0.5, 0.05, 0.95]), dim=0).T for gate in gates]
+            form = "{:.2f} ({:.2f} to {:.2f})".format
+            columns[f"{name}: gate"] = [", ".join(form(*head) for head in heads.tolist()) for heads in ends]
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def tabulate_idle(models: Mapping[str, Decoder], task: Backcopy) -> pd.DataFrame:
+    """By layer of models of Bigram-Backcopy, what each head gives position 0, and what its gate lets through (medians).
+
+    Of queries that have nothing to copy, and in brackets of triggers.
+    """
+    columns = {}
+    for name, model in models.items():
+        heads = backcopy_truth(model, task)["heads"]  # layer, head, [triggers, others]
+        columns[f"{name}: attention"] = [_paired((idle, trigger) for trigger, idle in layer) for layer in heads]
+        tokens = held_out(task, WINDOWS, bos=model.config.bos)
+        trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))[:, 2:]
+        if gates := read_gates(model, tokens):
+            medians = [[gate[:, 2:][at].median(0).values.tolist() for at in (~trigger, trigger)] for gate in gates]
+            columns[f"{name}: gate"] = [_paired(zip(*layer, strict=True)) for layer in medians]
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def _paired(pairs) -> str:
+    return ", ".join(f"{one:.2f} ({other:.2f})" for one, other in pairs)

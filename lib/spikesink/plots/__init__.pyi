@@ -20,7 +20,6 @@ from .lab import decoupling as decoupling
 from .lab import dormant as dormant
 from .lab import emergence as emergence
 from .lab import family as family
-from .lab import following_loss as following_loss
 from .lab import growing as growing
 from .lab import waiting as waiting
 from .lifecycle import across_models as across_models

@@ -14,105 +14,81 @@ from scipy.optimize import linear_sum_assignment
 
 from spikesink import paper
 from spikesink.chain.trace import Profile
-from spikesink.common import NotApplicable, brief
-from spikesink.lab.families import BASE
-from spikesink.lab.findings import (
-    AGREES,
-    DIFFERS,
-    FAMILY,
-    LATE,
-    LEAST_VARIANTS,
-    NO_RECORDS,
-    OF,
-    UNDECIDED,
-    Compared,
-    at_the_end,
-    beside_late,
-    by_name,
-    follow_loss,
-    means_of,
-    of_family,
-    settled,
-    titled,
-    wait_less,
+from spikesink.common import brief
+from spikesink.lab.changes import AGREES, DIFFERS, LATE, UNDECIDED, Compared, title_of
+from spikesink.lab.families import AGAINST, BASE, FAMILIES, FAMILY
+from spikesink.plots.style import (
+    ORDINARY,
+    OTHERS,
+    SINK,
+    SPIKE,
+    above,
+    absent,
+    drawn_where_applicable,
+    figure,
+    styled,
+    thousands,
 )
-from spikesink.lab.records import Record
-from spikesink.plots.style import ORDINARY, OTHERS, SINK, SPIKE, above, absent, figure, styled, thousands
 
-FAMILY_COLOURS = dict(
-    zip(
-        ("optimization", "ffn", "normalization", "heads", "gates", "context"),
-        (ORDINARY, OTHERS[0], SPIKE, OTHERS[1], SINK, OTHERS[2]),
-        strict=True,
-    )
-)
-FAMILY_MARKERS = dict(zip(FAMILY_COLOURS, "osD^vP", strict=True))
+FAMILY_COLOURS = dict(zip(FAMILIES, (ORDINARY, OTHERS[0], SPIKE, OTHERS[1], SINK, OTHERS[2]), strict=True))
+FAMILY_MARKERS = dict(zip(FAMILIES, "osD^vP", strict=True))
 # Of the variants of one family; but for the yellow, in which a name cannot be read.
 VARIANT_COLOURS = [colour for i, colour in enumerate(sns.color_palette("colorblind").as_hex()) if i != 8]
-
-
 MARKS = {"up": "+", "down": "\N{MINUS SIGN}", "stays": "=", paper.AT_LEAST: "\N{GREATER-THAN OR EQUAL TO}"}
 OUTCOME_COLOURS = {AGREES: OTHERS[0], DIFFERS: SPIKE, UNDECIDED: ORDINARY, None: ORDINARY}
 
 Point = tuple[str, float, float, str]  # name, x, y, colour
 
 
-@styled
-def family(records: Sequence[Record], name: str) -> Figure:
+@drawn_where_applicable
+def family(runs: pd.DataFrame, name: str) -> Figure:
     """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models.
 
-    Lines join the seeds of a variant. Squares are what others are set beside: filled the base, open a variant that
-    others are variants of; diamonds are the same by late queries. Where the paper has a sink ratio alone it is a tick
-    at the left.
+    Lines join the seeds of a variant. Squares are what others are compared with (filled: the base), diamonds the same
+    by late queries. Where the paper has a sink ratio alone it is a tick at the left.
     """
     fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
-    here, there = [], [(BASE, paper.TRAINED_BASE[1], paper.TRAINED_BASE[0], "black")]
-    ticks, only_said = [], []
-    named = by_name(of_family(records, name))
-    for variant, rows in {**named, **beside_late(named)}.items():
-        ends = [at_the_end(record) for record in rows]
-        here += [(variant, end["max_activation"], end["sink_ratio"], _colour(variant)) for end in ends]
-    for variant, (sink, spike) in paper.TRAINED_VARIANTS[name].items():
-        theirs_is = variant + (f" ({paper.TRAINED_AS[variant]})" if variant in paper.TRAINED_AS else "")
-        if isinstance(sink, float) and spike is not None:
-            there.append((theirs_is, spike, sink, _colour(variant)))
-        elif isinstance(sink, float):
-            ticks.append((theirs_is, sink, _colour(variant)))
-        elif sink is not None:
-            only_said.append(f"{theirs_is}: {sink}")
+    here = [
+        (row.name, row.max_activation, row.sink_ratio, _colour(row.name))
+        for row in runs[["name", "max_activation", "sink_ratio"]].itertuples(index=False, name="Run")
+    ]
+    reported = {BASE: (*paper.TRAINED_BASE, "black")}
+    for variant, ends in paper.TRAINED_VARIANTS[name].items():
+        model = f"{variant} ({paper.TRAINED_AS[variant]})" if variant in paper.TRAINED_AS else variant
+        reported[model] = (*ends, _colour(variant))
+    numbers = {model: ends for model, ends in reported.items() if isinstance(ends[0], float)}
+    there = [(model, spike, sink, colour) for model, (sink, spike, colour) in numbers.items() if spike is not None]
+    ticks = [(model, sink, colour) for model, (sink, spike, colour) in numbers.items() if spike is None]
+    worded = [f"{model}: {sink}" for model, (sink, *_) in reported.items() if isinstance(sink, str)]
     for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
         for variant in dict.fromkeys(point[0] for point in points):
-            x, y, (colour, *_) = zip(*[point[1:] for point in points if point[0] == variant], strict=True)
-            looks = {"mfc": "white", "mew": 1.5} if _is_beside(variant) and variant != BASE else {"mec": "white"}
-            marker = "o" if not _is_beside(variant) else "D" if variant.endswith(LATE) else "s"
-            order = np.argsort(x)
-            ax.plot(np.take(x, order), np.take(y, order), marker=marker, color=colour, lw=0.5, ms=7, **looks)
+            x, y, (colour, *_) = zip(*sorted(point[1:] for point in points if point[0] == variant), strict=True)
+            looks = {"mfc": "white", "mew": 1.5} if _is_compared_with(variant) and variant != BASE else {"mec": "white"}
+            marker = "o" if not _is_compared_with(variant) else "D" if variant.endswith(LATE) else "s"
+            ax.plot(x, y, marker=marker, color=colour, lw=0.5, ms=7, **looks)
         _plane(ax)
         ax.set_title(title, fontsize=11)
         _leaders(ax, points)
-    for name, sink, colour in ticks:
+    for model, sink, colour in ticks:
         theirs.plot(0, sink, marker="_", color=colour, ms=14, mew=2, transform=theirs.get_yaxis_transform())
-        theirs.text(0.03, sink, name, color=colour, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
-    said = ["at the left: a sink ratio alone"] if ticks else []
-    said += [f"sink ratio, {'; '.join(only_said)}"] if only_said else []
-    if said:
-        theirs.set_xlabel(f"largest activation\n({_wrapped('; '.join(said))})")
+        theirs.text(0.03, sink, model, color=colour, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
+    notes = ["at the left: a sink ratio alone"] if ticks else []
+    notes += [f"sink ratio, {'; '.join(worded)}"] if worded else []
+    if notes:
+        theirs.set_xlabel("largest activation\n" + textwrap.fill(f"({'; '.join(notes)})", 60))
     return fig
 
 
-def _is_beside(variant: str) -> bool:
-    """Whether others are set beside it."""
-    return variant.removesuffix(LATE) in OF.values()
+def _is_compared_with(variant: str) -> bool:
+    """Whether other variants are compared with it."""
+    return variant.removesuffix(LATE) in AGAINST.values()
 
 
 def _colour(variant: str) -> str:
-    """Black for what others are set beside, and within a family one of its own for each of the others."""
-    of_family = [name for name, family in FAMILY.items() if family == FAMILY.get(variant)]
-    return "black" if _is_beside(variant) else VARIANT_COLOURS[of_family.index(variant)]
-
-
-def _wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, 60))
+    """Black for what others are compared with, and within a family one of its own for each of the others."""
+    if _is_compared_with(variant):
+        return "black"
+    return VARIANT_COLOURS[[name for name in FAMILY if FAMILY[name] == FAMILY[variant]].index(variant)]
 
 
 def _plane(ax) -> None:
@@ -175,16 +151,16 @@ def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float =
         )
 
 
-@styled
-def changes(found: Sequence[Compared]) -> Figure:
+@drawn_where_applicable
+def changes(compared: Sequence[Compared]) -> Figure:
     """09: how each variant differs from the base, with its interval over seeds, and which way the paper's goes."""
-    if not found:
-        return absent(NO_RECORDS)
-    fig, axes = figure(1, 2, size=(11, 0.34 * len(found) + 1.6), sharey=True)
-    rows = range(len(found))
+    if not compared:
+        return absent("no variant is trained yet")
+    fig, axes = figure(1, 2, size=(11, 0.34 * len(compared) + 1.6), sharey=True)
+    rows = range(len(compared))
     for ax, measure in zip(axes, ("sink", "spike"), strict=True):
         ax.axvline(0, color="black", lw=0.8)
-        for row, one in zip(rows, found, strict=True):
+        for row, one in zip(rows, compared, strict=True):
             change = getattr(one, measure)
             colour = OUTCOME_COLOURS[change.outcome]
             width = 2 if change.outcome else 0.8  # where the paper says nothing, there is nothing to judge
@@ -194,10 +170,10 @@ def changes(found: Sequence[Compared]) -> Figure:
             ax.annotate(mark, (1.02, row), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=11)
         ax.annotate("paper", (1.02, 1.005), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
         ax.grid(axis="x", lw=0.4)
-    for row in _families([one.name for one in found]):
+    for row in _family_starts([one.name for one in compared]):
         for ax in axes:
             ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
-    axes[0].set_yticks(rows, [one.title for one in found], fontsize=9)
+    axes[0].set_yticks(rows, [one.title for one in compared], fontsize=9)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
     axes[1].set_xlabel("largest activation, times the base's\n(or that of what a variant is set against)")
@@ -206,7 +182,7 @@ def changes(found: Sequence[Compared]) -> Figure:
     ]
     axes[1].xaxis.set_major_locator(FixedLocator([math.log(t) for t in ticks]))
     axes[1].set_xticklabels([f"{t:g}" for t in ticks])
-    outcomes = [change.outcome for one in found for change in (one.sink, one.spike)]
+    outcomes = [change.outcome for one in compared for change in (one.sink, one.spike)]
     count = Counter(outcome for outcome in outcomes if outcome)
     above(
         fig,
@@ -216,31 +192,32 @@ def changes(found: Sequence[Compared]) -> Figure:
     return fig
 
 
-def _families(names: Sequence[str]) -> list[int]:
+def _family_starts(names: Sequence[str]) -> list[int]:
     """The rows of variants at which another family begins, but for the first row."""
     return [row for row in range(1, len(names)) if FAMILY.get(names[row]) != FAMILY.get(names[row - 1])]
 
 
-@styled
-def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
+@drawn_where_applicable
+def decoupling(means: pd.DataFrame) -> Figure:
     """09: all variants in one plane, but those judged by late queries; the base's values divide it into four.
 
-    Sizes are in medians of the stream, as `findings.corners` judges them.
+    Sizes are in medians of the stream. `means` are as `findings.average_seeds` gives them.
     """
-    found = [one for one in found if not one.late]
-    if not found:
-        return absent(NO_RECORDS)
     fig, ax = figure(size=(12, 6.4))
-    spike, sink = base
+    means = means[~means["late"]]
+    base = means.loc[BASE]
     ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
-    ax.axvline(spike, color="black", lw=0.6, ls=":")
-    ax.axhline(sink, color="black", lw=0.6, ls=":")
-    points = [(one.name, one.over_median, one.sink_ratio, FAMILY_COLOURS[FAMILY[one.name]]) for one in found]
+    ax.axvline(base["over_median"], color="black", lw=0.6, ls=":")
+    ax.axhline(base["sink_ratio"], color="black", lw=0.6, ls=":")
+    points = [
+        (name, x, y, FAMILY_COLOURS[FAMILY[name]] if name in FAMILY else "black")
+        for name, x, y in means[["over_median", "sink_ratio"]].itertuples()
+    ]
     for name, colour in FAMILY_COLOURS.items():
-        mine = [point for point in points if FAMILY[point[0]] == name]
-        x, y = ([point[i] for point in mine] for i in (1, 2))
-        ax.plot(x, y, color=colour, marker=FAMILY_MARKERS[name], lw=0, ms=8, mfc="none", mew=1.6, label=name)
-    ax.plot(spike, sink, marker="*", color="black", ms=15, lw=0, mec="white")
+        ours = means[means.index.map(FAMILY) == name]
+        style = {"color": colour, "marker": FAMILY_MARKERS[name], "lw": 0, "ms": 8, "mfc": "none", "mew": 1.6}
+        ax.plot(ours["over_median"], ours["sink_ratio"], label=name, **style)
+    ax.plot(base["over_median"], base["sink_ratio"], marker="*", color="black", ms=15, lw=0, mec="white")
     _plane(ax)
     ax.set_ylim(bottom=-0.004)
     corners = {
@@ -252,7 +229,6 @@ def decoupling(found: Sequence[Compared], base: tuple[float, float]) -> Figure:
     for (x, y), text in corners.items():
         sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
         ax.text(x, y, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
-    points.append((BASE, spike, sink, "black"))
     points.sort(key=lambda point: point[1])
     ax.set(xlabel="largest activation, in medians of the stream", ylabel="")
     ax.text(0, 1.01, "sink ratio", transform=ax.transAxes, ha="right")  # clear of the lines on the left
@@ -307,39 +283,14 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
 
 
 @styled
-def following_loss(records: Sequence[Record], name: str = "optimization") -> Figure:
-    """09: sink ratio and largest activation against the loss, over the variants of a family and the base."""
-    rows = of_family(records, name)
-    means = [means_of(name, of) for name, of in by_name(rows).items()]
-    fig, axes = figure(1, 2, size=(11, 4.2))
-    found = follow_loss(rows) if len(means) >= LEAST_VARIANTS else None
-    axes[1].set_yscale("log")
-    for ax, name, colour, label, measure in (
-        (axes[0], "sink_ratio", SINK, "sink ratio", "sink"),
-        (axes[1], "max_activation", SPIKE, "largest activation", "spike"),
-    ):
-        points = [(mean["name"], mean["loss"], mean[name], ORDINARY) for mean in means]
-        ax.plot(*zip(*[point[1:3] for point in points], strict=True), marker="o", lw=0, color=colour, ms=6, mec="white")
-        ax.set(xlabel="loss on held-out text (nats)\n(in brackets: 95% of resamples of the variants)", ylabel=label)
-        _leaders(ax, points)
-        if found is not None:
-            low, high = getattr(found, f"{measure}_interval")
-            rho = getattr(found, measure)
-            ax.set_title(f"Rank correlation with the loss:\n{rho:+.2f} ({low:+.2f} to {high:+.2f})", fontsize=11)
-    _written_out(axes[1], "y")
-    return fig
-
-
-@styled
-def dormant(curves: pd.DataFrame) -> Figure:
+def dormant(curves: pd.DataFrame, held: pd.Series) -> Figure:
     """09: Bigram-Backcopy, live: copying is learned, and queries that have nothing to copy learn where to look.
 
-    A panel for the loss and one for each name; a line a seed, and above it how much of the attention of queries with
-    nothing to copy stays at position 0 over the second half of the steps.
+    A panel for the loss and one for each name; a line a seed, and above it what queries with nothing to copy leave at
+    position 0 in the end (`held`, by name and seed).
     """
     names = list(curves["name"].unique())
     fig, (learned, *panels) = figure(1, 1 + len(names), size=(3.9 * (1 + len(names)), 3.6))
-    held = settled(curves, "attention_other")
     for ax, name in zip(panels, names, strict=True):
         style = "-" if name == names[0] else "--"
         for seed, run in curves[curves["name"] == name].groupby("seed"):
@@ -358,33 +309,30 @@ def dormant(curves: pd.DataFrame) -> Figure:
     return fig
 
 
-@styled
-def waiting(records: Sequence[Record]) -> Figure:
+@drawn_where_applicable
+def waiting(waits: pd.DataFrame) -> Figure:
     """09: Bigram-Backcopy, all variants: attention to position 0 of the head that waits there most, a point a seed.
 
     Dots are queries that have nothing to copy (open where the model was not trained on most of them), ticks triggers,
-    at the height of their dot; shaded from the least to the most of the base.
+    at the height of their dot; shaded from the least to the most of the base. `waits`: of `findings.compare_waits`.
     """
-    found, named = wait_less(records), by_name(records)
-    if isinstance(found, NotApplicable):
-        return absent(found.reason)
-    fig, ax = figure(size=(9, 0.33 * len(named) + 1.6))
-    for row, (name, of) in enumerate(named.items()):
-        heights = row + 0.22 * np.array([record.config.seed - 1 for record in of])
-        idle, triggers = ([100 * record.final[f"attention_{kind}"] for record in of] for kind in ("other", "trigger"))
-        colour = "black" if name == BASE else SINK if name in found["less"] else ORDINARY
-        filled = "white" if of[0].config.skipped else colour
-        ax.plot(idle, heights, marker="o", lw=0, ms=5, mfc=filled, color=colour)
-        ax.plot(triggers, heights, marker="|", lw=0, ms=6, mew=1.2, color=colour)
+    variants = waits.drop_duplicates("name")
+    names = list(variants["name"])
+    fig, ax = figure(size=(9, 0.33 * len(names) + 1.6))
+    for row, name in enumerate(names):
+        runs = waits[waits["name"] == name]
+        heights = row + 0.22 * (runs["seed"] - 1)
+        colour = "black" if name == BASE else SINK if runs["less"].all() else ORDINARY
+        filled = "white" if runs["late"].all() else colour
+        ax.plot(100 * runs["idle"], heights, marker="o", lw=0, ms=5, mfc=filled, color=colour)
+        ax.plot(100 * runs["trigger"], heights, marker="|", lw=0, ms=6, mew=1.2, color=colour)
         if name == BASE:
-            ax.axvspan(min(idle), max(idle), color=ORDINARY, alpha=0.12, lw=0)
-    names = list(named)
-    for row in _families(names):
+            ax.axvspan(100 * runs["idle"].min(), 100 * runs["idle"].max(), color=ORDINARY, alpha=0.12, lw=0)
+    for row in _family_starts(names):
         ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
-        ax.text(
-            1.01, row, FAMILY[names[row]], transform=ax.get_yaxis_transform(), va="center", fontsize=9, style="italic"
-        )
-    ax.set_yticks(range(len(names)), list(map(titled, names)), fontsize=9)
+        at = {"transform": ax.get_yaxis_transform(), "va": "center"}
+        ax.text(1.01, row, FAMILY[names[row]], fontsize=9, style="italic", **at)
+    ax.set_yticks(range(len(names)), list(map(title_of, names)), fontsize=9)
     ax.set(xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
     ax.set_xlabel(
         "attention to position 0 (%), in the head where idle queries give it most: of queries with nothing to copy\n"
@@ -392,8 +340,8 @@ def waiting(records: Sequence[Record]) -> Figure:
     )
     above(
         fig,
-        f"{len(found['less'])} of {len(found['judged'])} variants: all seeds below any they are set beside (blue); "
-        f"by chance {found['by_chance']:.1f}, as many or more in {found['as_many']:.0%} of cases",
+        f"{variants['less'].sum()} of {variants['judged'].sum()} variants: all seeds below any they are compared with "
+        f"(blue); by chance {variants['by_chance'].sum():.1f}",
     )
     return fig
 

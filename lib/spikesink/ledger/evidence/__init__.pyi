@@ -24,6 +24,7 @@ from .cuts import ab5_sink_removed as ab5_sink_removed
 from .cuts import ab6_wrong_places as ab6_wrong_places
 from .cuts import ab7_dose_response as ab7_dose_response
 from .everything import measure_all as measure_all
+from .everything import measure_chain as measure_chain
 from .firsttoken import tk1_nearly_any as tk1_nearly_any
 from .firsttoken import tk2_static_map as tk2_static_map
 from .firsttoken import tk3_not_elsewhere as tk3_not_elsewhere
@@ -48,9 +49,7 @@ from .sinks import sk2_on_spikes as sk2_on_spikes
 from .sinks import sk5_over_depth as sk5_over_depth
 from .sinks import x_sk8_smaller_cycle as x_sk8_smaller_cycle
 from .sinks import x_sk9_secondary as x_sk9_secondary
-from .trained import in_order as in_order
-from .trained import in_words as in_words
+from .trained import TRAINED_CLAIMS as TRAINED_CLAIMS
+from .trained import describe_family as describe_family
 from .trained import tr_family as tr_family
-from .trained import x_tr7_follows_loss as x_tr7_follows_loss
-from .trained import x_tr8_spike_first as x_tr8_spike_first
 from .trained import x_tr9_dormant as x_tr9_dormant

@@ -53,6 +53,11 @@ def measure_all(
     )
 
 
+def measure_chain(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0) -> Claims:
+    """What the claims of the chain itself are judged by: a spike's life, the block that writes it, h~, and the sink."""
+    return _lifecycle(model, life) | _amplifier(model, tokens, life) | _norm_and_sinks(model, tokens, life, seed)
+
+
 def _lifecycle(model: TransformerBridge, life: Lifecycle) -> Claims:
     return {
         "LC1": lc.lc1_step_up(life),
