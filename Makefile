@@ -12,13 +12,17 @@ TEST_JOBS ?= 2
 FIGURES ?= figures
 PYTHON ?= python3
 
+# Threads that wait for one another sleep meanwhile: faster where the machine does something else besides.
+export OMP_WAIT_POLICY := PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadgroup
 # The environment is whole when this file exists; its name changes with what is to be installed.
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test venv lab ablations bench scan plan site store help clean
+.PHONY: figures test test-slow venv lab ablations bench scan plan site store help clean
 
 # A scan reads the files as they are and computes in float32 on the CPU.
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
@@ -27,11 +31,15 @@ figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (th
 	@$(BIN)/python -m spikesink figures --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
 	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)"
 
-test: $(READY)  ## ruff, then pytest over tests/ and the stored outputs of notebooks/
+test: $(READY)  ## ruff, who imports whom, pytest over tests/, and the stored outputs of notebooks/
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
 	@$(BIN)/python -c "from spikesink.model.load import prepare; prepare()"  # a notebook that converted the model would show bars
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+	@$(PYTEST) -m "not slow"
+
+test-slow: $(READY)  ## the rest: what starts processes, kills them or measures memory, and the slowest notebook
+	@$(PYTEST) -m slow
 
 venv: $(READY)  ## only install what all of this needs, in .venv
 
@@ -61,7 +69,7 @@ clean:  ## remove the environment and executed notebooks; figures and the model 
 	rm -rf $(VENV) build
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
 	@echo
 	@echo "make figures takes, with these defaults:"
 	@echo "  MODEL=$(MODEL)  built-in name, .gguf file, directory or hub id; several with commas: MODEL=a,b.gguf"

@@ -3,22 +3,31 @@
 import os
 from pathlib import Path
 
+import pytest
+
 # The notebooks' stored outputs are checked in a folder of their own, so that a test run changes no committed figure.
 os.environ["SPIKESINK_FIGURES"] = str(Path(__file__).parent / "build" / "tested-figures")
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+SLOWEST = "10_serving.ipynb"  # run by `make test-slow`
 ROUNDS = "10_serving.ipynb"  # to eight bits: which entries tip over depends on a processor's vector instructions
 STORED_WITH = "AVX2"  # those that its outputs were stored with
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """On a processor with other vector instructions that notebook is run, and its outputs are not compared."""
-    of_it = [item for item in items if item.path.name == ROUNDS]
-    if not of_it:
+    """Mark the slowest notebook, keep each notebook's cells on one worker, and compare what is comparable."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            if item.path.name == SLOWEST:
+                item.add_marker("slow")
+    rounded = [item for item in items if item.path.name == ROUNDS]
+    if not rounded:
         return
     import torch
 
     if torch.backends.cpu.get_cpu_capability() != STORED_WITH:
-        for item in of_it:
+        for item in rounded:
             item.options["check"] = False

@@ -5,7 +5,6 @@ from .amplifier import gains as gains
 from .amplifier import gates as gates
 from .amplifier import shared_directions as shared_directions
 from .amplifier import spectra as spectra
-from .bench import growth as growth
 from .collapse import collapse_of_size as collapse_of_size
 from .collapse import collapsing as collapsing
 from .collapse import cosines as cosines
