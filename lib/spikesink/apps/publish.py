@@ -81,15 +81,16 @@ def _put(folder: Path, template: str, **values: Any) -> Path:
     return path
 
 
-def _list_claims(rows: Sequence[table.Row], board: table.Board, of_controls: bool = False) -> str:
+def _list_claims(rows: Sequence[table.Row], board: table.Board) -> str:
     """Claims in a few words, each with the models that it was put to, or holds of controls on, if those are not all."""
 
     def note(row: table.Row) -> str:
-        models, all_models = (row.of_controls_on, row.put_to) if of_controls else (row.put_to, board.models)
-        parts = [", ".join(models)] if 0 < len(models) < len(all_models) else []
-        if len(row.put_to) == 1 and row.of_controls_on:
-            parts.append("and hold of a control")
-        return f" ({'on' if of_controls else 'put to'} {', '.join(parts)})" if parts else ""
+        if row.standing == "loose":
+            partly = len(row.of_controls_on) < len(row.put_to)
+            return f" (on {', '.join(row.of_controls_on)})" if partly else ""
+        parts = row.put_to if len(row.put_to) < len(board.models) else []
+        parts = parts + (["and hold of a control"] if row.of_controls_on and row.standing == "single" else [])
+        return f" (put to {', '.join(parts)})" if parts else ""
 
     return "; ".join(f"{row.claim_id} {row.short}{note(row)}" for row in rows)
 

@@ -86,6 +86,21 @@ class Row:
         """The models here that it holds on, and of a control there as well."""
         return [name for name, cell in self.cells.items() if cell.verdict == "holds" and cell.held_by]
 
+    @property
+    def standing(self) -> str:
+        """How it stands over all models that it was put to, in a word that `Board.those` takes.
+
+        It holds on all: "firm" if they are two or more and it holds of no control, "loose" if it holds of one, "single"
+        if there is but one model. It differs on all ("nowhere"), on "several" of them, or on one: that model's name. Or
+        it could be put to none ("unjudged").
+        """
+        if not self.put_to:
+            return "unjudged"
+        if self.differs_on:
+            one_or_several = self.differs_on[0] if len(self.differs_on) == 1 else "several"
+            return "nowhere" if self.differs_on == self.put_to else one_or_several
+        return "single" if len(self.put_to) == 1 else "loose" if self.of_controls_on else "firm"
+
 
 @dataclass(frozen=True)
 class Board:
@@ -96,53 +111,18 @@ class Board:
     rows: Sequence[Row]
 
     @property
+    def holding(self) -> list[Row]:
+        """The claims that hold wherever they were put."""
+        return self.those("firm", "loose", "single")
+
+    def those(self, *standings: str) -> list[Row]:
+        """The claims that stand so; see `Row.standing`."""
+        return [row for row in self.rows if row.standing in standings]
+
+    @property
     def judged(self) -> list[Row]:
         """The claims that could be put to a model here."""
         return [row for row in self.rows if row.put_to]
-
-    @property
-    def universal(self) -> list[Row]:
-        """Of those, the ones that hold wherever they were put."""
-        return [row for row in self.judged if not row.differs_on]
-
-    @property
-    def firm(self) -> list[Row]:
-        """Of the universal ones, those that were put to two models or more, and hold of no control on any."""
-        return [row for row in self.universal if len(row.put_to) > 1 and not row.of_controls_on]
-
-    @property
-    def loose(self) -> list[Row]:
-        """Of the universal ones, those that were put to two models or more, and hold of a control on one."""
-        return [row for row in self.universal if len(row.put_to) > 1 and row.of_controls_on]
-
-    @property
-    def single(self) -> list[Row]:
-        """Of the universal ones, those that were put to one model alone."""
-        return [row for row in self.universal if len(row.put_to) == 1]
-
-    @property
-    def unjudged(self) -> list[Row]:
-        """The claims that could be put to no model here."""
-        return [row for row in self.rows if not row.put_to]
-
-    @property
-    def reported(self) -> list[Row]:
-        """The claims for which the paper reports a value of its own models."""
-        return [row for row in self.rows if row.reported]
-
-    @property
-    def nowhere(self) -> list[Row]:
-        """The ones that differ wherever they were put."""
-        return [row for row in self.judged if row.differs_on == row.put_to]
-
-    def only_on(self, model: str) -> list[Row]:
-        """The ones that differ on this model and hold on all others that they were put to, at least one."""
-        return [row for row in self.judged if row.differs_on == [model] != row.put_to]
-
-    @property
-    def on_several(self) -> list[Row]:
-        """The ones that differ on several models and hold on others."""
-        return [row for row in self.judged if 1 < len(row.differs_on) < len(row.put_to)]
 
 
 def make_board(ledgers: Ledgers) -> Board:

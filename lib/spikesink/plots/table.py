@@ -49,37 +49,30 @@ def verdicts(board: Board) -> Figure:
     """
     if not board.rows:
         return absent("no model has a ledger here")
-    left = LINK + CLAIM + QUANTITY + GAP
-    mine = {name: left + OURS * i for i, name in enumerate(board.models)}
-    tally = left + OURS * len(mine) + GAP
+    left, several = LINK + CLAIM + QUANTITY + GAP, len(board.models) > 1
+    columns = {name: left + OURS * i for i, name in enumerate(board.models)}
+    tally = left + OURS * len(columns) + GAP
     theirs = tally + TALLY + GAP
     width, bottom = theirs + THEIRS, HEIGHT * len(board.rows)
     fig, ax = _canvas(width, bottom)
-    firm = board.firm
     for i, row in enumerate(board.rows):
         y = i * HEIGHT
         _row(ax, row, y)
         for name, cell in row.cells.items():
-            _cell(ax, cell, mine[name], y, OURS)
+            _cell(ax, cell, columns[name], y, OURS)
         if row.reported:
             _cell(ax, _together(row.reported), theirs, y, THEIRS)
-        if row.put_to and len(mine) > 1:
-            _tally(ax, row, tally, y, row in firm)
+        if row.put_to and several:
+            _tally(ax, row, tally + TALLY / 2, y + HEIGHT / 2)
     _links(ax, board.rows, width)
-    for name, x in mine.items():
-        _head(ax, name, x + OURS / 2, fontweight="bold")
-        _count(ax, board, name, x + OURS / 2, bottom)
-    if len(mine) > 1:
-        ax.text(tally + TALLY / 2, -0.08, "holds\non", fontsize=7.5, color="#555555", ha="center", va="bottom")
-    ax.text(
-        theirs + THEIRS / 2,
-        -0.08,
-        "the paper's models\n(how many)",
-        fontsize=8,
-        style="italic",
-        ha="center",
-        va="bottom",
-    )
+    for name, x in columns.items():
+        turned = {"rotation": 28, "rotation_mode": "anchor", "ha": "left", "va": "bottom"}
+        ax.text(x + OURS / 2, -0.08, _name(name), fontsize=8, fontweight="bold", **turned)
+        _count(ax, [row.cells[name].verdict for row in board.rows if name in row.cells], x + OURS / 2, bottom + 0.06)
+    above = {"ha": "center", "va": "bottom"}
+    if several:
+        ax.text(tally + TALLY / 2, -0.08, "holds\non", fontsize=7.5, color="#555555", **above)
+    ax.text(theirs + THEIRS / 2, -0.08, "the paper's models\n(how many)", fontsize=8, style="italic", **above)
     _key(ax, bottom + 0.9)
     ax.text(0, 0.14 - ABOVE, _finding(board), fontsize=13, fontweight="bold", va="top")
     ax.text(0, 0.48 - ABOVE, _where(board), fontsize=9.5, va="top")
@@ -112,15 +105,11 @@ def _together(reported: Mapping[str, Cell]) -> Cell:
     return Cell(verdicts.pop() if len(verdicts) == 1 else "differs", f"{' … '.join(ends)}  ({len(cells)})")
 
 
-def _look(cell: Cell) -> str:
-    return "holds*" if cell.verdict == "holds" and cell.held_by else cell.verdict
-
-
 def _cell(ax, cell: Cell, x: float, y: float, width: float) -> None:
-    shown = _look(cell)
-    look, mark, middle = LOOKS[shown], MARKS[shown], y + HEIGHT / 2
+    look = "holds*" if cell.verdict == "holds" and cell.held_by else cell.verdict
+    mark, middle = MARKS[look], y + HEIGHT / 2
     corner, height = (x + 0.02, y + 0.015), HEIGHT - 0.03
-    ax.add_patch(Rectangle(corner, width - 0.04, height, lw=0.6, label=shown, **look))
+    ax.add_patch(Rectangle(corner, width - 0.04, height, lw=0.6, label=look, **LOOKS[look]))
     if cell.verdict == "differs":  # at one end only, so as not to bury the number
         ax.add_patch(Rectangle(corner, HATCHED, height, lw=0, fill=False, hatch="////", edgecolor="#E3A9C9"))
     if cell.value is None:
@@ -143,11 +132,11 @@ def _number(value: Any, room: int) -> str:
     return text if len(text) <= room + 2 else text[:room] + "…"
 
 
-def _tally(ax, row: Row, x: float, y: float, firm: bool) -> None:
+def _tally(ax, row: Row, x: float, y: float) -> None:
     """On how many of the models it was put to a claim holds; bold where it does so firmly."""
-    n, put = len(row.put_to) - len(row.differs_on), len(row.put_to)
-    weight, color = "bold" if firm else "normal", HOLDS if n == put else DIFFERS
-    ax.text(x + TALLY / 2, y + HEIGHT / 2, f"{n} of {put}", fontsize=7.5, fontweight=weight, color=color, **CENTRED)
+    weight, color = "bold" if row.standing == "firm" else "normal", DIFFERS if row.differs_on else HOLDS
+    text = f"{len(row.put_to) - len(row.differs_on)} of {len(row.put_to)}"
+    ax.text(x, y, text, fontsize=7.5, fontweight=weight, color=color, **CENTRED)
 
 
 def _links(ax, rows: Sequence[Row], width: float) -> None:
@@ -164,14 +153,11 @@ def _name(model: str) -> str:
     return model if len(model) <= LONGEST_NAME else model[: LONGEST_NAME - 1] + "…"
 
 
-def _head(ax, name: str, x: float, **options) -> None:
-    ax.text(x, -0.08, _name(name), fontsize=8, rotation=28, rotation_mode="anchor", ha="left", va="bottom", **options)
-
-
-def _count(ax, board: Board, name: str, x: float, y: float) -> None:
-    found = [row.cells[name].verdict for row in board.rows if name in row.cells]
-    text = f"{found.count('holds')} hold\n{found.count('differs')} differ\n{found.count('n/a')} n/a"
-    ax.text(x, y + 0.06, text, fontsize=7.5, ha="center", va="top", linespacing=1.15)
+def _count(ax, verdicts: Sequence[str], x: float, y: float) -> None:
+    text = "\n".join(
+        f"{verdicts.count(v)} {many}" for v, many in (("holds", "hold"), ("differs", "differ"), ("n/a", "n/a"))
+    )
+    ax.text(x, y, text, fontsize=7.5, ha="center", va="top", linespacing=1.15)
 
 
 def _key(ax, y: float) -> None:
@@ -190,14 +176,14 @@ def _key(ax, y: float) -> None:
 
 
 def _finding(board: Board) -> str:
-    judged, holding = len(board.judged), len(board.universal)
+    judged, holding, firm = len(board.judged), len(board.holding), len(board.those("firm"))
     if not judged:
         return "No claim could be put to a model here"
     if len(board.models) == 1:
         return f"{holding} of {judged} claims hold on {_name(board.models[0])}"
-    text = f"{holding} of {judged} claims hold on every model they were put to, {len(board.firm)} of them firmly"
-    most = max(board.models, key=lambda model: len(board.only_on(model)))
-    n = len(board.only_on(most))
+    text = f"{holding} of {judged} claims hold on every model they were put to, {firm} of them firmly"
+    most = max(board.models, key=lambda model: len(board.those(model)))
+    n = len(board.those(most))
     return text + (f"; {n} {'differ' if n > 1 else 'differs'} on {_name(most)} alone" if n else "")
 
 
@@ -205,8 +191,8 @@ def _where(board: Board) -> str:
     """Where the others differ."""
     if len(board.models) == 1:
         return ""
-    parts = [f"{len(board.only_on(model))} on {_name(model)} alone" for model in board.models if board.only_on(model)]
-    parts += [f"{len(board.on_several)} on several"] if board.on_several else []
-    nowhere = [row.claim_id for row in board.nowhere]
+    counts = {f"on {_name(model)} alone": len(board.those(model)) for model in board.models}
+    parts = [f"{n} {where}" for where, n in (counts | {"on several": len(board.those("several"))}).items() if n]
+    nowhere = [row.claim_id for row in board.those("nowhere")]
     parts += [f"{', '.join(nowhere) if len(nowhere) <= MOST_NAMED else len(nowhere)} wherever put"] if nowhere else []
-    return f"The other {len(board.judged) - len(board.universal)} differ: {', '.join(parts)}." if parts else ""
+    return f"The other {len(board.judged) - len(board.holding)} differ: {', '.join(parts)}." if parts else ""
