@@ -1,12 +1,13 @@
-"""The notebooks' code cells, run one after the other in this process: every measure, without kernels or files."""
+"""Every measure of a model in this process: by one call, or as the notebooks' code cells go through them."""
 
 import ast
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 import torch
@@ -19,59 +20,54 @@ from spikesink import plots
 from spikesink.apps.reproduce import asks_for_a_model
 from spikesink.chain import keys
 from spikesink.ledger import claims, rules
+from spikesink.ledger.evidence import measure_all
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [n for n in sorted((ROOT / "notebooks").glob("*.ipynb")) if asks_for_a_model(n)]
 # The claims that are put to a model; the others are of those that the lab trains.
 OF_MODELS = [key for key in rules.RULES if not key.removeprefix("X-").startswith("TR")]
-WITH_CLAIMS = [notebook for notebook in NOTEBOOKS if "ledger.record(" in notebook.read_text()]
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What the notebooks left: the rows of the ledger by claim id, and the names of the pictures."""
+    """What the notebooks leave: the rows of the ledger by claim id, and the names of the pictures."""
 
     rows: dict[str, dict[str, Any]]
     pictures: list[str]
 
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """Of every claim."""
-        return {key: row["verdict"] for key, row in self.rows.items()}
+
+def measure(directory: Path, text: Path, n: int = 3, length: int = 32) -> dict[str, claims.Claim]:
+    """Every claim of the model in a directory, judged on windows of a text, by one call and without notebooks."""
+    model = spikesink.load(directory)
+    tokens = spikesink.windows(model, str(text), n, length)
+    return {key: claims.judge(key, value, "") for key, value in measure_all(model, tokens, text=str(text)).items()}
 
 
 def walk(
-    directory: Path,
-    text: Path,
-    folder: Path,
-    n: int = 3,
-    length: int = 32,
-    notebooks: Sequence[Path] = NOTEBOOKS,
-    see: Callable[[Figure], None] = pyplot.close,
+    directory: Path, text: Path, folder: Path, n: int = 3, length: int = 32, notebooks: Sequence[Path] = NOTEBOOKS
 ) -> Walk:
     """Run notebooks on the model in a directory, with `n` windows of `length` tokens of a text.
 
-    The model is loaded once and no picture is written: `see` gets each, `draw` to notice what cannot be drawn. The
-    ledger goes to `folder`, as with `make figures`.
+    The model is loaded once; pictures are drawn, small, and not written. The ledger goes to `folder`, as with `make`.
     """
     model = spikesink.load(directory)
     given = {"MODEL": str(directory), "TEXT": str(text), "N_PROMPTS": n, "SEQ_LEN": length, "FIGURES": str(folder)}
     pictures: list[str] = []
 
     def saved(fig: Figure, _folder: Path, name: str) -> None:
-        see(fig)
+        draw(fig)
         pictures.append(name)
 
     brief = partial(keys.TSNE, max_iter=250)  # what it would find later is no matter here
     replacements = (
         (spikesink, "load", lambda *_, **__: model),
         (plots, "save", saved),
-        (Figure, "savefig", lambda figure, *_, **__: see(figure)),
+        (Figure, "savefig", lambda figure, *_, **__: draw(figure)),
         (keys, "TSNE", brief),
     )
     with contextlib.ExitStack() as stack:
         for module, name, by in replacements:
-            stack.enter_context(_replaced(module, name, by))
+            stack.enter_context(patch.object(module, name, by))
         for notebook in notebooks:
             _run(notebook, given)
     [data] = claims.ledgers(folder).values()
@@ -109,13 +105,3 @@ def _execute(source: str, names: dict[str, Any], where: str) -> None:
     exec(compile(tree, where, "exec"), names)
     if last is not None:
         repr(eval(compile(ast.Expression(last.value), where, "eval"), names))
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, by: Callable) -> Iterator[None]:
-    own = getattr(module, name)
-    setattr(module, name, by)
-    try:
-        yield
-    finally:
-        setattr(module, name, own)

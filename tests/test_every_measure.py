@@ -1,9 +1,8 @@
-"""Every measure on a tiny random model of every family: a result, or n/a with the reason that its build gives."""
+"""Every measure on a tiny model of every family, random or with a spike: a result, or n/a with the reason it has."""
 
 import pytest
 
-from spikesink.ledger import evidence
-from spikesink.patching import cuts
+from spikesink.ledger.evidence import cuts, serving
 from tests import in_process, planted, spiking
 from tests.test_families import FAMILIES, MORE, build, n_experts, tiny
 
@@ -13,50 +12,53 @@ OF_THE_FFN = [f"AM{i}" for i in range(1, 8)] + ["X-AM8"]
 OF_EXPERTS = ["X-MX1", "X-MX2"]
 
 
-@pytest.fixture(scope="module", params=FAMILIES | MORE)
-def walked(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("walk")
-    (folder / "text.txt").write_text(TEXT)
-    see = {"see": in_process.draw} if request.param == "llama" else {}  # all have the same pictures: little but words
-    found = in_process.walk(tiny(request.param, folder), folder / "text.txt", folder / "figures", **see)
-    return request.param, found
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
 
 
-def test_a_random_model_of_any_family_passes_every_measure(walked):
-    """That position 0's attention is one static map needs no spike, nor does counting sinks, of which it has none."""
-    family, found = walked
-    assert set(found.rows) == set(in_process.OF_MODELS)
-    applies = {key: verdict for key, verdict in found.verdicts.items() if verdict != "n/a"}
-    # In gpt-oss a learned logit takes its share of a softmax over one key too; DeepSeek-V3 has no W_V to compare with.
-    first = {"gpt_oss": {"TK2": "differs"}, "deepseek_v3": {}}.get(family, {"TK2": "holds"})
-    assert applies == first | {"SK1": "differs"}
-
-
-def test_where_a_measure_does_not_apply_it_says_why(walked):
-    family, found = walked
-    reasons = {key: row["measured"]["reason"] for key, row in found.rows.items() if row["verdict"] == "n/a"}
-    expected, gate = dict.fromkeys(reasons, NO_SPIKE), (FAMILIES | MORE)[family][2][3]
+def expected_reasons(family: str) -> dict[str, str]:
+    """Why each claim cannot be put to a random model of a family; TK2 and SK1 need no spike."""
+    reasons, gate = dict.fromkeys(in_process.OF_MODELS, NO_SPIKE), (FAMILIES | MORE)[family][2][3]
     if experts := n_experts(family):
-        reason = f"the FFN of this {family} model is a mixture of {experts} experts, not one gated FFN"
-        expected |= dict.fromkeys(OF_THE_FFN, reason)
+        mixture = f"the FFN of this {family} model is a mixture of {experts} experts, not one gated FFN"
+        reasons |= dict.fromkeys(OF_THE_FFN, mixture)
     else:
-        expected |= dict.fromkeys(OF_EXPERTS, "every layer has one FFN, and no router chooses")
+        reasons |= dict.fromkeys(OF_EXPERTS, "every layer has one FFN, and no router chooses")
         if gate is None:
-            reason = f"the FFN of this {family} model has no gate, so it is no quadratic form"
-            expected |= dict.fromkeys(OF_THE_FFN, reason)
-    expected |= dict.fromkeys(("SV2", "SV3"), evidence.serving.SHORT)
+            no_gate = f"the FFN of this {family} model has no gate, so it is no quadratic form"
+            reasons |= dict.fromkeys(OF_THE_FFN, no_gate)
+    reasons |= dict.fromkeys(("SV2", "SV3"), serving.SHORT)
     if family == "gpt_oss":
-        expected["SV2"] = "a learned logit takes part in the attention of this gpt_oss model, beside its keys"
+        reasons["SV2"] = "a learned logit takes part in the attention of this gpt_oss model, beside its keys"
     if family == "opt":
-        expected["SV2"] = "the attention of this opt model has read its pattern before it can be changed"
+        reasons["SV2"] = "the attention of this opt model has read its pattern before it can be changed"
+    del reasons["SK1"], reasons["TK2"]
     if family == "deepseek_v3":
-        expected["TK2"] = "the attention of this deepseek_v3 model has no W_K and W_V of its own"
-    assert reasons == expected
+        reasons["TK2"] = "the attention of this deepseek_v3 model has no W_K and W_V of its own"
+    return reasons
 
 
-def test_every_picture_of_the_default_model_is_drawn_of_any_other(walked):
+@pytest.mark.parametrize("family", FAMILIES | MORE)
+def test_a_random_model_of_any_family_passes_every_measure(family, text, tmp_path):
+    judged = in_process.measure(tiny(family, tmp_path), text)
+    assert set(judged) == set(in_process.OF_MODELS)
+    reasons = {key: claim.measured["reason"] for key, claim in judged.items() if claim.verdict == "n/a"}
+    assert reasons == expected_reasons(family)
+    # In gpt-oss a learned logit takes its share of a softmax over one key too.
+    static = {} if "TK2" in reasons else {"TK2": "differs" if family == "gpt_oss" else "holds"}
+    verdicts = {key: claim.verdict for key, claim in judged.items() if key not in reasons}
+    assert verdicts == static | {"SK1": "differs"}
+
+
+def test_notebooks_say_what_does_not_apply_and_draw_all_their_pictures(text, tmp_path):
+    directory = tiny("llama", tmp_path)
+    walked, judged = in_process.walk(directory, text, tmp_path / "figures"), in_process.measure(directory, text)
+    assert {key: row["measured"] for key, row in walked.rows.items()} == {k: v.measured for k, v in judged.items()}
     committed = (in_process.ROOT / "figures" / "smollm2-135m").glob("*.png")
-    assert walked[1].pictures == sorted(path.stem for path in committed)
+    assert walked.pictures == sorted(path.stem for path in committed)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES | MORE if family not in planted.FAMILIES])
@@ -65,15 +67,14 @@ def test_a_spike_in_any_other_family_passes_every_measure(family, tmp_path):
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
     model = spiking.make_spike(build(family, **{layers: spiking.N_LAYERS}))
     (tmp_path / "text.txt").write_text(planted.text(3, 32))
-    found = in_process.walk(planted.save(model, tmp_path / "model"), tmp_path / "text.txt", tmp_path / "figures")
-    assert set(found.rows) == set(in_process.OF_MODELS)
-    measured = {key: row["measured"] for key, row in found.rows.items()}
+    judged = in_process.measure(planted.save(model, tmp_path / "model"), tmp_path / "text.txt")
+    measured = {key: claim.measured for key, claim in judged.items()}
+    assert set(measured) == set(in_process.OF_MODELS)
     assert measured["LC1"]["step_up_blocks"] == [2 * spiking.STEP_UP + 2]
     assert measured["LC1"]["channels"] == [spiking.CHANNEL]
     assert measured["LC1"]["plateau_value"] == pytest.approx(spiking.SIZE, rel=1e-3)
     assert measured["LC3"]["step_down_blocks"] == [2 * spiking.STEP_DOWN + 2]
-    assert measured["LC3"]["left_at_the_end"] == pytest.approx(spiking.STAYS, rel=0.01)
-    reasons = {key: row["measured"].get("reason") for key, row in found.rows.items()}
+    reasons = {key: values.get("reason") for key, values in measured.items()}
     assert not {NO_SPIKE, "there is no plateau"} & set(reasons.values())
     # What each family has no part for; what is n/a for other reasons hangs on the random weights.
     norms, form = reasons["NM1"] is None, reasons["AM2"] is None

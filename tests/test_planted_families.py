@@ -85,10 +85,8 @@ def grown(request, family_directory, text):
 
 
 @pytest.fixture(scope="module")
-def walked(grown, text, tmp_path_factory):
-    """The ledger that the notebooks write; those without claims run, and pictures are drawn, in one family."""
-    whole = {"see": in_process.draw} if grown.family == "llama" else {"notebooks": in_process.WITH_CLAIMS}
-    return in_process.walk(grown.directory, text, tmp_path_factory.mktemp("walk"), N, LENGTH, **whole)
+def judged(grown, text):
+    return in_process.measure(grown.directory, text, N, LENGTH)
 
 
 def test_the_windows_are_as_meant(grown):
@@ -239,7 +237,7 @@ OF_EXPERTS = {"X-MX1", "X-MX2"}
 BY_CHANCE = {"AB7", "AB2"}
 
 
-def test_every_claim_has_the_verdict_that_was_planted(grown, walked):
+def test_every_claim_has_the_verdict_that_was_planted(grown, judged):
     expected = (
         dict.fromkeys(in_process.OF_MODELS, "holds")
         | dict.fromkeys(DIFFERS, "differs")
@@ -247,13 +245,13 @@ def test_every_claim_has_the_verdict_that_was_planted(grown, walked):
     )
     expected |= dict.fromkeys(OF_ONE_FFN if grown.weights.anatomy.n_experts else OF_EXPERTS, "n/a")
     for claim in BY_CHANCE:
-        expected[claim] = walked.verdicts[claim]
-    assert walked.verdicts == expected
-    assert walked.verdicts["AB2"] in ("holds", "n/a")
+        expected[claim] = judged[claim].verdict
+    assert {key: claim.verdict for key, claim in judged.items()} == expected
+    assert judged["AB2"].verdict in ("holds", "n/a")
 
 
-def test_the_ledger_says_how_much(grown, walked):
-    measured = {key: row["measured"] for key, row in walked.rows.items()}
+def test_the_ledger_says_how_much(grown, judged):
+    measured = {key: claim.measured for key, claim in judged.items()}
     assert measured["LC1"]["step_up_blocks"] == list(grown.step_up_blocks)
     assert measured["LC1"]["share_written"] == pytest.approx(1, rel=1e-3)
     assert measured["LC3"]["step_down_blocks"] == list(grown.step_down_blocks)
@@ -278,3 +276,11 @@ def test_the_ledger_says_how_much(grown, walked):
         assert measured["AM2"]["gain_rank"] == 1
         assert measured["AM6"]["cosine_spike"] > 0.9
         assert measured["AM6"]["cosine_other"] < 0.1
+
+
+def test_notebooks_record_what_one_call_measures(family_directory, text, tmp_path):
+    walked = in_process.walk(family_directory("llama"), text, tmp_path / "figures", N, LENGTH)
+    judged = in_process.measure(family_directory("llama"), text, N, LENGTH)
+    assert set(walked.rows) == set(judged)
+    for key, row in walked.rows.items():
+        assert row["measured"] == judged[key].measured, key
