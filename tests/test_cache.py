@@ -10,20 +10,21 @@ import spikesink
 from spikesink import find_lifecycle, patching, trace_windows
 from spikesink.chain.lifecycle import find_spikes
 from spikesink.common import NotApplicable
-from spikesink.model import anatomy, texts
-from spikesink.patching import cuts as chain
+from spikesink.model import texts
+from spikesink.patching import cuts
 from spikesink.serving import cache
 from spikesink.serving.cache import (
+    BoundedCache,
     Policy,
-    evictions,
-    first,
+    eviction_techniques,
     forget,
+    generate,
     generate_per_cache,
     heavy_hitter_pattern,
-    stream,
-    write,
+    keep_first,
+    run_bounded,
 )
-from spikesink.serving.cells import cells, cross, sink_held
+from spikesink.serving.cells import cross, make_cells
 from spikesink.serving.diagnosis import ROUTING, diagnose
 from tests import planted
 
@@ -33,67 +34,45 @@ FEW = dict(rtol=1e-4, atol=1e-5)
 def test_what_a_policy_sees():
     at = torch.arange(6)
     rows = ["100000", "110000", "111000", "101100", "100110", "100011"]
-    wanted = torch.tensor([[c == "1" for c in row] for row in rows])
-    assert torch.equal(Policy(2, (0,)).sees(at, at), wanted | (torch.eye(6) == 1))
-    assert torch.equal(Policy(2, (0,)).sees(at, at)[4], torch.tensor([True, False, False, True, True, False]))
+    expected = torch.tensor([[c == "1" for c in row] for row in rows])
+    assert torch.equal(keep_first(1, 3).sees(at, at), expected)
     assert torch.equal(Policy().sees(at, at), torch.ones(6, 6, dtype=torch.bool).tril())
-    assert first(1, 3) == Policy(2, (0,))
     # What a layer does not see is out of sight wherever it is kept.
-    assert torch.equal(Policy(2, (0,)).sees(at, at, 3)[4], torch.tensor([False, False, False, True, True, False]))
+    assert keep_first(1, 3).sees(at, at, 3)[4].tolist() == [False, False, False, True, True, False]
 
 
-def test_what_is_no_policy_is_refused():
-    for wrong, says in (
-        ({"window": 0}, "no room for the query's own"),
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"window": 0}, "at least 1"),
         ({"kept": (0,)}, "without a window"),
-        ({"window": 4, "kept": (-1,)}, "does not exist"),
-        ({"window": 4, "kept": (1, 2), "shifted": True}, "not the first ones"),
+        ({"window": 4, "kept": (-1,)}, "count from 0"),
+        ({"window": 4, "kept": (1, 2), "shifted": True}, "not the first"),
         ({"window": 4, "kept": (0,), "heavy": 2}, "not both"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            Policy(**wrong)
+    ],
+)
+def test_what_is_no_policy_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Policy(**wrong)
 
 
-def test_a_policy_says_what_it_keeps():
-    assert str(Policy()) == "every token"
-    assert str(first(4, 64)) == "the last 60 and the first 4"
-    assert str(first(1, 64, shifted=True)) == "the last 63 and the first 1, shifted"
-    assert str(Policy(8, (5, 6))) == "the last 8 and 2 others"
-    assert str(Policy(8, heavy=3)) == "the last 8 and the 3 most attended to"
-
-
-@pytest.mark.parametrize("policy", [Policy(5), Policy(5, (0, 1)), Policy(5, (3, 9)), Policy(5, heavy=3)])
+@pytest.mark.parametrize("policy", [Policy(5), Policy(5, (0, 1)), Policy(5, (3, 9)), Policy(5, heavy=3)], ids=str)
 def test_attention_over_what_is_left_is_softmax_over_what_is_left(served, policy):
-    """Each query's attention, made again of the whole one's logits."""
     model, tokens = served
-    seen = {}
-    name = model_patterns(model)[0]
-    with model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update(whole=x))]):
-        model(tokens)
-    with (
-        patching.patched(model, *forget(model, policy)),
-        model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update(left=x))]),
-    ):
-        model(tokens)
-    logits, left = seen["whole"].log(), seen["left"]
-    assert not torch.allclose(seen["whole"], left, atol=1e-3)
-    if policy.heavy:
-        left_keys = (left > 0).sum(-1)[0]  # of each head and query
-        assert int(left_keys.max()) <= policy.window + policy.heavy
-        if anatomy.anatomy(model).sight[0] is None:
-            assert int(left_keys[:, 8:].min()) == policy.window + policy.heavy
-        mask = left > 0
-    else:
-        at = torch.arange(tokens.shape[1])
-        mask = policy.sees(at, at)
-    torch.testing.assert_close(logits.masked_fill(~mask, -torch.inf).softmax(-1), left, **FEW)
+    name, patterns = model.anatomy.pattern_hooks[0], []
+    for hidden in ((), forget(model, policy)):
+        with patching.patched(model, *hidden):
+            patterns.append(model.run_with_cache(tokens, names_filter=[name])[1][name])
+    whole, left = patterns
+    assert not torch.allclose(whole, left, atol=1e-3)
+    at = torch.arange(tokens.shape[1])
+    mask = left > 0 if policy.heavy else policy.sees(at, at)
+    if policy.heavy and model.anatomy.sight[0] is None:
+        assert set(mask.sum(-1)[0, :, 8:].flatten().tolist()) == {8}, "as many keys as the cache has room for"
+    torch.testing.assert_close(whole.log().masked_fill(~mask, -torch.inf).softmax(-1), left, **FEW)
 
 
-def model_patterns(model) -> tuple[str, ...]:
-    return anatomy.anatomy(model).pattern_hooks
-
-
-def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
+def keep_heavy_hitters(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
     """H2O for the query heads of one K/V head, [head, query, key], in plain words."""
     out, received, others = torch.zeros_like(pattern), [0.0] * pattern.shape[1], []
     for q in range(pattern.shape[1]):
@@ -112,34 +91,34 @@ def heaviest(pattern: torch.Tensor, window: int, heavy: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 def test_heavy_hitters_against_a_loop(n_kv_heads):
-    logits = torch.randn(8, 4, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
-    pattern = logits.masked_fill(torch.ones(20, 20).triu(1) == 1, -torch.inf).softmax(-1)
-    found = heavy_hitter_pattern(pattern, 4, 3, n_kv_heads)
-    for window in range(len(pattern)):
-        for of, heads in enumerate(pattern[window].chunk(n_kv_heads)):
-            mine = found[window].chunk(n_kv_heads)[of]
-            torch.testing.assert_close(mine, heaviest(heads, 4, 3))
+    logits = torch.randn(4, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    pattern = logits.masked_fill(torch.ones(16, 16).triu(1) == 1, -torch.inf).softmax(-1)
+    left = heavy_hitter_pattern(pattern, 4, 3, n_kv_heads)
+    expected = [torch.cat([keep_heavy_hitters(heads, 4, 3) for heads in one.chunk(n_kv_heads)]) for one in pattern]
+    torch.testing.assert_close(left, torch.stack(expected))
     with pytest.raises(ValueError, match="whole windows"):
-        heavy_hitter_pattern(pattern[:, :, -1:], 4, 3, 3)
+        heavy_hitter_pattern(pattern[:, :, -1:], 4, 3, 4)
 
 
 @pytest.mark.parametrize("chunk", [5, 48])
-@pytest.mark.parametrize("policy", [Policy(), Policy(48), Policy(9), Policy(7, (0, 1)), Policy(7, (2, 3))])
+@pytest.mark.parametrize("policy", [Policy(), Policy(48), Policy(9), Policy(7, (0, 1)), Policy(7, (2, 3))], ids=str)
 def test_a_cache_that_lets_go_is_attention_that_cannot_see(served, policy, chunk):
     model, tokens = served
-    found = stream(model, tokens, policy, chunk=chunk)
-    wanted = patching.evaluate(model, tokens, *forget(model, policy))
-    torch.testing.assert_close(found.loss, wanted.loss, **FEW)
-    assert found.most_held == min(48, (policy.window or 49) - 1 + len(policy.kept))
+    masked = patching.evaluate(model, tokens, *forget(model, policy)).loss
+    torch.testing.assert_close(run_bounded(model, tokens, policy, chunk=chunk), masked, **FEW)
+    bounded = BoundedCache(model, policy)
+    bounded(tokens)
+    assert {len(bounded.held)} | {layer.keys.shape[2] for layer in bounded.cache.layers} == {
+        min(48, (policy.window or 49) - 1 + len(policy.kept))
+    }, "the next token takes the last place"
 
 
 def test_a_window_as_long_as_the_text_is_no_window(served):
     model, tokens = served
-    whole = patching.evaluate(model, tokens)
-    torch.testing.assert_close(patching.evaluate(model, tokens, *forget(model, Policy(48))).loss, whole.loss, **FEW)
-    short = patching.evaluate(model, tokens, *forget(model, Policy(46)))
-    assert not torch.allclose(short.loss[:, -1], whole.loss[:, -1], rtol=1e-6, atol=0)
-    torch.testing.assert_close(stream(model, tokens, Policy()).loss, whole.loss, **FEW)
+    whole = patching.evaluate(model, tokens).loss
+    same, shorter = (patching.evaluate(model, tokens, *forget(model, Policy(n))).loss for n in (48, 46))
+    torch.testing.assert_close(same, whole, **FEW)
+    assert not torch.allclose(shorter[:, -1], whole[:, -1], rtol=1e-6, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -153,70 +132,35 @@ def one_layer(tmp_path_factory):
     return spikesink.load(planted.save(model, tmp_path_factory.mktemp("models") / "one-layer"))
 
 
-@pytest.mark.parametrize(("kept", "changed"), [(0, False), (1, False), (3, False), (1, True), (3, True)])
+@pytest.mark.parametrize(("kept", "changed"), [(0, False), (1, False), (3, True)])
 def test_shifted_is_as_if_nothing_had_been_between(one_layer, kept, changed):
     """Whatever an intervention has made of the first token's key moves up as it is."""
     model = one_layer
-    cuts = (patching.scale(patching.hook("blocks.0.attn.k.hook_out"), -2, 0),) if changed else ()
+    scaled = (patching.scale(patching.hook("blocks.0.attn.k.hook_out"), -2, 0),) if changed else ()
     tokens = spikesink.windows(model, "house", 2, 40)
-    at = 36  # where a chunk begins: there kept tokens have just moved up
-    chunk = max(1, kept)
-    bounded, stays = (stream(model, tokens, first(kept, 8 + kept, shifted), cuts, chunk) for shifted in (True, False))
+    at, chunk = 36, max(1, kept)  # where a chunk begins: there kept tokens have just moved up
+    moved, stayed = (
+        run_bounded(model, tokens, keep_first(kept, 8 + kept, shifted), scaled, chunk)[:, at]
+        for shifted in (True, False)
+    )
     left = torch.cat([tokens[:, :kept], tokens[:, at - 7 : at + 1]], dim=1)
-    with patching.patched(model, *cuts):
-        wanted = -model(left)[:, -1].log_softmax(-1).gather(1, tokens[:, at + 1, None])[:, 0]
-    torch.testing.assert_close(bounded.loss[:, at], wanted, **FEW)
-    assert ((stays.loss[:, at] - wanted).abs().max() > 1e-3) == (kept > 0)
+    with patching.patched(model, *scaled):
+        expected = -model(left)[:, -1].log_softmax(-1).gather(1, tokens[:, at + 1, None])[:, 0]
+    torch.testing.assert_close(moved, expected, **FEW)
+    assert ((stayed - expected).abs().max() > 1e-3) == (kept > 0)
 
 
 def test_generating_from_a_cache_is_generating_from_what_it_holds(served):
     model, tokens = served
-    written = write(model, tokens[0, :20], Policy(), 10)
     usual = model.generate(
         tokens[:1, :20], max_new_tokens=10, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
     )
-    assert torch.equal(written, usual[0, 20:])
-    policy = Policy(6, (0,))
-    short, whole = write(model, tokens[0, :20], policy, 10), tokens[0, :20]
-    for token in short:  # greedy, each from all that came before, of which attention sees what the cache holds
+    assert torch.equal(generate(model, tokens[0, :20], Policy(), 10), usual[0, 20:])
+    policy, whole = Policy(6, (0,)), tokens[0, :20]
+    for token in generate(model, whole, policy, 10):  # each from all before it, of which attention sees what is held
         with patching.patched(model, *forget(model, policy)):
             assert int(model(whole[None])[0, -1].argmax()) == token
         whole = torch.cat([whole, token[None]])
-
-
-@pytest.mark.parametrize("served", ["llama", "qwen3"], indirect=True)
-def test_a_constant_key_and_value_does_for_the_first_token(served):
-    """Without the sink's key, a planted head writes what harms; with a constant one in its place it does not."""
-    model, tokens = served
-    life = find_lifecycle(trace_windows(model, tokens))
-    held_out = spikesink.windows(model, texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
-    known = chain.spike_means(model, held_out, life)
-    loss = {
-        name: patching.evaluate(model, tokens, *cuts).loss[:, 24:].mean()
-        for name, cuts in {
-            "all": (),
-            "window": forget(model, Policy(8)),
-            "others": forget(model, Policy(8, (3,))),
-            "first": forget(model, Policy(8, (0,))),
-            "constant": (*sink_held(known), *forget(model, Policy(8, (0,)))),
-        }.items()
-    }
-    assert loss["window"] > loss["all"] + 0.1
-    assert loss["others"] > loss["all"] + 0.1
-    assert abs(loss["first"] - loss["all"]) < 0.05
-    assert abs(loss["constant"] - loss["all"]) < 0.05
-    streamed = stream(model, tokens, Policy(8, (0,)), sink_held(known), chunk=16)
-    masked = patching.evaluate(model, tokens, *sink_held(known), *forget(model, Policy(8, (0,))))
-    torch.testing.assert_close(streamed.loss, masked.loss, **FEW)
-
-
-def seen_by_each_query(model, tokens, cuts) -> torch.Tensor:
-    """How many keys get attention: [window, head, query], of the last layer."""
-    seen = []
-    name = model_patterns(model)[-1]
-    with patching.patched(model, *cuts), model.hooks(fwd_hooks=[(name, lambda p, hook: seen.append((p > 0).sum(-1)))]):
-        model(tokens)
-    return seen[0]
 
 
 @pytest.mark.parametrize("served", ["llama", "qwen3"], indirect=True)
@@ -224,52 +168,58 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     """Whatever becomes of the spike; and the first token, or a constant in its place, is all that it takes."""
     model, tokens = served
     life = find_lifecycle(trace_windows(model, tokens))
-    text = texts.Text("planted", planted.text(6, 48))
-    known = chain.spike_means(model, spikesink.windows(model, text, 3, 48, seed=5), life)
-    where = find_spikes(model, life, tokens)
-    ways = evictions(model, known, 8, where)
-    assert set(ways) == {cache.WINDOW, *map(cache.named, (1, 2, 4)), cache.OTHERS, cache.HEAVY, cache.CONSTANT}
-    for name, way in ways.items():
-        keys = seen_by_each_query(model, tokens, way.cuts)
-        assert set(keys[:, :, 16:].unique().tolist()) == {8}, f"{name}: no more keys than others have, and no fewer"
-    crossed = cross(model, tokens, cells(known, where), ways)
-    found = diagnose(crossed)
-    assert found[cache.WINDOW].verdict == ROUTING
-    assert found[cache.WINDOW].cost > 2
-    assert found[cache.OTHERS].cost > 2
-    for name in (cache.named(1), cache.named(4), cache.CONSTANT, cache.HEAVY):
-        assert found[name].cost < 1.05, name
+    held_out = spikesink.windows(model, texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
+    means, where = cuts.spike_means(model, held_out, life), find_spikes(model, life, tokens)
+    sink, name = cuts.sink_held(means), model.anatomy.pattern_hooks[-1]
+    techniques = eviction_techniques(model, 8, where, sink)
+    firsts = [first for n, first in cache.FIRST.items() if n < 8]
+    assert set(techniques) == {cache.WINDOW, *firsts, cache.OTHERS, cache.HEAVY, cache.CONSTANT}
+    for technique in techniques.values():
+        with patching.patched(model, *technique.cuts):
+            pattern = model.run_with_cache(tokens, names_filter=[name])[1][name]
+        assert set((pattern > 0).sum(-1)[:, :, 16:].unique().tolist()) == {8}, "as many keys as all others"
+    diagnoses = diagnose(cross(model, tokens, make_cells(means, where), techniques))
+    assert diagnoses[cache.WINDOW].verdict == ROUTING
+    costs = {name: one.cost for name, one in diagnoses.items()}
+    assert min(costs[cache.WINDOW], costs[cache.OTHERS]) > 2
+    assert max(costs[name] for name in (*firsts, cache.CONSTANT, cache.HEAVY)) < 1.05
     no_first = tokens.clone()
     no_first[:, 0] = tokens[:, 1]  # no spike, no sink: a constant has to stand for one
-    late = {n: patching.evaluate(model, no_first, *ways[n].cuts).loss[:, 24:] for n in (cache.named(1), cache.CONSTANT)}
-    assert late[cache.CONSTANT].mean() < late[cache.named(1)].mean() - 0.1
-    written = generate_per_cache(model, tokens[0, :24], known, 8, 4)
-    wanted = [cache.EVERY, cache.WINDOW, "with the first 4", "with the first 4, shifted", cache.CONSTANT]
-    assert list(written.index) == wanted
-    for name, policy in ((cache.EVERY, Policy()), (cache.WINDOW, Policy(8))):
-        whole = torch.cat([tokens[0, :24], write(model, tokens[0, :24], policy, 4)])[None]
-        judged = patching.evaluate(model, whole).loss[:, 23:]
-        assert written.loc[name, "judged perplexity"] == pytest.approx(float(judged.mean().exp()), rel=1e-3)
-    assert list(generate_per_cache(model, tokens[0, :24], NotApplicable("no spike"), 8, 4).index) == wanted[:-1]
+    with_token, constant = (
+        patching.evaluate(model, no_first, *techniques[name].cuts).loss[:, 24:].mean()
+        for name in (cache.WITH_1, cache.CONSTANT)
+    )
+    assert constant < with_token - 0.1
+    streamed = run_bounded(model, tokens, Policy(7, (0,)), sink, chunk=16)
+    masked = patching.evaluate(model, tokens, *techniques[cache.CONSTANT].cuts).loss
+    torch.testing.assert_close(streamed, masked, **FEW)
 
 
-@pytest.mark.parametrize(
-    ("field", "says"), [("edits_pattern", "has read its pattern"), ("learned_sink", "learned logit")]
-)
-def test_attention_that_cannot_be_made_again_is_refused(served, field, says, monkeypatch):
+def test_what_each_cache_writes_is_judged_by_the_full_one(served):
     model, tokens = served
-    about = anatomy.anatomy(model)
-    monkeypatch.setattr(cache, "anatomy", lambda model: replace(about, **{field: not getattr(about, field)}))
-    for run in (forget, lambda model, policy: stream(model, tokens, policy)):
-        with pytest.raises(ValueError, match=says):
-            run(model, Policy(8))
+    written = generate_per_cache(model, tokens[0, :24], 8, 4)
+    assert list(written.index) == [cache.FULL, cache.WINDOW, cache.WITH_FIRST, cache.SHIFTED]
+    whole = torch.cat([tokens[0, :24], generate(model, tokens[0, :24], Policy(8), 4)])[None]
+    judged = patching.evaluate(model, whole).loss[:, 23:]
+    assert written.loc[cache.WINDOW, "judged perplexity"] == pytest.approx(float(judged.mean().exp()), rel=1e-3)
 
 
-def test_what_a_cache_cannot_do_is_said(served):
+@pytest.mark.parametrize(("field", "value"), [("edits_pattern", False), ("learned_sink", True)])
+def test_attention_that_cannot_be_made_again_is_not_applicable(served, field, value, monkeypatch):
     model, tokens = served
-    with pytest.raises(ValueError, match="use stream"):
-        forget(model, first(1, 8, shifted=True))
+    monkeypatch.setattr(model, "anatomy", replace(model.anatomy, **{field: value}))
+    with pytest.raises(NotApplicable):
+        forget(model, Policy(8))
+    with pytest.raises(NotApplicable):
+        run_bounded(model, tokens, Policy(8))
+    assert isinstance(eviction_techniques(model, 8, tokens > 0), NotApplicable)
+
+
+def test_what_a_cache_cannot_do_names_what_can(served):
+    model, tokens = served
+    with pytest.raises(ValueError, match="use run_bounded"):
+        forget(model, keep_first(1, 8, shifted=True))
     with pytest.raises(ValueError, match="use forget"):
-        stream(model, tokens, Policy(8, heavy=2))
-    with pytest.raises(ValueError, match="fewer than the 4 to be kept"):
-        stream(model, tokens, first(4, 8), chunk=2)
+        run_bounded(model, tokens, Policy(8, heavy=2))
+    with pytest.raises(ValueError, match="run more at once"):
+        run_bounded(model, tokens, keep_first(4, 8), chunk=2)

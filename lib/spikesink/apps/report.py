@@ -1,11 +1,10 @@
 """A report on a model for its owner: where its spike and its sinks are, and what that means for serving it.
 
-`diagnose` measures stage by stage, and writes what is finished after each: `report.json`, and `report.html`, one page
-that needs nothing else.
+`diagnose` measures section by section, and writes what is finished after each: `report.json`, and `report.html`, one
+page that opens offline.
 """
 
 import base64
-import html
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 from jaxtyping import Int
+from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -26,101 +26,44 @@ from spikesink import plots
 from spikesink.apps.notebook import say
 from spikesink.chain import collapse, keys, sinks, trace
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle
-from spikesink.chain.trace import trace_windows
 from spikesink.common import NotApplicable, brief, write_atomically, writing_to
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.model import texts
 from spikesink.patching import cuts
-from spikesink.serving import cache, cells, context, diagnosis, long, quantize
+from spikesink.serving import cache, cells, context, diagnosis, quantize
 
-FEW_BLOCKS = 0.8  # of a spike, that some blocks write for it to be said to be theirs (LC1)
-
-
+FEW_BLOCKS = 0.8  # the share of a spike that the step-up blocks write, where nothing is said of others (LC1)
 HEADS = 8  # that are listed, the strongest first
-
-
-SCHEMA = 1
-
-
+SCHEMA = 2
 TITLES = {
     "spike": "The spike",
     "sink": "The sinks",
-    "quantization": "Eight and four bits",
-    "cache": "A KV cache that forgets",
+    "quantization": "Quantization",
+    "cache": "A bounded KV cache",
     "long": "Long contexts",
 }
-
-
-# How a kind of failure is said in short, and what helps; the keys are the words of a diagnosis.
-HELPS = {
+TEXTS = {"house": "spikesink's own prose, in English", "pydoc": "Python's documentation of its language"}
+# How a diagnosis is summed up, and what helps.
+ADVICE = {
     diagnosis.OUTLIERS: (
-        "Activation outliers, all or in part",
-        "Give each token a step of its own, or keep the spike's channels out of the quantizer.",
+        "Activation outliers, at least in part",
+        "Quantize per-token, or leave the spike's channels unrounded.",
     ),
     diagnosis.ROUTING: (
-        "Attention routing, all or in part",
+        "Attention routing, at least in part",
         "Keep the first token's key and value: in the cache, and in full precision (where weights are rounded, as the "
         "unrounded weights made them).",
     ),
-    diagnosis.MISMATCH: (
-        "Neither remedy helps",
-        "Finer steps, or a larger budget; what the model was not trained for, it cannot do.",
-    ),
-    diagnosis.OPEN: ("Cause left open", ""),
-    diagnosis.UNKNOWN: ("Costs something, not taken apart", ""),
+    diagnosis.NEITHER_HELPS: ("Neither remedy helps", "Try finer steps, or a larger cache."),
+    diagnosis.UNCLEAR: ("Cause unclear", ""),
+    diagnosis.NOT_TESTED: ("Cause not tested", ""),
 }
-
-
-REMEDIES = (quantize.APART, *map(cache.named, cache.FIRST), cache.CONSTANT)  # two of them in short
-
-
+REMEDIES = (quantize.APART, *cache.FIRST.values(), cache.CONSTANT)
 CONTROLS = (quantize.OTHERS_APART, cache.OTHERS)
-
-
-REMEDY, NOT_SURE = "With a remedy", f"{diagnosis.UNSURE.capitalize()}, on so few windows"
-
-
-WORDS = {
-    "Spike": "an entry of the residual stream hundreds or thousands of times larger than the median one; on a few "
-    "tokens, in a few channels. Blocks are counted from 1, attention odd and FFN even; layers and "
-    "heads from 0, so block 24 is the FFN of layer 11.",
-    "Sink": f"a token, nearly always the first, that gets more than {trace.EPSILON} of the attention of many heads.",
-    "Times": "perplexity with a technique over that without it, on the same windows, with Student's 95% interval.",
-    "Left without the spike": "100% less the share of that cost, in nats, which goes when the spike is removed from a "
-    "model whose sinks are already held in place by constants. Where tokens share no step, others see of a spike token "
-    f"its key and value alone, so that its removal adds nothing: {diagnosis.AS_HELD}.",
-    "Left with the sink kept or held": "the share that stays when the first token's key and value are spared by the "
-    "technique, or put in their place. Above 100% the remedy does harm of its own.",
-    "Diagnosis": f"{diagnosis.OUTLIERS}, where the cost goes with the spike: at most {diagnosis.GONE:.0%} is left "
-    f"without it; {diagnosis.ROUTING}, where it goes when the sink is kept: as little is left then; at least in part, "
-    f"where at most {diagnosis.PART:.0%} is left; {diagnosis.MISMATCH}, where more is left with both, and no cause is "
-    f"named; each at both ends of the share's interval, else {diagnosis.OPEN}. A cost of which the interval reaches 2% "
-    f"is {diagnosis.UNSURE}, one below {diagnosis.FINE}. What is a remedy or a control itself, and surely costs "
-    f"something, is {diagnosis.UNKNOWN}.",
-    "The last ones, with the first, with heavy hitters": "the tokens that a cache keeps for a query: its budget's last "
-    "ones alone; the first (or first 2, 4, 8) among them; half of them those that have got the most attention so far. "
-    "With a constant sink: a constant key and value for each head in the first one's place. With 4 others: a control, "
-    "four ordinary tokens in the place of the first.",
-    "Spike channels apart": "those channels are not rounded in which spike tokens have more than any other token has "
-    "anywhere. As many others apart: a control, those in which other tokens have most.",
-    "The picture of entries": "what matrices read, layer by layer, beside stream and KV cache. Mixed values are "
-    "what heads have gathered, before the output projection; the FFN's hidden is what its down projection reads. Where "
-    "the line of spike tokens is above that of others, they set the range; what lies in the blue area int8 per tensor "
-    "rounds to zero.",
-    "A step a tensor, a token, a channel": "over what a quantizer shares one step: the larger the largest entry, the "
-    "coarser the step.",
-}
-
-
-EXPLAINED = "notebooks/10_serving.ipynb of spikesink explains what is measured, and how."
-
-
-TEXTS = {"house": "spikesink's own prose, in English", "pydoc": "Python's documentation of its language"}
-
-
+WITH_REMEDY, NOT_SIGNIFICANT = "With a remedy", "Not significant on so few windows"
 NOT_TESTED = (
-    "the speed of anything: what is rounded or forgotten here is simulated",
+    "the speed of anything: rounding and forgetting are simulated here",
     "ranges that are fixed beforehand (static quantization), and training with a remedy",
     "any other text, and anything beyond perplexity and the recall of one sentence",
 )
@@ -136,25 +79,25 @@ class Section:
     table: pd.DataFrame | None = None
     picture: Figure | None = field(default=None, repr=False)
     narrow: tuple[str, ...] = ()  # those of the table's columns that a terminal has room for; by default all
-    short: str = ""  # what of the prose comes first in the report
+    short: str = ""  # what comes first in the report
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and the windows that it is looked at on."""
+    """A model, and the windows it is measured on."""
 
     model: TransformerBridge
     source: str
-    tokens: Int[Tensor, "n length"]
+    tokens: Int[Tensor, "window position"]
     seed: int
 
     @cached_property
     def life(self) -> Lifecycle:
         """Its spike's life in these windows."""
-        return find_lifecycle(trace_windows(self.model, self.tokens, self.seed))
+        return find_lifecycle(trace.trace_windows(self.model, self.tokens, self.seed))
 
     @cached_property
-    def known(self) -> cuts.SpikeMeans | NotApplicable:
+    def means(self) -> cuts.SpikeMeans | NotApplicable:
         """What spike tokens are on average, over windows that are then not judged."""
         (held_out, where), _ = cuts.split_windows(self.life, length=self.short)
         return cuts.spike_means(self.model, held_out, self.life, where)
@@ -168,13 +111,13 @@ class Subject:
 def diagnose(
     model: TransformerBridge,
     source: str,
-    tokens: Int[Tensor, "n length"],
+    tokens: Int[Tensor, "window position"],
     out: Path,
     with_long: bool = False,
     seed: int = 0,
     begun: Callable[[str], None] = lambda title: None,
 ) -> Iterator[Section]:
-    """Look at a model, a section at a time; when one is yielded, `out/report.json` and `out/report.html` hold it.
+    """Measure a model, a section at a time; when one is yielded, `out/report.json` and `out/report.html` hold it.
 
     Args:
         model: as `load` returns it.
@@ -183,184 +126,255 @@ def diagnose(
         out: a folder.
         with_long: whether to run a text as long as the context, which takes minutes.
         seed: of what is drawn.
-        begun: is told before each section is measured which it is, and after what time.
+        begun: is told before each section which one it is, and after what time.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    of, done, started = Subject(model, source, tokens, seed), {}, time.perf_counter()
+    subject, finished, started = Subject(model, source, tokens, seed), {}, time.perf_counter()
     stages = STAGES if with_long else {key: stage for key, stage in STAGES.items() if key != "long"}
-    about = {
+    header = {
         "model": model.source.spec,
         "sha256": model.source.sha256,
         "text": source,
         "windows": f"{len(tokens)} of {tokens.shape[1]} tokens",
     }
-    untold = [f"{site} in fewer bits: this model does not show it" for site in quantize.not_rounded(model)]
+    hidden = [f"{site} in fewer bits: this model does not show it" for site in quantize.hidden_inputs(model)]
     for number, (key, stage) in enumerate(stages.items(), 1):
         minutes, seconds = divmod(round(time.perf_counter() - started), 60)
         begun(f"{number} of {len(stages)}: {TITLES[key]} (begun after {minutes}:{seconds:02})")
-        done[key] = stage(of)
-        left = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in done] + untold + [*NOT_TESTED]
-        seconds = {"seconds": round(time.perf_counter() - started)}
-        _write(out, model.source.slug, about | seconds, done, left)
-        yield done[key]
+        finished[key] = stage(subject)
+        header["seconds"] = round(time.perf_counter() - started)
+        missing = [f"{TITLES[other]} (not measured)" for other in TITLES if other not in finished]
+        _write(out, model.source.slug, header, finished, [*missing, *hidden, *NOT_TESTED])
+        yield finished[key]
 
 
-def _write(out: Path, name: str, about: Mapping[str, Any], done: Mapping[str, Section], left: list[str]) -> None:
-    found = {"schema": SCHEMA, **about, "sections": {key: one.facts for key, one in done.items()}, "not_tested": left}
+def _write(
+    out: Path, name: str, header: Mapping[str, Any], finished: Mapping[str, Section], not_tested: list[str]
+) -> None:
+    facts = {key: section.facts for key, section in finished.items()}
+    data = {"schema": SCHEMA, **header, "sections": facts, "not_tested": not_tested}
     with writing_to(out):
-        write_atomically(out / "report.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-        write_atomically(out / "report.html", page(name, about, done, left))
+        write_atomically(out / "report.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(out / "report.html", render_page(name, header, finished, not_tested))
 
 
-def _facts(evidence: Evidence | NotApplicable) -> dict[str, Any]:
-    return dict(evidence.measured) if isinstance(evidence, Evidence) else {"reason": evidence.reason}
+def render_page(
+    name: str, header: Mapping[str, Any], finished: Mapping[str, Section], not_tested: Sequence[str]
+) -> str:
+    """The report as one page of HTML that needs no other file."""
+    environment = Environment(loader=PackageLoader("spikesink.apps", "."), autoescape=True)
+    environment.filters["data_uri"] = _data_uri
+    return environment.get_template("report.html.j2").render(
+        name=name,
+        header=header,
+        summary=in_short(finished),
+        sections=finished.values(),
+        not_tested=not_tested,
+        titles=TITLES,
+        texts=TEXTS,
+        diagnosis=diagnosis,
+        epsilon=trace.EPSILON,
+    )
 
 
-def _said(template: str, evidence: Evidence | NotApplicable | Mapping[str, Any], **more: Any) -> str:
-    if isinstance(evidence, NotApplicable):
-        return f"{evidence.reason[0].upper()}{evidence.reason[1:]}."
-    return say(template, evidence, **more).data.replace("\n", " ")
+def _data_uri(picture: Figure) -> str:
+    data = io.BytesIO()
+    picture.savefig(data, format="png", dpi=110, bbox_inches="tight")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def _spike(of: Subject) -> Section:
-    life = of.life
-    up, down = evidence.lc1_step_up(life), evidence.lc3_step_down(life)
-    share = up.measured["share_written"] if isinstance(up, Evidence) else 1.0
-    channels, tokens = evidence.lc4_few_channels(life), evidence.lc7_few_tokens(life, of.model.tokenizer.decode)
+def in_short(finished: Mapping[str, Section]) -> list[str]:
+    """What a model's owner should know first: what fails, why, and what helps."""
+    lines = [section.short for section in finished.values() if section.short]
+    judged = {
+        name: fact
+        for section in finished.values()
+        for name, fact in section.facts.items()
+        if isinstance(fact, dict) and "verdict" in fact
+    }
+    tried = _without(judged, REMEDIES + CONTROLS)
+    failures = {name: fact for name, fact in tried.items() if diagnosis.is_failure(fact["verdict"])}
+    for cause, (title, advice) in ADVICE.items():
+        if costs := [_cost(name, fact) for name, fact in failures.items() if cause in fact["verdict"]]:
+            lines.append(f"{title}: {'; '.join(costs)}. {advice}".rstrip())
+    if tried and not failures:
+        lines.append("Nothing that was tried significantly costs more than 2% of perplexity.")
+    else:
+        lines.append(_list_costs(WITH_REMEDY, {name: judged[name] for name in REMEDIES[:2] if name in judged}))
+    lines.append(_list_costs(NOT_SIGNIFICANT, _not_significant(tried)))
+    return [line for line in lines if line]
+
+
+def _without(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name not in names}
+
+
+def _not_significant(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if fact["verdict"] == diagnosis.NOT_SIGNIFICANT}
+
+
+def _cost(name: str, fact: Mapping[str, Any], more: str = "") -> str:
+    """What a technique costs; a cache's name is that of a row in a table of caches."""
+    called = f"KV cache, {name}" if name.startswith("window") else name
+    return f"{called} ({fact['cost']:.2f} times{more})"
+
+
+def _list_costs(title: str, facts: Mapping[str, Any]) -> str:
+    """What each costs, with its interval where there is one; nothing where there is none to list."""
+    ends = {name: ", {:.2f} to {:.2f}".format(*fact["interval"]) for name, fact in facts.items() if fact["interval"]}
+    costs = [_cost(name, fact, ends.get(name, "")) for name, fact in facts.items()]
+    return f"{title}: {'; '.join(costs)}." if costs else ""
+
+
+def _finite(interval: Iterable[float]) -> list[float] | None:
+    ends = list(interval)
+    return ends if all(map(math.isfinite, ends)) else None
+
+
+def _facts(found: Evidence | NotApplicable) -> dict[str, Any]:
+    return dict(found.measured) if isinstance(found, Evidence) else {"reason": found.reason}
+
+
+def _say(template: str, found: Evidence | NotApplicable, **more: Any) -> str:
+    if isinstance(found, NotApplicable):
+        return f"{found.reason[0].upper()}{found.reason[1:]}."
+    return say(template, found, **more).data.replace("\n", " ")
+
+
+def _spike(subject: Subject) -> Section:
+    life = subject.life
     if life.main is None:
         none = f"No spike: {life.reason}."
         return Section("spike", none, {"reason": life.reason}, short=none)
+    found = {
+        "LC1": evidence.lc1_step_up(life),
+        "LC3": evidence.lc3_step_down(life),
+        "LC4": evidence.lc4_few_channels(life),
+        "LC7": evidence.lc7_few_tokens(life, subject.model.tokenizer.decode),
+    }
+    facts = {claim: _facts(one) for claim, one in found.items()}
+    others = 1 - facts["LC1"].get("share_written", 1)
     prose = [
-        _said(
-            "The spike reaches {plateau_value}, in channel(s) {channels}. {step_up_blocks} write "
-            "{share_written:.0%} of it"
-            + ("." if share >= FEW_BLOCKS else ", the other {rest:.0%} come from other blocks."),
-            up,
-            rest=1 - share,
+        _say(
+            "The spike reaches {plateau_value}, in channels {channels}, {share_written:.0%} of it written by "
+            "{step_up_blocks}" + (", {others:.0%} by other blocks." if others > 1 - FEW_BLOCKS else "."),
+            found["LC1"],
+            others=others,
         ),
-        _said("It is taken back by block(s) {step_down_blocks} ({share_cancelled:.0%} of it).", down),
-        _said(
+        _say("{share_cancelled:.0%} of it is cancelled by {step_down_blocks}.", found["LC3"]),
+        _say(
             "{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} times the median entry "
             "of all tokens there.",
-            channels,
+            found["LC4"],
         ),
-        _said(
+        _say(
             "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
-            "the windows. The commonest: {commonest}.",
-            tokens,
-            commonest=", ".join(map(repr, _facts(tokens).get("spike_tokens", ()))),
+            "the windows. The most frequent: {most_frequent}.",
+            found["LC7"],
+            most_frequent=", ".join(map(repr, facts["LC7"].get("spike_tokens", ()))),
         ),
     ]
-    facts = {"LC1": _facts(up), "LC3": _facts(down), "LC4": _facts(channels), "LC7": _facts(tokens)}
     return Section("spike", " ".join(prose), facts, picture=plots.magnitudes(life), short=prose[0])
 
 
-def _sink(of: Subject) -> Section:
-    collapsed = collapse.measure_collapse(of.model, of.tokens, of.life, of.seed)
-    seen = keys.read_attention(of.model, of.tokens, of.life, collapsed, seed=of.seed)
-    many, others = evidence.sk1_many_heads(seen.scores), evidence.x_sk9_secondary(seen)
-    mean = seen.scores.at.mean(0)  # layer, head
+def _sink(subject: Subject) -> Section:
+    model, tokens, life, seed = subject.model, subject.tokens, subject.life, subject.seed
+    attention = keys.read_attention(
+        model, tokens, life, collapse.measure_collapse(model, tokens, life, seed), seed=seed
+    )
+    many, others = evidence.sk1_many_heads(attention.scores), evidence.x_sk9_secondary(attention)
+    mean = attention.scores.at.mean(0)  # layer, head
     order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
-    strongest = [(i // mean.shape[1], i % mean.shape[1]) for i in order]
+    strongest = [divmod(i, mean.shape[1]) for i in order]
     rows = [(layer, head, f"{float(mean[layer, head]):.0%}") for layer, head in strongest]
     table = pd.DataFrame(rows, columns=["layer", "head", "attention to position 0"]).set_index("layer")
     prose = [
-        _said(
+        _say(
             "In {sink_ratio:.0%} of heads and windows the first token gets more than {epsilon} of the attention, and "
             "{mean_attention:.0%} of all attention on average.",
             many,
         ),
-        _said("{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.", others),
+        _say("{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.", others),
     ]
-    short = sinks.score(of.model, of.tokens, length=of.short)
-    facts = {"SK1": _facts(many), "X-SK9": _facts(others)}
-    return Section("sink", " ".join(prose), facts, table, plots.sink_map(seen.scores, short))
+    picture = plots.sink_map(attention.scores, sinks.score(model, tokens, length=subject.short))
+    return Section("sink", " ".join(prose), {"SK1": _facts(many), "X-SK9": _facts(others)}, table, picture)
 
 
-def _quantization(of: Subject) -> Section:
-    held_out, (tokens, where) = cuts.split_windows(of.life, length=of.short)
-    ranges = quantize.ranges(of.model, *held_out)
-    in_cells = cells.cells(of.known, where)
-    crossed = cells.cross(of.model, tokens, in_cells, quantize.activations(of.model, ranges, where), where)
-    crossed = quantize.weights(of.model, tokens, in_cells, crossed)
-    return _told("quantization", crossed, plots.quantizer_steps(ranges))
+def _quantization(subject: Subject) -> Section:
+    model, (held_out, (tokens, where)) = subject.model, cuts.split_windows(subject.life, length=subject.short)
+    ranges, versions = quantize.measure_ranges(model, *held_out), cells.make_cells(subject.means, where)
+    crossed = cells.cross(model, tokens, versions, quantize.rounding_techniques(model, ranges, where), where)
+    crossed = quantize.cross_weights(model, tokens, versions, crossed)
+    return _costs_section("quantization", crossed, plots.quantizer_steps(ranges))
 
 
-def _cache(of: Subject) -> Section:
-    _, (tokens, where) = cuts.split_windows(of.life, length=of.tokens.shape[1])
-    budget = max(8, tokens.shape[1] // 4)
-    techniques = cache.evictions(of.model, of.known, budget, where, of.seed)
-    crossed = cells.cross(of.model, tokens, cells.cells(of.known, where), techniques, where)
-    filler = texts.all_ids(of.model, of.source)
-    recalled = context.recall(of.model, filler, tokens.shape[1], budget, seed=of.seed)
-    found = _told("cache", crossed, plots.recalled(recalled))
-    if isinstance(recalled, NotApplicable):
-        return found
-    gained = {name: {f"{depth:g}": x for depth, x in row.items()} for name, row in recalled.gained.items()}
-    facts = {**found.facts, "recall": gained}
+def _cache(subject: Subject) -> Section:
+    model, length = subject.model, subject.tokens.shape[1]
+    _, (tokens, where) = cuts.split_windows(subject.life, length=length)
+    budget = max(8, length // 4)
+    techniques = cache.eviction_techniques(model, budget, where, cuts.sink_held(subject.means), subject.seed)
+    crossed = cells.cross(model, tokens, cells.make_cells(subject.means, where), techniques, where)
+    recall = context.measure_recall(model, texts.all_ids(model, subject.source), length, budget, seed=subject.seed)
+    section = _costs_section("cache", crossed, plots.recalled(recall))
+    if isinstance(recall, NotApplicable):
+        return section
+    gained = {name: {f"{depth:g}": gain for depth, gain in row.items()} for name, row in recall.gained.items()}
     prose = (
-        f"{found.prose} Windows have {tokens.shape[1]} tokens, a query at most {budget} keys. The picture is of a fact "
-        "that is told at some depth and asked for in the end: how many nats likelier the answer is than where another "
-        "was told."
+        f"{section.prose} Windows have {length} tokens, a query at most {budget} keys. In the picture a fact is told "
+        "at some depth and asked for in the end: how many nats likelier the answer is than where another was told."
     )
-    return replace(found, prose=prose, facts=facts)
+    return replace(section, prose=prose, facts={**section.facts, "recall": gained})
 
 
-def _told(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> Section:
+def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> Section:
     """A section about techniques in cells."""
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not tried: {crossed.reason}.", {"reason": crossed.reason})
-    found = diagnosis.diagnose(crossed)
+    diagnoses = diagnosis.diagnose(crossed)
     facts = {
         name: {
             "cost": one.cost,
-            "interval": _numbers(one.interval),
-            **_left("without_spike", one.without_spike),
-            **_left("with_sink", one.with_sink),
+            "interval": _finite(one.interval),
+            "left_without_spike": one.without_spike and one.without_spike.value,
+            "left_without_spike_interval": one.without_spike and one.without_spike.interval,
+            "left_with_sink": one.with_sink and one.with_sink.value,
+            "left_with_sink_interval": one.with_sink and one.with_sink.interval,
             "verdict": one.verdict,
         }
-        for name, one in found.items()
+        for name, one in diagnoses.items()
     }
-    tried, unsure = _tried(facts)
-    risks = [
-        f"{_called(name)} ({fact['cost']:.2f} times: {fact['verdict']})"
-        for name, fact in tried.items()
-        if diagnosis.surely(fact["verdict"])
-    ]
+    tried = _without(facts, REMEDIES + CONTROLS)
+    failures = [_cost(name, tried[name], f": {tried[name]['verdict']}") for name in tried if diagnoses[name].is_failure]
     prose = [
-        f"Tried in the model as it is alone: {crossed.reason}." if crossed.reason else "",
-        f"Perplexity as it is: {brief(crossed.perplexity(crossed.plain[cells.AS_IT_IS]))}.",
-        f"What costs more than 2%: {'; '.join(risks)}."
-        if risks
-        else "Nothing that was tried surely costs more than 2%.",
-        _listed(NOT_SURE, unsure),
-        _listed(REMEDY, {name: fact for name, fact in facts.items() if name in REMEDIES}),
+        f"Tried in the unchanged model alone: {crossed.reason}." if crossed.reason else "",
+        f"Unchanged, perplexity is {brief(crossed.perplexity(crossed.plain[cells.UNCHANGED]))}.",
+        f"What costs more than 2%: {'; '.join(failures)}."
+        if failures
+        else "Nothing that was tried significantly costs more than 2%.",
+        _list_costs(NOT_SIGNIFICANT, _not_significant(tried)),
+        _list_costs(WITH_REMEDY, {name: facts[name] for name in facts if name in REMEDIES}),
     ]
-    narrow = ("perplexity, times", "diagnosis")
-    return Section(key, " ".join(filter(None, prose)), facts, diagnosis.diagnoses(found), picture, narrow)
+    narrow = ("perplexity ratio", "diagnosis")
+    return Section(key, " ".join(filter(None, prose)), facts, diagnosis.diagnosis_table(diagnoses), picture, narrow)
 
 
-def _left(name: str, share: diagnosis.Share | None) -> dict[str, Any]:
-    value, interval = (None, None) if share is None else (share.value, share.interval)
-    return {f"left_{name}": value, f"left_{name}_interval": interval}
-
-
-def _long(of: Subject) -> Section:
-    measured = long.measure(of.model, of.source)
-    found, lengths = evidence.sv3_over_lengths(measured.lengths), measured.lengths
-    prose = _said("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.", found)
+def _long(subject: Subject) -> Section:
+    run = context.measure_long(subject.model, subject.source)
+    found, lengths = evidence.sv3_over_lengths(run.lengths), run.lengths
     ends = zip(lengths.perplexities, lengths.lengths, strict=True)
     stretches = ", ".join(f"{brief(perplexity)} up to {end:,} tokens" for perplexity, end in ends)
-    prose += f" Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,})."
-    times = {name: measured.times(streamed.loss) for name, streamed in measured.streams.items()}
-    times[long.ANEW] = measured.times(measured.afresh)
-    costs = {name: {"cost": cost, "interval": _numbers(ends)} for name, (cost, *ends) in times.items()}
-    said = _listed(f"Over all of it, with {long.BUDGET} keys", _without(costs, CONTROLS))
+    times = {name: run.times(name) for name in run.streams}
+    costs = {name: {"cost": cost, "interval": _finite(interval)} for name, (cost, *interval) in times.items()}
+    prose = [
+        _say("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.", found),
+        f"Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,}).",
+        _list_costs(f"Over all of it, with {context.BUDGET} keys", _without(costs, CONTROLS)),
+    ]
     streams = {name: [one["cost"], *(one["interval"] or (None, None))] for name, one in costs.items()}
     facts = {"SV3": _facts(found), "streams": streams}
-    return Section("long", f"{prose} {said}".rstrip(), facts, picture=plots.lengths(lengths))
+    return Section("long", " ".join(filter(None, prose)), facts, picture=plots.lengths(lengths))
 
 
 STAGES: Mapping[str, Callable[[Subject], Section]] = {
@@ -370,108 +384,3 @@ STAGES: Mapping[str, Callable[[Subject], Section]] = {
     "cache": _cache,
     "long": _long,
 }
-
-
-def page(name: str, about: Mapping[str, Any], done: Mapping[str, Section], left: list[str]) -> str:
-    """The report as one page of HTML that opens without anything else."""
-    short = "".join(f"<li>{html.escape(line)}</li>" for line in in_short(done))
-    words = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(what)}</dd>" for word, what in WORDS.items())
-    about = {key: TEXTS.get(value, value) if key == "text" else value for key, value in about.items()}
-    parts = [_part(section) for section in done.values()]
-    untested = "".join(f"<li>{html.escape(one)}</li>" for one in left)
-    facts = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>" for key, value in about.items()
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(name)}: spike and sink</title><style>{STYLE}</style></head><body><main>
-<h1>{html.escape(name)}: spike and sink</h1>
-<table class="about">{facts}</table>
-<section><h2>In short</h2><ul>{short}</ul></section>
-{"".join(parts)}
-<section><h2>What the words mean</h2><dl>{words}</dl><p>{EXPLAINED}</p></section>
-<section><h2>Not tested</h2><ul>{untested}</ul></section>
-</main></body></html>
-"""
-
-
-def in_short(done: Mapping[str, Section]) -> list[str]:
-    """What a model's owner should know first: what fails of which cause, and what helps."""
-    lines = [section.short for section in done.values() if section.short]
-    judged = {}
-    for section in done.values():
-        judged |= {name: fact for name, fact in section.facts.items() if isinstance(fact, dict) and "verdict" in fact}
-    tried, unsure = _tried(judged)
-    for kind, (what, help_) in HELPS.items():
-        of_it = {name: fact["cost"] for name, fact in tried.items() if kind in fact["verdict"]}
-        mine = [f"{_called(name)} ({cost:.2f} times)" for name, cost in of_it.items()]
-        if mine:
-            lines.append(f"{what}: {'; '.join(mine)}. {help_}".rstrip())
-    if tried and not any(diagnosis.surely(fact["verdict"]) for fact in tried.values()):
-        lines.append("Of what was tried nothing surely costs more than 2% of perplexity.")
-    else:
-        lines.append(_listed(REMEDY, {name: fact for name, fact in judged.items() if name in REMEDIES[:2]}))
-    return [line for line in (*lines, _listed(NOT_SURE, unsure)) if line]
-
-
-def _tried(facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What may be a failure, for it is no remedy and no control; and of that, what is not surely one."""
-    tried = _without(facts, REMEDIES + CONTROLS)
-    return tried, {name: fact for name, fact in tried.items() if fact["verdict"] == diagnosis.UNSURE}
-
-
-def _without(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if name not in names}
-
-
-def _listed(lead: str, facts: Mapping[str, Any]) -> str:
-    """What each costs, with its interval where there is one; nothing where there is none to list."""
-    said = []
-    for name, fact in facts.items():
-        ends = ", {:.2f} to {:.2f}".format(*fact["interval"]) if fact["interval"] else ""
-        said.append(f"{_called(name)} ({fact['cost']:.2f} times{ends})")
-    return f"{lead}: {'; '.join(said)}." if said else ""
-
-
-def _numbers(interval: Iterable[float]) -> list[float] | None:
-    """An interval's ends; None where they are no numbers."""
-    ends = list(interval)
-    return ends if all(map(math.isfinite, ends)) else None
-
-
-def _called(name: str) -> str:
-    """A technique, where it does not stand in a table of its kind."""
-    if name == cache.WINDOW:
-        return f"a KV cache of {name}"
-    return f"a KV cache {name}" if name.startswith("with ") else name
-
-
-STYLE = """
-body { margin: 0; font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
-main { max-width: 62rem; margin: 0 auto; padding: 1rem }
-img { width: 100%; min-width: 40rem; height: auto }
-dt { font-weight: 600 }
-.wide { overflow-x: auto }
-.about td { overflow-wrap: anywhere }
-@media (max-width: 45rem) {
-  .wide::before { content: "scrolls sideways where it is too wide"; position: sticky; left: 0; font-size: .8rem }
-}
-table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
-"""
-
-
-def _part(section: Section) -> str:
-    table = ""
-    if section.table is not None:
-        table = f'<div class="wide">{section.table.reset_index().to_html(index=False, border=0)}</div>'
-    picture = ""
-    if section.picture is not None:
-        data = io.BytesIO()
-        section.picture.savefig(data, format="png", dpi=110, bbox_inches="tight")
-        encoded = base64.b64encode(data.getvalue()).decode()
-        source = f"data:image/png;base64,{encoded}"
-        alt = html.escape(f"{TITLES[section.key]}: {section.picture.get_suptitle()}".removesuffix(": "))
-        picture = f'<div class="wide"><img alt="{alt}" src="{source}"></div>'
-    title = html.escape(TITLES[section.key])
-    return f"<section><h2>{title}</h2><p>{html.escape(section.prose)}</p>{table}{picture}</section>"

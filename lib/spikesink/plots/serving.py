@@ -22,137 +22,133 @@ from spikesink.plots.style import (
     thousands,
     whole,
 )
-from spikesink.serving import cache
-from spikesink.serving.cells import AS_IT_IS, HELD, NEITHER, NO_SINK, NO_SPIKE, SPARED, Crossed
-from spikesink.serving.context import OTHER, Lengths, Recall
-from spikesink.serving.diagnosis import FINE, UNKNOWN, UNSURE, Diagnosis
-from spikesink.serving.long import ANEW, BUDGET, Long
-from spikesink.serving.quantize import LINEAR_INPUTS, Range
+from spikesink.serving import cache, context
+from spikesink.serving.cells import NEITHER, NO_SINK, NO_SPIKE, SINK_EXEMPT, SINK_HELD, UNCHANGED, Crossed
+from spikesink.serving.context import OTHER, Lengths, LongRun, Recall
+from spikesink.serving.diagnosis import NOT_TESTED, Diagnosis
+from spikesink.serving.quantize import INPUTS, Range
 
-LOOKS = {
-    AS_IT_IS: ("black", "o"),
-    SPARED: (SINK, "s"),
-    HELD: (SINK, "P"),
-    NO_SPIKE: (SPIKE, "D"),
-    NO_SINK: (OTHERS[2], "v"),
-    NEITHER: (ORDINARY, "^"),
+# Colour, marker, whether it is filled, and where in its row it is drawn: cells often coincide.
+CELL_MARKS = {
+    UNCHANGED: ("black", "o", True, 0),
+    SINK_EXEMPT: (SINK, "s", True, -0.25),
+    SINK_HELD: (SINK, "P", True, -0.25),
+    NO_SPIKE: (SPIKE, "D", True, 0.25),
+    NO_SINK: (OTHERS[2], "v", False, 0),
+    NEITHER: (ORDINARY, "^", False, 0),
 }
-LANES = {SPARED: -0.25, HELD: -0.25, NO_SPIKE: 0.25}  # of a row
-STREAMED = {
+STREAM_LINES = {
     cache.WINDOW: (SPIKE, "-"),
     cache.OTHERS: (ORDINARY, "-."),
     cache.WITH_FIRST: (SINK, "-"),
     cache.SHIFTED: (OTHERS[0], "--"),
-    ANEW: ("black", "-"),
+    context.RECOMPUTED: ("black", "-"),
 }
 SMOOTHED = 256  # predictions in a running mean
 
 
 @drawn_where_applicable
-def quantizer_steps(found: Mapping[str, Range]) -> Figure:
-    """10: site by site, how large entries of spike tokens and of others are, and the step of int8 per tensor."""
+def quantizer_steps(ranges: Mapping[str, Range]) -> Figure:
+    """10: site by site, how large entries of spike tokens and of others are, and the step of int8 per-tensor."""
     columns = 4
-    rows = -(-len(found) // columns)
+    rows = -(-len(ranges) // columns)
     fig, axes = figure(rows, columns, size=(13, 2.9 * rows), sharex=True, squeeze=False)
-    for ax, (site, one) in zip(axes.flat, found.items(), strict=False):
-        layers = np.arange(len(one.spike))
-        ax.plot(layers, one.spike, color=SPIKE, marker="o", ms=3, label="largest, spike tokens")
-        ax.plot(layers, one.other, color="black", lw=1.2, ls="--", label="largest, other tokens")
-        ax.plot(layers, one.median, color=ORDINARY, lw=1.2, ls="-.", label="median, other tokens")
-        ax.fill_between(layers, one.step() / 2, color=SINK, alpha=0.2, lw=0, label="rounded to zero by int8 per tensor")
-        smallest = float(min(one.median.min(), (one.step() / 2).min()))
-        ax.set(yscale="log", ylim=(max(smallest, 1e-6) / 5, None), title=site)
-        ax.title.set_fontsize(10)
+    for ax, (site, at_site) in zip(axes.flat, ranges.items(), strict=False):
+        layers, half_step = np.arange(len(at_site.spike)), at_site.step() / 2
+        ax.plot(layers, at_site.spike, color=SPIKE, marker="o", ms=3, label="largest, spike tokens")
+        ax.plot(layers, at_site.other, color="black", lw=1.2, ls="--", label="largest, other tokens")
+        ax.plot(layers, at_site.median, color=ORDINARY, lw=1.2, ls="-.", label="median, other tokens")
+        ax.fill_between(layers, half_step, color=SINK, alpha=0.2, lw=0, label="rounded to zero by int8 per-tensor")
+        smallest = float(min(at_site.median.min(), half_step.min()))
+        ax.set(yscale="log", ylim=(max(smallest, 1e-6) / 5, None))
+        ax.set_title(site, fontsize=10)
         whole(ax)
-    for ax in axes.flat[len(found) :]:
+    for ax in axes.flat[len(ranges) :]:
         ax.axis("off")
-    for ax in axes.flat[: len(found)][-columns:]:  # those with none below
+    for ax in axes.flat[: len(ranges)][-columns:]:  # those with none below
         ax.set_xlabel("layer")
         ax.tick_params(labelbottom=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("size of an entry")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    place = axes.flat[-1] if len(found) < axes.size else axes.flat[0]
-    place.legend(handles, labels, fontsize=8.5, loc="center" if len(found) < axes.size else "best")
-    layers = len(next(iter(found.values())).spike)
-    most = max((site for site in found if site in LINEAR_INPUTS), key=lambda site: float(found[site].zeroed.max()))
-    lost = found[most].zeroed
+    free = len(ranges) < axes.size
+    handles = axes.flat[0].get_legend_handles_labels()
+    axes.flat[-1 if free else 0].legend(*handles, fontsize=8.5, loc="center" if free else "best")
+    worst = max((site for site in ranges if site in INPUTS), key=lambda site: float(ranges[site].zeroed.max()))
+    zeroed, n = ranges[worst].zeroed, len(ranges[worst].set_by_spike)
     above(
         fig,
-        f"Of what matrices read, the {most} loses most: {float(lost.max()):.0%} of other tokens' entries, in layer "
-        f"{int(lost.argmax())}; spike tokens set its range in {len(found[most].touched)} of {layers} layers",
+        f"Of what matrices multiply, {worst} loses most: {float(zeroed.max()):.0%} of other tokens' entries, in layer "
+        f"{int(zeroed.argmax())}; spike tokens set its range in {n} of {len(zeroed)} layers",
     )
     return fig
 
 
 @drawn_where_applicable
-def costs(crossed: Crossed, found: Mapping[str, Diagnosis]) -> Figure:
-    """10: what each technique costs, in every cell it was tried in, and the diagnosis beside it."""
+def costs(crossed: Crossed, diagnoses: Mapping[str, Diagnosis]) -> Figure:
+    """10: what each technique costs, in every cell it was tried in, and its diagnosis."""
     names = list(crossed.with_it)
     fig, ax = figure(size=(11.5, 0.42 * len(names) + 1.6))
     for i, name in enumerate(names):
-        ax.plot(found[name].interval, [i, i], color="black", lw=1.2)
-        verdict = "" if found[name].verdict == UNKNOWN else found[name].verdict
-        ax.text(1.02, i, verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    tried = [cell for cell in LOOKS if any(cell in row for row in crossed.with_it.values())]
-    for cell in tried:
-        colour, marker = LOOKS[cell]
-        at = {i: crossed.cost(name, cell) for i, name in enumerate(names) if cell in crossed.with_it[name]}
-        face = "white" if cell in (NO_SINK, NEITHER) else colour
-        lane = [i + LANES.get(cell, 0) for i in at]  # cells often coincide
-        ax.plot(list(at.values()), lane, marker=marker, color=colour, mfc=face, ms=6, lw=0, label=cell)
+        ax.plot(diagnoses[name].interval, [i, i], color="black", lw=1.2)
+        if diagnoses[name].verdict != NOT_TESTED:
+            ax.text(1.02, i, diagnoses[name].verdict, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    for cell, (colour, marker, filled, lane) in CELL_MARKS.items():
+        at = [(crossed.cost(name, cell), i + lane) for i, name in enumerate(names) if cell in crossed.with_it[name]]
+        if at:
+            face = colour if filled else "white"
+            ax.plot(*zip(*at, strict=True), marker=marker, color=colour, mfc=face, ms=6, lw=0, label=cell)
     ax.axvline(1, color="black", lw=0.8, ls=":")
-    ax.set(xscale="log", xlabel="perplexity, times the same cell's without it (line: 95% over windows)")
+    ax.set(xscale="log", xlabel="perplexity over that of the same cell without the technique (line: 95% over windows)")
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     log_ticks(ax.xaxis)
-    ax.legend(fontsize=8.5, ncols=len(tried), loc="lower left", bbox_to_anchor=(0, 1))
-    if told := [name for name in names if found[name].verdict not in (FINE, UNSURE, UNKNOWN)]:
-        one = found[worst := max(told, key=crossed.cost)]
+    ax.legend(fontsize=8.5, ncols=len(CELL_MARKS), loc="lower left", bbox_to_anchor=(0, 1))
+    told = [name for name, one in diagnoses.items() if one.is_failure and one.verdict != NOT_TESTED]
+    if told:
+        worst = max(told, key=crossed.cost)
+        one = diagnoses[worst]
         remedies = {NO_SPIKE: one.without_spike, one.remedy: one.with_sink}
-        helping = [f"{share} {remedy}" for remedy, share in remedies.items() if share is not None and share.ends[1] < 1]
-        found_left = f"left of that: {', '.join(helping)}" if helping else "no remedy that was tried surely helps"
-        above(fig, f"“{worst}” costs {one.cost:.2f} times; {found_left}")
+        helping = [f"{share} with {cell}" for cell, share in remedies.items() if share and share.ends[1] < 1]
+        left = f"left of that: {', '.join(helping)}" if helping else "no remedy significantly helps"
+        above(fig, f"{worst} costs {one.cost:.2f} times the perplexity; {left}")
     return fig
 
 
 @styled
-def streaming(found: Long) -> Figure:
-    """10: along a text that runs through bounded caches, how many times the perplexity with every token it is."""
+def streaming(run: LongRun) -> Figure:
+    """10: along a text that runs through bounded caches, how many times the full cache's perplexity it is."""
     fig, ax = figure(size=(11, 4.2))
-    losses = {name: streamed.loss for name, streamed in found.streams.items()}
-    losses[ANEW] = found.afresh
     ends = []
-    for name, loss in losses.items():
-        colour, style = STREAMED[name]
-        more = (loss - found.lengths.loss).mean(0).double().numpy()
+    for name, loss in run.streams.items():
+        colour, style = STREAM_LINES[name]
+        more = (loss - run.lengths.loss).mean(0).double().numpy()
         width = min(SMOOTHED, max(1, len(more) // 8))
         running = np.exp(np.convolve(more, np.ones(width) / width, "valid"))
         at = slice(None, None, max(1, width // 16))  # a running mean is smooth: a few points of it are enough
         ax.plot(np.arange(width - 1, len(more))[at], running[at], color=colour, ls=style, lw=1.4)
-        times, low, high = found.times(loss)
+        times, low, high = run.times(name)
         ends.append((float(running[-1]), f"{name}: {times:.2f} ({low:.2f} to {high:.2f})", colour))
     ax.axhline(1, color="black", lw=0.8, ls=":")
-    limit = found.lengths.limit
-    if limit < found.lengths.lengths[-1]:
+    limit = run.lengths.limit
+    if limit < run.lengths.lengths[-1]:
         ax.axvline(limit, color="black", lw=0.8, ls=":")
         ax.text(limit, 0.99, " the model's limit", transform=ax.get_xaxis_transform(), va="top", fontsize=9)
     ax.set(yscale="log", xlabel="position in the text")
-    ax.set_ylabel(f"perplexity, times that with every token\n(mean of {SMOOTHED} predictions)")
+    ax.set_ylabel(f"perplexity over the full cache's\n(mean of {SMOOTHED} predictions)")
     thousands(ax, "x")
     log_ticks(ax.yaxis)
-    _names_at_the_end(ax, ends)
-    if found.streams:
-        alone, first = (found.times(found.streams[name].loss)[0] for name in (cache.WINDOW, cache.WITH_FIRST))
+    _label_ends(ax, ends)
+    if cache.WINDOW in run.streams:
+        window, with_first = (run.times(name)[0] for name in (cache.WINDOW, cache.WITH_FIRST))
         above(
             fig,
-            f"With the last {BUDGET} tokens alone, perplexity is {alone:.2f} times that with every token; "
-            f"with the first four among them {first:.2f} times",
+            f"With the last {context.BUDGET} tokens alone, perplexity is {window:.2f} times the full cache's; "
+            f"with the first four among them {with_first:.2f} times",
         )
     return fig
 
 
-def _names_at_the_end(ax, ends: Sequence[tuple[float, str, str]]) -> None:
+def _label_ends(ax, ends: Sequence[tuple[float, str, str]]) -> None:
     """Label curves at their last values, moved apart where they would overlap."""
     low, high = np.log(ax.get_ylim())
     placed = -math.inf
@@ -162,59 +158,57 @@ def _names_at_the_end(ax, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 @drawn_where_applicable
-def lengths(found: Lengths) -> Figure:
-    """10: sink ratio, largest activations and perplexity by length, to the model's limit and past it."""
+def lengths(measured: Lengths) -> Figure:
+    """10: sink ratio, largest entries and perplexity by length, to the model's limit and past it."""
     fig, (left, middle, right) = figure(1, 3, size=(13, 3.9))
-    x = found.lengths
-    n, late = len(found.throughout), found.late_ratios()
-    left.plot(x, found.sink_ratios, color=SINK, ls=":", lw=1.6, label="all queries so far, all layers")
+    x, n = measured.lengths, len(measured.full_sight)
+    ratios = measured.late_ratios() if n else measured.sink_ratios
+    left.plot(x, measured.sink_ratios, color=SINK, ls=":", lw=1.6, label="all queries so far, all layers")
     if n:
-        of = "this stretch's queries" + (f", {n} layers that see so far" if n < len(found.sight) else "")
-        left.plot(x, late, color=SINK, marker="o", ms=5, label=of)
-        other = found.late_ratios(found.other)
-        left.plot(x, other, color=ORDINARY, marker="s", ms=5, ls="--", label=f"the same, to position {OTHER}")
+        some = f", {n} layers that see so far" if n < len(measured.sight) else ""
+        left.plot(x, ratios, color=SINK, marker="o", ms=5, label=f"this stretch's queries{some}")
+        control = measured.late_ratios(other=True)
+        left.plot(x, control, color=ORDINARY, marker="s", ms=5, ls="--", label=f"the same, to position {OTHER}")
     left.set(ylim=(-0.03, 1.4), yticks=np.linspace(0, 1, 6), ylabel="sink ratio")  # with room for the names
     left.legend(fontsize=8.5, loc="upper left")
-    middle.plot(x, [found.first] * len(x), color=SPIKE, marker="o", ms=5, label="position 0")
-    middle.plot(x, found.elsewhere, color=ORDINARY, marker="s", ms=5, ls="--", label="elsewhere in this stretch")
+    middle.plot(x, [measured.first] * len(x), color=SPIKE, marker="o", ms=5, label="position 0")
+    middle.plot(x, measured.elsewhere, color=ORDINARY, marker="s", ms=5, ls="--", label="elsewhere in this stretch")
     middle.set(yscale="log", ylabel="largest entry of the stream")
-    log_ticks(middle.yaxis)
     middle.legend(fontsize=8.5)
-    low, high = zip(*found.intervals(), strict=True)
-    right.fill_between(x, low, high, color="black", alpha=0.12, lw=0)
-    right.plot(x, found.perplexities, color="black", marker="o", ms=5)
+    right.fill_between(x, *zip(*measured.intervals(), strict=True), color="black", alpha=0.12, lw=0)
+    right.plot(x, measured.perplexities, color="black", marker="o", ms=5)
     right.set(yscale="log", ylabel="perplexity of this stretch (band: 95%)")
-    log_ticks(right.yaxis)
+    for ax in (middle, right):
+        log_ticks(ax.yaxis)
     for ax in (left, middle, right):
         ax.set(xscale="log", xlabel="tokens of context")
         ax.set_xticks(x, [f"{length:,}" for length in x], rotation=45, fontsize=8.5)
         ax.xaxis.set_minor_formatter(NullFormatter())
-        if x[-1] > found.limit:
-            ax.axvline(found.limit, color="black", lw=0.8, ls=":")
-    last, ratios = sum(length <= found.limit for length in x) - 1, late if n else found.sink_ratios
+        if x[-1] > measured.limit:
+            ax.axvline(measured.limit, color="black", lw=0.8, ls=":")
+    last = sum(length <= measured.limit for length in x) - 1
+    limit = " (upright line: the model's limit)" if x[-1] > measured.limit else ""
     above(
         fig,
-        f"From {x[0]:,} to {x[last]:,} tokens the sink ratio goes from {ratios[0]:.2f} to {ratios[last]:.2f}"
-        + (" (upright line: the model's limit)" if x[-1] > found.limit else ""),
+        f"From {x[0]:,} to {x[last]:,} tokens the sink ratio goes from {ratios[0]:.2f} to {ratios[last]:.2f}{limit}",
     )
     return fig
 
 
 @drawn_where_applicable
-def recalled(found: Recall) -> Figure:
-    """10: what is recalled of a fact by the depth it was told at, under each cache; beside it, perplexity."""
-    names = list(found.gained)
-    depths = list(found.gained[names[0]])
-    values = np.array([[found.gained[name][depth] for depth in depths] for name in names])
+def recalled(recall: Recall) -> Figure:
+    """10: what is recalled of a fact by the depth it was told at, under each cache; and perplexity."""
+    names, depths = list(recall.gained), list(next(iter(recall.gained.values())))
+    values = np.array([[recall.gained[name][depth] for depth in depths] for name in names])
     fig, ax = figure(size=(8.5, 0.42 * len(names) + 1.7))
     top = max(1.0, float(values.max()))
     ax.imshow(values, cmap=SINK_MAP, vmin=0, vmax=top, aspect="auto")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            colour = "white" if value > 0.6 * top else "black"
-            ax.text(j, i, f"{round(value, 1) + 0.0:.1f}", ha="center", va="center", color=colour)
-        beside = f"perplexity {brief(found.perplexity[names[i]])}"
-        ax.text(1.02, i, beside, transform=ax.get_yaxis_transform(), va="center")
+    for (i, j), value in np.ndenumerate(values):
+        colour = "white" if value > 0.6 * top else "black"
+        ax.text(j, i, f"{round(value, 1) + 0.0:.1f}", ha="center", va="center", color=colour)
+    for i, name in enumerate(names):
+        perplexity = f"perplexity {brief(recall.perplexity[name])}"
+        ax.text(1.02, i, perplexity, transform=ax.get_yaxis_transform(), va="center")
     ax.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="told at this depth of the text")

@@ -1,5 +1,6 @@
-"""What serving does to a model, and which of it is the spike's doing and which the sink's.
+"""What serving does to a model, and whether the spike or the sink is the cause.
 
-`cells` are the model as it is, without the spike, without the sink, and without either; `quantize` rounds activations,
-weights, keys and values in each of them.
+`cells` are the model unchanged, with its sink held, and without its spike, its sink or both. `quantize` rounds
+activations, weights, keys and values in each of them; `cache` lets a KV cache forget; `diagnosis` compares the costs.
+`context` runs one long text.
 """

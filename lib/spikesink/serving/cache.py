@@ -1,8 +1,8 @@
 """What a KV cache keeps, and what becomes of a model that can attend to nothing else.
 
 A `Policy` says which keys a query still has. `forget` hides the others from attention in one run over whole windows:
-exact, and as slow as full attention. `stream` and `write` run text of any length through a cache that really lets go
-of them.
+exact, and as slow as full attention. `run_bounded` and `generate` run text of any length through a cache that really
+lets go of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,28 +16,18 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from spikesink.common import NotApplicable, progress
-from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.anatomy import Anatomy
 from spikesink.patching import Intervention, apply, hook, patched
-from spikesink.patching.cuts import SpikeMeans
-from spikesink.serving.cells import AS_IT_IS, Cuts, Technique, sink_held
+from spikesink.serving.cells import UNCHANGED, Cuts, Technique
 
 CHUNK = 64  # tokens that run side by side; the cache lets go of keys between chunks
-
-
-FIRST = (1, 2, 4, 8)
-
-
-MOST_FIRST = 4  # as many others are kept as a control
-
-
-EVERY = "every token"
-
-
-WINDOW, OTHERS, HEAVY, CONSTANT = "the last ones", "with 4 others", "with heavy hitters", "with a constant sink"
-
-
-WITH_FIRST, SHIFTED = "with the first 4", "with the first 4, shifted"
+N_OTHERS = 4  # ordinary tokens that are kept as a control
+FULL, WINDOW = "full cache", "window only"
+WITH_1, WITH_FIRST = "window + first token", "window + first 4"
+SHIFTED = "window + first 4, shifted"
+FIRST = {1: WITH_1, 2: "window + first 2", 4: WITH_FIRST, 8: "window + first 8"}
+OTHERS, HEAVY, CONSTANT = "window + 4 others", "window + heavy hitters", "window + constant sink"
 
 
 @dataclass(frozen=True)
@@ -45,11 +35,11 @@ class Policy:
     """Which keys stay.
 
     Args:
-        window: the last so many tokens, the query's own among them; None: all.
+        window: so many last tokens, the query's own among them; None: all.
         kept: positions that stay for good.
         heavy: how many others stay, by K/V head: those that have received the most attention (H2O, arXiv:2306.14048).
-        shifted: whether kept tokens move up to the window, as if nothing had ever been between them, instead of keeping
-            their positions (StreamingLLM, arXiv:2309.17453); they are then the first ones.
+        shifted: whether kept tokens, the first ones, move up to the window, as if nothing had ever been between them,
+            instead of keeping their positions (StreamingLLM, arXiv:2309.17453).
     """
 
     window: int | None = None
@@ -58,206 +48,193 @@ class Policy:
     shifted: bool = False
 
     def __post_init__(self):
+        if self.window is None and (self.kept or self.heavy or self.shifted):
+            raise ValueError("without a window every key stays; give one.")
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window of {self.window} tokens has no room for the query's own; give at least 1.")
-        if self.window is None and (self.kept or self.heavy or self.shifted):
-            raise ValueError("without a window every key stays, so there is nothing to keep or to shift; give one.")
         if self.kept and min(self.kept) < 0:
             raise ValueError(f"position {min(self.kept)} does not exist; positions count from 0.")
-        if self.shifted and self.kept != tuple(range(len(self.kept))):
+        if self.shifted and not self.keeps_first:
             raise ValueError(f"positions {self.kept} are not the first ones, and only those can be shifted.")
         if self.heavy < 0 or (self.heavy and self.kept):
-            raise ValueError("give kept positions or a number of heavy hitters, not both, and no negative one.")
+            raise ValueError("give kept positions or a number of heavy hitters, not both, and none below zero.")
+
+    @property
+    def keeps_first(self) -> bool:
+        """Whether the positions that stay for good are the first ones."""
+        return self.kept == tuple(range(len(self.kept)))
 
     def __str__(self) -> str:
         if self.window is None:
-            return EVERY
-        first = self.kept == tuple(range(len(self.kept)))
-        kept = f" and {'the first ' if first else ''}{len(self.kept)}{'' if first else ' others'}" if self.kept else ""
-        heavy = f" and the {self.heavy} most attended to" if self.heavy else ""
-        return f"the last {self.window}{kept}{heavy}{', shifted' if self.shifted else ''}"
+            return FULL
+        parts = [f"last {self.window}"]
+        if self.kept:
+            parts.append(f"first {len(self.kept)}" if self.keeps_first else f"{len(self.kept)} others")
+        if self.heavy:
+            parts.append(f"{self.heavy} heavy hitters")
+        return " + ".join(parts) + (", shifted" if self.shifted else "")
 
     def sees(
         self, queries: Int[Tensor, " query"], keys: Int[Tensor, " key"], sight: int | None = None
     ) -> Bool[Tensor, "query key"]:
         """Whether queries at these positions have keys at those, heavy hitters aside.
 
-        Args:
-            queries: their positions.
-            keys: theirs.
-            sight: how many tokens back the layer itself sees, the query included (`Anatomy.sight`).
+        `sight` is how many tokens back the layer itself sees, the query included (`Anatomy.sight`).
         """
         back = queries[:, None] - keys
-        near = back < (self.window or torch.inf)
         kept = torch.isin(keys, torch.tensor(self.kept, dtype=keys.dtype, device=keys.device))
-        far = back >= (sight or torch.inf) if not self.shifted else torch.zeros_like(back, dtype=torch.bool)
-        return (back >= 0) & (near | kept) & ~far
+        reach = torch.inf if self.shifted or sight is None else sight
+        return (back >= 0) & (back < reach) & ((back < (self.window or torch.inf)) | kept)
 
 
-def first(n: int, budget: int, shifted: bool = False) -> Policy:
+def keep_first(n: int, budget: int, shifted: bool = False) -> Policy:
     """A cache of so many keys: the first n tokens, and the last ones in the rest of it."""
     return Policy(budget - n, tuple(range(n)), shifted=shifted)
 
 
-def heaviest(budget: int) -> Policy:
-    """A cache of so many keys: half of them the last ones, the others those that have received the most attention."""
-    return Policy(budget // 2, heavy=budget - budget // 2)
+def cache_policies(budget: int) -> dict[str, Policy]:
+    """Caches of so many keys, by name; beside the full one."""
+    return {
+        FULL: Policy(),
+        WINDOW: Policy(budget),
+        WITH_1: keep_first(1, budget),
+        WITH_FIRST: keep_first(4, budget),
+        SHIFTED: keep_first(4, budget, shifted=True),
+        HEAVY: Policy(budget // 2, heavy=budget - budget // 2),
+    }
 
 
-def evictions(
-    model: TransformerBridge,
-    known: SpikeMeans | NotApplicable,
-    budget: int,
-    where: Bool[Tensor, "window position"],
-    seed: int = 0,
-) -> dict[str, Technique] | NotApplicable:
-    """The ways to keep so many keys, as techniques for `cross`: the last ones, some of the first, and others instead.
+@measure
+def eviction_techniques(
+    model: TransformerBridge, budget: int, where: Bool[Tensor, "window position"], sink: Cuts = (), seed: int = 0
+) -> dict[str, Technique]:
+    """The ways to keep `budget` keys of a query, its own among them, as techniques for `cross`.
 
-    Where the sink is spared, one of the keys is the first token's; of `CONSTANT`, a constant key and value stand in its
-    place from the start.
+    With the sink exempt, one of the keys is the first token's.
 
     Args:
         model: as `load` returns it.
-        known: as `patching.chain.constants` returns it.
-        budget: how many keys a query has, its own among them.
-        where: the windows' spike tokens; others that are kept instead are none of them, nor the first.
+        budget: how many keys.
+        where: the windows' spike tokens. As a control others are kept: none of them, nor the first.
+        sink: a constant key and value in the first token's place, as `sink_held` returns them.
         seed: of which others.
     """
-    if (reason := cannot(anatomy(model))) is not None:
-        return NotApplicable(reason)
     ordinary = (~where.any(0))[1:budget].nonzero()[:, 0] + 1
-    order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:MOST_FIRST]
-    others = Policy(budget - MOST_FIRST, tuple(sorted(ordinary[order].tolist())))
-    policies = {named(n): first(n, budget) for n in FIRST if n < budget} | {OTHERS: others, HEAVY: heaviest(budget)}
+    order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:N_OTHERS]
+    policies = {name: keep_first(n, budget) for n, name in FIRST.items() if n < budget}
+    policies[OTHERS] = Policy(budget - N_OTHERS, tuple(sorted(ordinary[order].tolist())))
+    policies[HEAVY] = cache_policies(budget)[HEAVY]
     cuts = {name: forget(model, policy) for name, policy in policies.items()}
-    with_first = cuts[named(1)]
-    if held := sink_held(known):
-        cuts[CONSTANT] = (*held, *with_first)
-    alone = {WINDOW: Technique(forget(model, Policy(budget)), with_first)}
-    return alone | {name: Technique(of, cells=(AS_IT_IS,)) for name, of in cuts.items()}
-
-
-def named(n: int) -> str:
-    """What the policy that keeps the first n tokens is called."""
-    return f"with the first {n}" if n > 1 else "with the first token"
+    if sink:
+        cuts[CONSTANT] = (*sink, *cuts[WITH_1])
+    techniques = {name: Technique(cut, cells=(UNCHANGED,)) for name, cut in cuts.items()}
+    return {WINDOW: Technique(forget(model, Policy(budget)), exempt=cuts[WITH_1]), **techniques}
 
 
 def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]:
     """Interventions that hide from every query what the policy has let go of; positions stay as they are.
 
     Raises:
-        ValueError: a policy that shifts, or attention that has read its pattern before it can be changed.
+        ValueError: a policy that shifts.
+        NotApplicable: attention whose pattern cannot be changed, or of which a part has no key.
     """
-    about = anatomy(model)
+    anatomy = model.anatomy
     if policy.shifted:
-        raise ValueError("positions of a run over whole windows cannot be shifted; use stream.")
-    _check(about)
+        raise ValueError("positions of a run over whole windows cannot be shifted; use run_bounded.")
+    check_editable(anatomy)
     if policy.window is None:
         return ()
-    groups = about.n_kv_heads
 
     def hidden(pattern: Float[Tensor, "window head query key"]) -> Float[Tensor, "window head query key"]:
         if policy.heavy:
-            return heavy_hitter_pattern(pattern, policy.window, policy.heavy, groups)
+            return heavy_hitter_pattern(pattern, policy.window, policy.heavy, anatomy.n_kv_heads)
         keys = torch.arange(pattern.shape[-1], device=pattern.device)
-        return renormalized(pattern, policy.sees(keys[-pattern.shape[-2] :], keys))
+        return renormalize(pattern, policy.sees(keys[-pattern.shape[-2] :], keys))
 
     hidden.__name__ = f"a cache of {policy}"
-    return (apply(hook(about.pattern_hooks), hidden),)
+    return (apply(hook(anatomy.pattern_hooks), hidden),)
 
 
-def cannot(about: Anatomy) -> str | None:
-    """Why keys cannot be hidden from a family's attention; None where they can."""
-    if not about.edits_pattern:
-        return f"the attention of this {about.family} model has read its pattern before it can be changed"
-    if about.learned_sink:
-        return f"a learned logit takes part in the attention of this {about.family} model, beside its keys"
-    return None
+def check_editable(anatomy: Anatomy) -> None:
+    """Raise NotApplicable where keys cannot be hidden from a family's attention."""
+    if not anatomy.edits_pattern:
+        reason = "the attention of this {} model has read its pattern before it can be changed"
+        raise NotApplicable(reason.format(anatomy.family))
+    if anatomy.learned_sink:
+        raise NotApplicable(
+            f"a learned logit takes part in the attention of this {anatomy.family} model, beside its keys"
+        )
 
 
-def _check(about: Anatomy) -> None:
-    if (reason := cannot(about)) is not None:
-        raise ValueError(f"{reason}.")
-
-
-def renormalized(
-    pattern: Float[Tensor, "window head query key"], seen: Bool[Tensor, "query key"]
+def renormalize(
+    pattern: Float[Tensor, "window head query key"], visible: Bool[Tensor, "query key"]
 ) -> Float[Tensor, "window head query key"]:
-    """Attention over the keys that are seen alone: what softmax makes of their logits."""
-    return functional.normalize(pattern * seen, p=1, dim=-1, eps=torch.finfo(pattern.dtype).tiny)
+    """Attention over the visible keys alone: what softmax makes of their logits."""
+    return functional.normalize(pattern * visible, p=1, dim=-1, eps=torch.finfo(pattern.dtype).tiny)
 
 
 def heavy_hitter_pattern(
     pattern: Float[Tensor, "window head query key"], window: int, heavy: int, n_kv_heads: int
 ) -> Float[Tensor, "window head query key"]:
-    """Attention where, beside the last tokens, only the most attended to are left: of those, and of the one that leaves
-    the window, the one that has received least goes, query by query and for each K/V head by itself.
+    """Attention where, beside the last tokens, only the most attended to are left.
+
+    Query by query and for each K/V head by itself: of those and the one that leaves the window, the one that has
+    received least attention goes.
     """
     if pattern.shape[-1] != pattern.shape[-2]:
         raise ValueError("heavy hitters are found over whole windows; run them without a cache.")
     grouped = pattern.unflatten(1, (n_kv_heads, -1))  # window, K/V head, query head of it, query, key
     out = torch.zeros_like(grouped)
-    n = pattern.shape[-1]
-    received = pattern.new_zeros(len(pattern), n_kv_heads, n)
+    received = pattern.new_zeros(len(pattern), n_kv_heads, pattern.shape[-1])
     stays = torch.zeros_like(received, dtype=torch.bool)
-    for q in range(n):
-        seen = stays.clone()
-        seen[..., max(0, q - window + 1) : q + 1] = True
-        row = functional.normalize(grouped[..., q, :] * seen[:, :, None], p=1, dim=-1)
-        out[..., q, :] = row
-        received += row.sum(2)
+    for q in range(pattern.shape[-1]):
+        visible = stays.clone()
+        visible[..., max(0, q - window + 1) : q + 1] = True
+        out[..., q, :] = functional.normalize(grouped[..., q, :] * visible[:, :, None], p=1, dim=-1)
+        received += out[..., q, :].sum(2)
         leaving = q - window + 1
         if leaving >= 0:
             stays[..., leaving] = True
-            if leaving >= heavy:
-                least = received.masked_fill(~stays, torch.inf).argmin(-1, keepdim=True)
-                stays.scatter_(-1, least, False)
+        if leaving >= heavy:
+            least = received.masked_fill(~stays, torch.inf).argmin(-1, keepdim=True)
+            stays.scatter_(-1, least, False)
     return out.flatten(1, 2)
 
 
-class Bounded:
-    """A model with a KV cache that lets go of what a policy does not keep."""
+class BoundedCache:
+    """A model with a KV cache that lets go of what a policy does not keep; `cuts` hold in the first chunk only."""
 
     def __init__(self, model: TransformerBridge, policy: Policy, cuts: Sequence[Intervention] = ()):
         if policy.heavy:
             raise ValueError("heavy hitters differ from head to head, and no cache here does; use forget.")
-        self.model, self.policy, self.cuts, self.about = model, policy, tuple(cuts), anatomy(model)
         if policy.window is not None:
-            _check(self.about)
+            check_editable(model.anatomy)
+        self.model, self.policy, self.cuts = model, policy, tuple(cuts)
         self.cache = DynamicCache()
         self.held = torch.zeros(0, dtype=torch.long)  # positions of what the cache holds
-        self.begin: Int[Tensor, "window kept"] | None = None
-        self.done = 0
+        self.kept_tokens: Int[Tensor, "window kept"] | None = None
+        self.n_run = 0
 
     @torch.inference_mode()
     def __call__(self, tokens: Int[Tensor, "window new"]) -> Float[Tensor, "window new vocabulary"]:
         """Run the next tokens; returns what is predicted after each."""
         n_kept, new = len(self.policy.kept), tokens.shape[1]
-        if self.done == 0:
+        if self.n_run == 0:
             if new < n_kept:
                 raise ValueError(f"the first {new} tokens are fewer than the {n_kept} to be kept; run more at once.")
-            self.begin = tokens[:, :n_kept]
+            self.kept_tokens = tokens[:, :n_kept]
         elif self.policy.shifted and n_kept:
             self._move_up()
-        positions = torch.arange(self.done, self.done + new)
+        positions = torch.arange(self.n_run, self.n_run + new)
         keys = torch.cat([self.held, positions])
-        logits = self._run(tokens, positions, keys, self.cuts if self.done == 0 else (), self.cache)
-        self.done += new
-        stays = self.policy.sees(torch.tensor([self.done]), keys)[0]
+        logits = self._run(tokens, positions, keys, self.cuts if self.n_run == 0 else (), self.cache)
+        self.n_run += new
+        stays = self.policy.sees(torch.tensor([self.n_run]), keys)[0]
         self.held = keys[stays]
         for layer in self.cache.layers:
             index = stays.nonzero()[:, 0].to(layer.keys.device)
             layer.keys, layer.values = layer.keys.index_select(2, index), layer.values.index_select(2, index)
         return logits
-
-    def _hiding(self, queries: Int[Tensor, " query"], keys: Int[Tensor, " key"]) -> Iterator[Intervention]:
-        """Within a chunk, too, a query sees no more than the policy keeps; the same for all layers with one sight."""
-        if self.policy.window is None:
-            return
-        for sight in set(self.about.sight):
-            seen = self.policy.sees(queries, keys, sight)
-            names = [name for name, of in zip(self.about.pattern_hooks, self.about.sight, strict=True) if of == sight]
-            yield apply(hook(names), lambda pattern, seen=seen: renormalized(pattern, seen.to(pattern.device)))
 
     def _run(
         self,
@@ -268,37 +245,35 @@ class Bounded:
         cache: DynamicCache,
     ) -> Float[Tensor, "window new vocabulary"]:
         device = self.model.cfg.device
-        with patched(self.model, *cuts, *self._hiding(positions, keys)):
-            try:
-                return self.model(
-                    tokens.to(device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    position_ids=positions[None].expand(len(tokens), -1).to(device),
-                )
-            except IndexError:
-                if int(positions[-1]) < self.about.context:
-                    raise
-                raise ValueError(
-                    f"this {self.about.family} model has no positions beyond its context of {self.about.context}; "
-                    "give a shorter text."
-                ) from None
+        position_ids = positions[None].expand(len(tokens), -1).to(device)
+        with patched(self.model, *cuts, *self._hide(positions, keys)):
+            return self.model(tokens.to(device), past_key_values=cache, use_cache=True, position_ids=position_ids)
+
+    def _hide(self, queries: Int[Tensor, " query"], keys: Int[Tensor, " key"]) -> Iterator[Intervention]:
+        """Within a chunk, too, a query sees no more than the policy keeps; the same for all layers with one sight."""
+        if self.policy.window is None:
+            return
+        anatomy = self.model.anatomy
+        for sight in set(anatomy.sight):
+            names = [name for name, own in zip(anatomy.pattern_hooks, anatomy.sight, strict=True) if own == sight]
+            visible = self.policy.sees(queries, keys, sight).to(self.model.cfg.device)
+            yield apply(hook(names), lambda pattern, visible=visible: renormalize(pattern, visible.to(pattern.device)))
 
     def _move_up(self) -> None:
-        """Run the kept tokens once more, right before the window: attention knows distances only, so that all that
-        becomes of them is the rotation of their keys.
+        """Run the kept tokens once more, right before the window: attention knows distances only, so the rotation of
+        their keys is all that changes.
         """
         n = len(self.policy.kept)
         if len(self.held) <= n or self.held[n] == n:
             return
-        place = torch.arange(int(self.held[n]) - n, int(self.held[n]))
-        anew = DynamicCache()
-        self._run(self.begin, place, place, self.cuts, anew)
-        for layer, moved in zip(self.cache.layers, anew.layers, strict=True):
-            layer.keys = torch.cat([moved.keys, layer.keys[:, :, n:]], dim=2)
+        positions = torch.arange(int(self.held[n]) - n, int(self.held[n]))
+        moved = DynamicCache()
+        self._run(self.kept_tokens, positions, positions, self.cuts, moved)
+        for layer, new in zip(self.cache.layers, moved.layers, strict=True):
+            layer.keys = torch.cat([new.keys, layer.keys[:, :, n:]], dim=2)
 
 
-def losses_of(
+def token_losses(
     logits: Float[Tensor, "window position vocabulary"], targets: Int[Tensor, "window target"]
 ) -> Float[Tensor, "window target"]:
     """Cross-entropy in nats of the tokens that follow the first positions; what no target follows is left out."""
@@ -308,76 +283,28 @@ def losses_of(
     return loss.view_as(targets).cpu()
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """A text that ran through a bounded cache."""
-
-    policy: Policy
-    loss: Float[Tensor, "window position"]  # cross-entropy of the next token, nats
-    most_held: int  # keys in the cache between two chunks
-
-    def perplexity(self, start: int = 0, end: int | None = None) -> float:
-        """exp of the mean loss from one position to before another."""
-        return float(self.loss[:, start:end].mean().exp())
-
-
-def stream(
+def run_bounded(
     model: TransformerBridge,
     tokens: Int[Tensor, "window position"],
     policy: Policy,
     cuts: Sequence[Intervention] = (),
     chunk: int = CHUNK,
-) -> Streamed:
-    """Run text through a cache that lets go of what the policy does not keep; it may be longer than the context.
+) -> Float[Tensor, "window prediction"]:
+    """Losses, in nats, of text that runs through a bounded cache; it may be longer than the context.
 
-    Args:
-        model: as `load` returns it.
-        tokens: windows, of any length.
-        policy: what the cache keeps. Where it shifts, kept tokens move up between chunks.
-        cuts: interventions, at positions of the first chunk only.
-        chunk: how many tokens run side by side.
+    Where the policy shifts, kept tokens move up between chunks. `cuts` are at positions of the first chunk only.
 
     Raises:
         ValueError: fewer tokens in a chunk than the policy keeps for good, or heavy hitters.
     """
-    bounded, losses, most = Bounded(model, policy, cuts), [], 0
+    bounded, losses = BoundedCache(model, policy, cuts), []
     for start in progress(range(0, tokens.shape[1], chunk), str(policy), "chunk"):
         logits = bounded(tokens[:, start : start + chunk])
-        losses.append(losses_of(logits, tokens[:, start + 1 : start + chunk + 1]))
-        most = max(most, len(bounded.held))
-    return Streamed(policy, torch.cat(losses, dim=1), most)
+        losses.append(token_losses(logits, tokens[:, start + 1 : start + chunk + 1]))
+    return torch.cat(losses, dim=1)
 
 
-def generate_per_cache(
-    model: TransformerBridge, prompt: Int[Tensor, " length"], known: SpikeMeans | NotApplicable, budget: int, n: int
-) -> pd.DataFrame | NotApplicable:
-    """What the model writes from caches that hold so many keys, and its perplexity as every token judges it.
-
-    Args:
-        model: as `load` returns it.
-        prompt: what it goes on from.
-        known: as `patching.chain.constants` returns it, for a constant sink.
-        budget: how many keys a query has, its own among them.
-        n: how many tokens to write.
-    """
-    about = anatomy(model)
-    if (reason := cannot(about)) is not None:
-        return NotApplicable(reason)
-    n = min(n, about.context - len(prompt))
-    caches: dict[str, tuple[Policy, Cuts]] = {EVERY: (Policy(), ()), WINDOW: (Policy(budget), ())}
-    caches |= {WITH_FIRST: (first(4, budget), ()), SHIFTED: (first(4, budget, shifted=True), ())}
-    if held := sink_held(known):
-        caches[CONSTANT] = (first(1, budget), held)
-    rows = []
-    for name, (policy, cuts) in caches.items():
-        written = write(model, prompt, policy, n, cuts)
-        judged = stream(model, torch.cat([prompt, written])[None], Policy())
-        text = model.tokenizer.decode(written).replace("\n", "\\n")
-        rows.append({"cache": name, "judged perplexity": judged.perplexity(len(prompt) - 1), "writes": f"`{text}`"})
-    return pd.DataFrame(rows).set_index("cache")
-
-
-def write(
+def generate(
     model: TransformerBridge,
     prompt: Int[Tensor, " length"],
     policy: Policy,
@@ -385,11 +312,34 @@ def write(
     cuts: Sequence[Intervention] = (),
     chunk: int = CHUNK,
 ) -> Int[Tensor, " n"]:
-    """Generate greedily from a cache that lets go of what the policy does not keep; raises what `stream` does."""
-    bounded, written = Bounded(model, policy, cuts), []
+    """Write n tokens greedily from a bounded cache; raises what `run_bounded` does."""
+    bounded, written = BoundedCache(model, policy, cuts), []
     for start in range(0, len(prompt), chunk):
         logits = bounded(prompt[None, start : start + chunk])
     for _ in progress(range(n), str(policy), "token"):
         written.append(int(logits[0, -1].argmax()))
         logits = bounded(torch.tensor([written[-1:]]))
     return torch.tensor(written)
+
+
+@measure
+def generate_per_cache(
+    model: TransformerBridge, prompt: Int[Tensor, " length"], budget: int, n: int, sink: Cuts = ()
+) -> pd.DataFrame:
+    """What the model writes from caches of `budget` keys, and its perplexity as the full cache judges it.
+
+    `sink` is a constant key and value in the first token's place, as `sink_held` returns them.
+    """
+    policies = cache_policies(budget)
+    check_editable(model.anatomy)
+    n = min(n, model.anatomy.context - len(prompt))
+    runs: dict[str, tuple[Policy, Cuts]] = {name: (policies[name], ()) for name in (FULL, WINDOW, WITH_FIRST, SHIFTED)}
+    if sink:
+        runs[CONSTANT] = policies[WITH_1], sink
+    rows = []
+    for name, (policy, cuts) in runs.items():
+        written = generate(model, prompt, policy, n, cuts)
+        losses = run_bounded(model, torch.cat([prompt, written])[None], Policy())[:, len(prompt) - 1 :]
+        text = model.tokenizer.decode(written).replace("\n", "\\n")
+        rows.append({"cache": name, "judged perplexity": float(losses.mean().exp()), "writes": f"`{text}`"})
+    return pd.DataFrame(rows).set_index("cache")

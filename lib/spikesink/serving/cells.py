@@ -1,7 +1,6 @@
-"""A model as it is, with its sink held, without the spike, without the sink, without either: which a failure needs.
+"""The versions of a model that a serving technique is tried in: unchanged, or without spike, sink or both.
 
-A technique of serving is tried in each, and where it can spare the sink's key and value, once more like that; what it
-costs there, beside the same cell without it, says whose failure it is (`diagnosis`).
+What a technique costs in each, compared with the same version without it, tells whose failure it is (`diagnosis`).
 """
 
 from collections.abc import Mapping
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -21,85 +19,97 @@ from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, s
 from spikesink.patching.cuts import SpikeMeans, decoupled, sink_held
 from spikesink.patching.outcome import student_interval
 
-AS_IT_IS, HELD, NO_SPIKE = "as it is", "with the sink held", "without the spike"
-NO_SINK, NEITHER = "without the sink", "without either"
-SPARED = "with the sink kept"  # no cell: the technique leaves the sink's key and value out
-CELLS = (AS_IT_IS, HELD, NO_SPIKE, NO_SINK, NEITHER)
+UNCHANGED, SINK_HELD, NO_SPIKE = "unchanged", "sink held", "spike removed"
+NO_SINK, NEITHER = "sink removed", "both removed"
+SINK_EXEMPT = "sink exempt"  # no cell: the technique itself leaves the sink's key and value alone
+CELLS = (UNCHANGED, SINK_HELD, NO_SPIKE, NO_SINK, NEITHER)
 HIDDEN = "mlp.out.hook_in"  # what an FFN's down projection reads
 Cuts = tuple[Intervention, ...]
 
 
 @dataclass(frozen=True)
 class Technique:
-    """What serving does, as interventions; and the same with the sink's key and value spared, where it can be."""
+    """What serving does, as interventions."""
 
     cuts: Cuts
-    spared: Cuts | None = None
+    exempt: Cuts | None = None  # the same, with the sink's key and value left alone
     cells: tuple[str, ...] = CELLS  # that it is tried in
 
 
-@measure
-def cells(known: SpikeMeans | NotApplicable, where: Bool[Tensor, "window position"]) -> dict[str, Cuts] | NotApplicable:
-    """What is done in each cell: nothing; spike tokens' keys and values are constants, from the spike on; so they are,
-    and the spike is not written; their keys are masked; their spike is not written, and nothing held.
+@dataclass(frozen=True)
+class Cells:
+    """The interventions that make each cell; where the unchanged model is the only one, `reason` says why."""
 
-    Where there is no spike, the step-up and step-down blocks' hidden activations are zero at the spike tokens too: it
-    is there that the spike is made, and they would be as large with nobody to read them.
+    cuts: Mapping[str, Cuts]
+    reason: str = ""
+
+
+def make_cells(means: SpikeMeans | NotApplicable, where: Bool[Tensor, "window position"]) -> Cells:
+    """All cells, or the unchanged model alone where there is no spike to remove.
+
+    Sink held: from the spike on, spike tokens' keys and values are constants. Spike removed: the same, and no spike is
+    written; the hidden activations that write it are zero there too, or they would set the range of a quantizer with
+    nobody to read them. Sink removed: the spike tokens' keys are masked. Both removed: no spike is written, and nothing
+    is held.
 
     Args:
-        known: as `patching.chain.constants` returns it, of other windows.
+        means: as `spike_means` returns it, of other windows.
         where: the spike tokens of the windows that will be run, as `find_spikes` returns them.
-
-    Returns:
-        Interventions by cell, or why there are none.
     """
-    require_projections(known.anatomy)
+    made = _cut(means, where)
+    return Cells({UNCHANGED: ()}, made.reason) if isinstance(made, NotApplicable) else Cells(made)
+
+
+@measure
+def _cut(means: SpikeMeans, where: Bool[Tensor, "window position"]) -> dict[str, Cuts]:
+    require_projections(means.anatomy)
     if not where.any():
-        return NotApplicable("no token of these windows spikes")
-    made = tuple(f"blocks.{block.layer}.{HIDDEN}" for block in known.steps if not block.is_attention)
-    unmade = (zero(hook(made), where),) if made and shows_ffn(known.anatomy) else ()
-    held = {HELD: cuts} if (cuts := sink_held(known, where, known.start)) else {}
-    found = {AS_IT_IS: (), **held, NO_SPIKE: (*unmade, *decoupled(known, where))}
-    if known.anatomy.edits_pattern:
-        found[NO_SINK] = (mask_key(where, known.layers),)
-    return found | ({NEITHER: (*unmade, skip(known.steps, where))} if known.steps else {})
+        raise NotApplicable("no token of these windows spikes")
+    ffns = [block for block in means.steps if not block.is_attention]
+    hidden = tuple(f"blocks.{block.layer}.{HIDDEN}" for block in ffns)
+    unmade = (zero(hook(hidden), where),) if hidden and shows_ffn(means.anatomy) else ()
+    cuts = {
+        UNCHANGED: (),
+        SINK_HELD: sink_held(means, where, means.start),
+        NO_SPIKE: (*unmade, *decoupled(means, where)),
+    }
+    if means.anatomy.edits_pattern:
+        cuts[NO_SINK] = (mask_key(where, means.layers),)
+    if means.steps:
+        cuts[NEITHER] = (*unmade, skip(means.steps, where))
+    return cuts
 
 
-def or_as_it_is(of: Mapping[str, Cuts] | NotApplicable) -> Mapping[str, Cuts]:
-    """Cells; where there are none, the model as it is alone."""
-    return {AS_IT_IS: ()} if isinstance(of, NotApplicable) else of
-
-
-def shows_ffn(about: Anatomy) -> bool:
-    """Whether what passes inside an FFN is seen token by token: it is not where a router sends tokens elsewhere."""
-    return about.separate_ffn and not about.n_experts
+def shows_ffn(anatomy: Anatomy) -> bool:
+    """Whether what passes inside an FFN is seen token by token: a router sends tokens elsewhere."""
+    return anatomy.separate_ffn and not anatomy.n_experts
 
 
 @dataclass(frozen=True)
 class Crossed:
-    """Techniques in cells. `plain` are the cells without any, `with_it` the techniques in each."""
+    """Techniques in cells."""
 
-    plain: Mapping[str, Outcome]  # by cell
-    with_it: Mapping[str, Mapping[str, Outcome]]  # by technique, then cell; with the sink spared where that can be
+    plain: Mapping[str, Outcome]  # the cells without any technique
+    with_it: Mapping[str, Mapping[str, Outcome]]  # by technique, then cell; with the sink exempt where that can be
     counted: Bool[Tensor, "window prediction"] | None = None  # None: all
-    reason: str = ""  # why there is no cell but the model as it is, where that is so
+    reason: str = ""  # why the unchanged model is the only cell, where it is
 
-    def cost(self, technique: str, cell: str = AS_IT_IS) -> float:
+    def nats(self, technique: str, cell: str = UNCHANGED) -> Float[np.ndarray, " window"]:
+        """By how much a technique raises each window's loss, compared with the same cell without it."""
+        own = self.plain[UNCHANGED if cell == SINK_EXEMPT else cell]
+        return self._by_window(self.with_it[technique][cell]) - self._by_window(own)
+
+    def cost(self, technique: str, cell: str = UNCHANGED) -> float:
         """How many times the cell's own perplexity it is with the technique."""
         return float(np.exp(self.nats(technique, cell).mean()))
 
-    def interval(self, technique: str, cell: str = AS_IT_IS) -> tuple[float, float]:
-        """Student's 95% interval of the cost, over windows; not numbers where there is only one."""
+    def interval(self, technique: str, cell: str = UNCHANGED) -> tuple[float, float]:
+        """Student's 95% interval of the cost, over windows; NaN where there is one window."""
         return student_interval(self.nats(technique, cell))
 
-    def nats(self, technique: str, cell: str = AS_IT_IS) -> Float[np.ndarray, " window"]:
-        """The same in nats, of each window."""
-        own = self.plain[AS_IT_IS if cell == SPARED else cell]
-        return self._by_window(self.with_it[technique][cell]) - self._by_window(own)
-
     def times(self, technique: str, other: str) -> tuple[float, float]:
-        """The interval of how many times another technique's perplexity one's is, both as the model is."""
-        one, other = (self._by_window(self.with_it[name][AS_IT_IS]) for name in (technique, other))
+        """The interval of one technique's perplexity over another's, in the unchanged model."""
+        one, other = (self._by_window(self.with_it[name][UNCHANGED]) for name in (technique, other))
         return student_interval(one - other)
 
     def perplexity(self, outcome: Outcome) -> float:
@@ -107,71 +117,46 @@ class Crossed:
         return float(np.exp(self._by_window(outcome).mean()))
 
     def _by_window(self, outcome: Outcome) -> Float[np.ndarray, " window"]:
-        counted = torch.ones_like(outcome.loss) if self.counted is None else self.counted
-        return ((outcome.loss.double() * counted).sum(1) / counted.sum(1)).numpy()
-
-    def table(self) -> pd.DataFrame:
-        """Perplexities: a row a technique, a column a cell; the first row is that of the cells themselves."""
-        rows = {"nothing": self.plain, **self.with_it}
-        found = {name: {cell: self.perplexity(outcome) for cell, outcome in row.items()} for name, row in rows.items()}
-        return self._ordered(found)
+        if self.counted is None:
+            return outcome.loss.double().mean(1).numpy()
+        return ((outcome.loss.double() * self.counted).sum(1) / self.counted.sum(1)).numpy()
 
     def costs(self) -> pd.DataFrame:
-        """How many times its cell's perplexity each is."""
-        found = {name: {cell: self.cost(name, cell) for cell in row} for name, row in self.with_it.items()}
-        return self._ordered(found)
-
-    @staticmethod
-    def _ordered(found: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-        frame = pd.DataFrame.from_dict(found, orient="index").rename_axis("technique")
-        return frame[[cell for cell in (AS_IT_IS, SPARED, *CELLS[1:]) if cell in frame]]
+        """A row a technique, a column a cell: the cost."""
+        rows = {name: {cell: self.cost(name, cell) for cell in row} for name, row in self.with_it.items()}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("technique")
 
 
 @measure
-def cell_table(crossed: Crossed | NotApplicable) -> pd.DataFrame | NotApplicable:
+def cell_table(crossed: Crossed) -> pd.DataFrame:
     """The cells without any technique: perplexity, sink ratio, largest activation."""
     rows = [
-        {
-            "cell": cell,
-            "perplexity": crossed.perplexity(outcome),
-            "sink ratio": outcome.sink_ratio,
-            "largest activation": outcome.max_activation,
-        }
+        (cell, crossed.perplexity(outcome), outcome.sink_ratio, outcome.max_activation)
         for cell, outcome in crossed.plain.items()
     ]
-    return pd.DataFrame(rows).set_index("cell")
+    return pd.DataFrame(rows, columns=["cell", "perplexity", "sink ratio", "largest activation"]).set_index("cell")
 
 
+@measure
 def cross(
     model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
-    of: Mapping[str, Cuts] | NotApplicable,
-    techniques: Mapping[str, Technique] | NotApplicable,
+    tokens: Int[Tensor, "window position"],
+    cells: Cells,
+    techniques: Mapping[str, Technique],
     where: Bool[Tensor, "window position"] | None = None,
-) -> Crossed | NotApplicable:
-    """Run every technique in every cell on the same windows, and once with the sink spared.
+) -> Crossed:
+    """Run every technique in every cell on the same windows, and where it can be, once with the sink exempt.
 
-    Args:
-        model: as `load` returns it.
-        tokens: windows.
-        of: cells, as `cells` returns them; where there are none, techniques are tried in the model as it is.
-        techniques: by name; their interventions come after the cell's own.
-        where: the spike tokens of these windows. What is predicted *after* them does not count: without its spike a
-            token predicts nothing of use, and where that prediction is held, nothing can harm it.
+    A technique's interventions come after the cell's own. `where` are the spike tokens of these windows: the
+    predictions *after* them do not count. Without its spike a token predicts nothing of use, and where that prediction
+    is held, nothing can harm it.
     """
-    if isinstance(techniques, NotApplicable):
-        return techniques
-    reason, of = of.reason if isinstance(of, NotApplicable) else "", or_as_it_is(of)
-    runs: dict[tuple[str, str | None], Cuts] = {(cell, None): cuts for cell, cuts in of.items()}
+    runs: dict[tuple[str, str | None], Cuts] = {(cell, None): cuts for cell, cuts in cells.cuts.items()}
     for name, technique in techniques.items():
-        for cell in (cell for cell in technique.cells if cell in of):
-            runs[cell, name] = of[cell] + technique.cuts
-        if technique.spared is not None:
-            runs[SPARED, name] = technique.spared
-    found = compare(model, tokens, runs)
-    with_it: dict[str, dict[str, Outcome]] = {name: {} for name in techniques}
-    for cell, name in runs:
-        if name is not None:
-            with_it[name][cell] = found[cell, name]
+        runs |= {(cell, name): cells.cuts[cell] + technique.cuts for cell in technique.cells if cell in cells.cuts}
+        if technique.exempt is not None:
+            runs[SINK_EXEMPT, name] = technique.exempt
+    outcomes = compare(model, tokens, runs)
+    with_it = {name: {cell: outcomes[cell, other] for cell, other in runs if other == name} for name in techniques}
     counted = None if where is None else ~where[:, :-1]
-    return Crossed({cell: found[cell, None] for cell in of}, with_it, counted, reason)
+    return Crossed({cell: outcomes[cell, None] for cell in cells.cuts}, with_it, counted, cells.reason)

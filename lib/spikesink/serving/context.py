@@ -1,60 +1,77 @@
-"""Long contexts: sink, spike and perplexity by length, to a model's limit and past it; and recall by depth."""
+"""Long contexts: sink, spike and perplexity by length, to a model's limit and past it; recall by depth.
 
+Running a long text takes minutes, so what it gave is kept in a file, for one model, one text and one way to measure.
+"""
+
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import EPSILON
-from spikesink.common import NotApplicable, progress
+from spikesink.common import NotApplicable, measure, progress, write_atomically, writing_to
 from spikesink.model import texts
-from spikesink.model.anatomy import anatomy, body_of
+from spikesink.model.anatomy import body_of
 from spikesink.patching import Outcome, compare
 from spikesink.patching.behaviour import PLACES, THINGS, asked, ids_of
 from spikesink.patching.outcome import CLEAN, student_interval
 from spikesink.serving.cache import (
-    EVERY,
+    FULL,
     HEAVY,
+    OTHERS,
+    SHIFTED,
     WINDOW,
     WITH_FIRST,
-    Bounded,
+    BoundedCache,
     Policy,
-    cannot,
-    first,
+    cache_policies,
     forget,
-    heaviest,
-    losses_of,
+    run_bounded,
+    token_losses,
 )
 
 CHUNK = 128
-BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are no independent draws
+BLOCK = 64  # predictions that are drawn together where an interval is made: neighbours are not independent
 LONG_BLOCK = 512  # the same of a whole text: pieces of 64 are still like their neighbours
-OTHER = 1  # the position that what position 0 gets is compared with
+OTHER = 1  # the position that position 0 is compared with
 MOST = 1.6e10  # entries of attention: a minute or so on two cores
 PAST = 1.25  # times a model's limit
 DEPTHS = (0.05, 0.35, 0.65, 0.95)
+BUDGET = 256  # keys that the bounded caches hold on the long text
+LONG = 4 * BUDGET  # tokens that make a text long
+POLICIES = {name: cache_policies(BUDGET)[name] for name in (WINDOW, WITH_FIRST, SHIFTED)}
+POLICIES[OTHERS] = Policy(BUDGET - 4, (97, 98, 99, 100))
+RECOMPUTED = "window recomputed"
+FILE = "10-long.safetensors"
+MEASURES = "3"  # of what a file holds, to be raised when that changes; one of other measures is not read
 
 
-def interval_of(loss: Float[Tensor, "window position"], block: int = BLOCK) -> tuple[float, float]:
-    """Student's 95% interval of exp of a mean loss, over pieces of so many predictions; none of one piece."""
+def perplexity_interval(loss: Float[Tensor, "window prediction"], block: int = BLOCK) -> tuple[float, float]:
+    """Student's 95% interval of exp of a mean loss, over pieces of so many predictions; NaN of one piece."""
     return student_interval(torch.cat([piece.mean(1) for piece in loss.split(block, 1)]).double().numpy())
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What a text's first tokens do for later ones, bin by bin: from one length to before the next."""
+    """Sink, spike and loss along a text, in stretches: each from one length to before the next."""
 
-    lengths: tuple[int, ...]  # the end of each bin; the first one begins at 0
+    lengths: tuple[int, ...]  # the end of each stretch; the first one begins at 0
     limit: int  # the model's context
     epsilon: float
-    score: Float[Tensor, "bin window layer head"]  # attention that position 0 gets of all queries up to this length
-    late: Float[Tensor, "bin layer head"]  # of the queries of this bin alone, mean over windows
-    other: Float[Tensor, "bin layer head"]  # the same, of what the token at position OTHER gets
-    loss: Float[Tensor, "window position"]  # cross-entropy of the next token, nats
+    score: Float[Tensor, "stretch window layer head"]  # position 0's attention from all queries up to this length
+    late: Float[Tensor, "stretch layer head"]  # from the queries of this stretch alone, mean over windows
+    other: Float[Tensor, "stretch layer head"]  # the same of position OTHER
+    loss: Float[Tensor, "window prediction"]  # cross-entropy of the next token, nats
     largest: Float[Tensor, "window position"]  # max |h| over channels, as the stream enters layers and leaves the last
     sight: tuple[int | None, ...]  # of each layer: how far back a query sees, itself included; None: to position 0
     seconds: float
@@ -65,31 +82,30 @@ class Lengths:
         return (self.score > self.epsilon).float().mean((1, 2, 3)).tolist()
 
     @property
-    def throughout(self) -> list[int]:
-        """The layers in which every query has position 0 in sight."""
+    def full_sight(self) -> list[int]:
+        """The layers in which every query sees position 0."""
         return [layer for layer, sight in enumerate(self.sight) if sight is None or sight >= self.lengths[-1]]
 
-    def late_ratios(
-        self, of: Float[Tensor, "bin layer head"] | None = None, epsilon: float | None = None
-    ) -> list[float]:
-        """Share of heads, in the layers of `throughout`, that give position 0 more than epsilon of each bin's queries'
-        attention; or, of `other`, another position.
-        """
-        most = self.epsilon if epsilon is None else epsilon
-        return ((self.late if of is None else of)[:, self.throughout] > most).float().mean((1, 2)).tolist()
+    def late_ratios(self, epsilon: float | None = None, other: bool = False) -> list[float]:
+        """Share of heads, in layers of full sight, in which each stretch's queries give position 0 more than epsilon.
 
-    def _bins(self, of: Float[Tensor, "window position"]) -> list[Float[Tensor, "window part"]]:
+        Or, as a control, position OTHER.
+        """
+        attention = (self.other if other else self.late)[:, self.full_sight]
+        return (attention > (epsilon or self.epsilon)).float().mean((1, 2)).tolist()
+
+    def _split(self, values: Float[Tensor, "window position"]) -> list[Float[Tensor, "window part"]]:
         starts = (0, *self.lengths[:-1])
-        return [of[:, start:end] for start, end in zip(starts, self.lengths, strict=True)]
+        return [values[:, start:end] for start, end in zip(starts, self.lengths, strict=True)]
 
     @property
     def perplexities(self) -> list[float]:
-        """exp of the mean loss of each bin's predictions."""
-        return [float(of.mean().exp()) for of in self._bins(self.loss)]
+        """exp of the mean loss of each stretch's predictions."""
+        return [float(part.mean().exp()) for part in self._split(self.loss)]
 
     def intervals(self) -> list[tuple[float, float]]:
-        """An interval of each bin's perplexity, as `interval_of` makes it."""
-        return [interval_of(of) for of in self._bins(self.loss)]
+        """The interval of each stretch's perplexity."""
+        return [perplexity_interval(part) for part in self._split(self.loss)]
 
     @property
     def first(self) -> float:
@@ -98,29 +114,24 @@ class Lengths:
 
     @property
     def elsewhere(self) -> list[float]:
-        """The largest entry of the stream in each bin, position 0 left out."""
-        return [float((of[:, 1:] if i == 0 else of).max()) for i, of in enumerate(self._bins(self.largest))]
+        """The largest entry of the stream in each stretch, without position 0."""
+        first, *rest = self._split(self.largest)
+        return [float(part.max()) for part in (first[:, 1:], *rest)]
 
 
-def reach(
+def choose_lengths(
     model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST
 ) -> tuple[Int[Tensor, "1 position"], tuple[int, ...]]:
-    """The beginning of a text, to a quarter past a model's limit if the text and `most` allow, and lengths to stop at.
+    """The beginning of a text, to a quarter past a model's limit if that fits, and lengths to measure at.
 
-    Args:
-        model: as `load` returns it.
-        source: a text, as `texts.windows` takes it.
-        most: entries of attention, over all layers and heads, that may be computed.
-
-    Raises:
-        TextError: as `texts.windows` does.
+    `most` is how many entries of attention, over all layers and heads, may be computed.
     """
-    about = anatomy(model)
+    anatomy = model.anatomy
     ids = torch.cat([torch.tensor(texts.bos(model), dtype=torch.long), texts.all_ids(model, source)])
     rotates = any("Rotary" in type(module).__name__ for module in body_of(model).modules())  # else positions run out
-    limit = about.context * (PAST if rotates else 1)
-    longest = int(min(len(ids), limit, (2 * most / (about.n_layers * about.n_heads)) ** 0.5))
-    within = min(longest, about.context)
+    limit = anatomy.context * (PAST if rotates else 1)
+    longest = int(min(len(ids), limit, (2 * most / (anatomy.n_layers * anatomy.n_heads)) ** 0.5))
+    within = min(longest, anatomy.context)
     lengths = [2**power for power in range(8, within.bit_length()) if 2**power <= within]
     if within > 1.2 * max(lengths, default=1):
         lengths.append(within)
@@ -129,22 +140,14 @@ def reach(
     return ids[None, : lengths[-1]], tuple(lengths)
 
 
-@torch.inference_mode()
-def lengthen(
+def measure_lengths(
     model: TransformerBridge,
     tokens: Int[Tensor, "window position"],
     lengths: Sequence[int],
     chunk: int = CHUNK,
     epsilon: float = EPSILON,
 ) -> Lengths:
-    """Run long windows once, and measure at each length; every key stays in the cache.
-
-    Args:
-        model: as `load` returns it.
-        tokens: windows as long as the last of `lengths`.
-        lengths: where bins end, rising.
-        chunk: how many tokens run side by side.
-        epsilon: what a sink's score exceeds.
+    """Run long windows once, `chunk` tokens at a time with every key in the cache, and measure at each length.
 
     Raises:
         ValueError: lengths that do not rise, or more than there are tokens.
@@ -152,47 +155,133 @@ def lengthen(
     lengths = tuple(lengths)
     if list(lengths) != sorted(set(lengths)) or not lengths or lengths[0] < 2 or lengths[-1] > tokens.shape[1]:
         raise ValueError(f"lengths must rise from at least 2 to the windows' {tokens.shape[1]}, but are {lengths}.")
-    begun, about, tokens = time.perf_counter(), anatomy(model), tokens[:, : lengths[-1]]
-    ends = torch.tensor(lengths)
-    places = [0, min(OTHER, lengths[0] - 1)]
-    # Attention to either place, summed over queries.
-    got = torch.zeros(len(lengths), len(tokens), about.n_layers, about.n_heads, len(places))
-    queries = torch.zeros(len(lengths), about.n_layers)  # that have position 0 in sight
-    sizes: list[Float[Tensor, "window part"]] = []
-    losses, bounded, now = [], Bounded(model, Policy()), {}
+    begun, tokens, sight = time.perf_counter(), tokens[:, : lengths[-1]], model.anatomy.sight
+    attention, largest, loss = _run_in_chunks(model, tokens, [0, min(OTHER, lengths[0] - 1)], chunk)
+    sees = torch.stack([torch.arange(lengths[-1]) < (reach or torch.inf) for reach in sight])  # layer, query
+    attention = attention * sees[:, None, :, None]
+
+    def mean_attention(start: int, end: int) -> Float[Tensor, "window layer head place"]:
+        n = sees[:, start:end].sum(1).clamp(min=1)
+        return attention[:, :, :, start:end].sum(3) / n[:, None, None]
+
+    stretches = zip((0, *lengths[:-1]), lengths, strict=True)
+    late, other = torch.stack([mean_attention(*stretch).mean(0) for stretch in stretches]).unbind(-1)
+    score = torch.stack([mean_attention(0, end)[..., 0] for end in lengths])
+    seconds = time.perf_counter() - begun
+    return Lengths(lengths, model.anatomy.context, epsilon, score, late, other, loss, largest, sight, seconds)
+
+
+def _run_in_chunks(model: TransformerBridge, tokens: Int[Tensor, "window position"], places: list[int], chunk: int):
+    """Attention to places [window, layer, head, query, place], largest entries and losses [window, position]."""
+    anatomy, bounded, now = model.anatomy, BoundedCache(model, Policy()), {}
+    attention, largest, losses = [], [], []
 
     def on_pattern(value, hook):
-        layer = about.pattern_hooks.index(hook.name)
-        at = bounded.done + torch.arange(value.shape[2])
-        if (sight := about.sight[layer]) is not None:
-            at = at[at < sight]
-        to_places = value[:, :, : len(at), places].float().cpu()  # window, head, query, place
-        where = torch.bucketize(at, ends, right=True)
-        got[:, :, layer].index_add_(0, where, to_places.movedim(2, 0))
-        queries[:, layer] += where.bincount(minlength=len(ends))
+        now[hook.name] = value[..., places].float().cpu()
 
     def on_layer(value, hook):
         now[hook.name] = value.abs().amax(-1).float().cpu()
 
-    watch = [(name, on_pattern) for name in about.pattern_hooks] + [(name, on_layer) for name in about.layer_hooks]
-    for start in progress(range(0, lengths[-1], chunk), "long context", "chunk"):
+    watch = [(name, on_pattern) for name in anatomy.pattern_hooks] + [(name, on_layer) for name in anatomy.layer_hooks]
+    for start in progress(range(0, tokens.shape[1], chunk), "long context", "chunk"):
         with model.hooks(fwd_hooks=watch):
             logits = bounded(tokens[:, start : start + chunk])
-        sizes.append(torch.stack(list(now.values())).amax(0))
-        losses.append(losses_of(logits, tokens[:, start + 1 : start + chunk + 1]))
-    late, other = (got / queries[:, None, :, None, None].clamp(min=1)).mean(1).unbind(-1)
-    return Lengths(
-        lengths,
-        about.context,
-        epsilon,
-        got[..., 0].cumsum(0) / queries.cumsum(0)[:, None, :, None].clamp(min=1),
-        late,
-        other,
-        torch.cat(losses, 1),
-        torch.cat(sizes, 1),
-        about.sight,
-        time.perf_counter() - begun,
-    )
+        attention.append(torch.stack([now[name] for name in anatomy.pattern_hooks], 1))
+        largest.append(torch.stack([now[name] for name in anatomy.layer_hooks]).amax(0))
+        losses.append(token_losses(logits, tokens[:, start + 1 : start + chunk + 1]))
+    return torch.cat(attention, 3), torch.cat(largest, 1), torch.cat(losses, 1)
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """One long text through a full cache, and its losses through some that do not keep everything, by their names."""
+
+    lengths: Lengths
+    streams: Mapping[str, Float[Tensor, "window prediction"]]
+
+    def times(self, name: str) -> tuple[float, float, float]:
+        """How many times the full cache's perplexity a stream's is, and its interval over pieces of the text."""
+        more = self.streams[name] - self.lengths.loss
+        return float(more.mean().exp()), *perplexity_interval(more, LONG_BLOCK)
+
+    def perplexity(self, name: str) -> float:
+        """exp of a stream's mean loss."""
+        return float(self.streams[name].mean().exp())
+
+
+def measure_long(model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST) -> LongRun:
+    """Run a text as `choose_lengths` cuts it, through a full cache and, where keys can be hidden, bounded ones."""
+    tokens, lengths = choose_lengths(model, source, most)
+    streams = {}
+    with suppress(NotApplicable):
+        for name, policy in POLICIES.items():
+            streams[name] = run_bounded(model, tokens, policy, chunk=BUDGET)
+    streams[RECOMPUTED] = run_recomputed(model, tokens)
+    return LongRun(measure_lengths(model, tokens, lengths), streams)
+
+
+@torch.inference_mode()
+def run_recomputed(
+    model: TransformerBridge, tokens: Int[Tensor, "window position"], budget: int = BUDGET
+) -> Float[Tensor, "window prediction"]:
+    """Losses where each token is predicted from a new run of the 3/4 of `budget` tokens before it, or more.
+
+    That is what so few tokens tell a model, whichever keys a cache would have kept. A run begins as `windows` do.
+    """
+    new, losses, bos = budget // 4, [], torch.tensor([texts.bos(model)], dtype=torch.long)
+    for start in progress(range(0, tokens.shape[1] - 1, new), "recomputing the window", "chunk"):
+        end = min(start + new, tokens.shape[1] - 1)
+        part = tokens[:, max(0, end - budget) : end]
+        if end > budget:  # it begins in the middle of the text: BOS takes the place of the first token
+            part = torch.cat([bos.expand(len(part), -1), part[:, bos.shape[1] :]], 1)
+        logits = model(part.to(model.cfg.device))[:, start - end :]
+        losses.append(token_losses(logits, tokens[:, start + 1 : end + 1]))
+    return torch.cat(losses, 1)
+
+
+def load_or_measure(
+    model: TransformerBridge, source: str, folder: Path, others: Iterable[Path] = (), most: float = MOST
+) -> LongRun:
+    """`measure_long`, out of `folder` or one of `others` where that was done before; else it is kept in `folder`."""
+    text = texts.read(source)
+    key = {
+        "model": model.source.sha256,
+        "dtype": str(model.cfg.dtype),
+        "text": text.sha256,
+        "most": f"{most:g}",
+        "measures": MEASURES,
+        "policies": json.dumps({name: repr(policy) for name, policy in POLICIES.items()}),
+    }
+    for place in (folder, *others):
+        if (kept := _load(place / FILE, key)) is not None:
+            return kept
+    made = measure_long(model, text, most)
+    fields = vars(made.lengths)
+    numbers = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
+    tensors = {name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}
+    tensors |= {f"stream {name}": loss.contiguous() for name, loss in made.streams.items()}
+    with writing_to(folder):
+        write_atomically(folder / FILE, save(tensors, {**key, "numbers": json.dumps(numbers)}))
+    return made
+
+
+def _load(path: Path, key: Mapping[str, str]) -> LongRun | None:
+    """What a file holds, if it is of this key; a damaged one counts as none."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            if any(metadata.get(name) != value for name, value in key.items()):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError:
+        return None
+    names = [*POLICIES, RECOMPUTED]
+    streams = {name: tensors.pop(f"stream {name}") for name in names if f"stream {name}" in tensors}
+    numbers = json.loads(metadata["numbers"])
+    numbers |= {name: tuple(numbers[name]) for name in ("lengths", "sight")}
+    return LongRun(Lengths(**numbers, **tensors), streams)
 
 
 @dataclass(frozen=True)
@@ -201,31 +290,27 @@ class Needles:
 
     tokens: Int[Tensor, "prompt length"]
     answer: tuple[slice, ...]  # which predictions are the answer's, by prompt
-    depth: tuple[float, ...]  # how deep it is told; of a control, where another place is told
-    told: tuple[bool, ...]
+    depth: tuple[float, ...]  # the share of the text that comes before
+    told: tuple[bool, ...]  # whether the answer is told; else another place is, as a control
 
-    def recalled(self, outcome: Outcome) -> dict[float, float]:
-        """How many nats likelier each token of the answer is where it was told than where another was, by depth."""
-        loss = [float(of[where].mean()) for of, where in zip(outcome.loss, self.answer, strict=True)]
-        found = {}
-        for depth in dict.fromkeys(self.depth):
-            of = {
-                told: [x for x, d, t in zip(loss, self.depth, self.told, strict=True) if d == depth and t == told]
-                for told in (True, False)
-            }
-            found[depth] = sum(of[False]) / len(of[False]) - sum(of[True]) / len(of[True])
-        return found
+    def gain_by_depth(self, outcome: Outcome) -> dict[float, float]:
+        """How many nats likelier each token of the answer is where it was told than where another was."""
+        loss = [float(row[answer].mean()) for row, answer in zip(outcome.loss, self.answer, strict=True)]
+        frame = pd.DataFrame({"depth": self.depth, "told": self.told, "loss": loss})
+        means = frame.groupby(["depth", "told"])["loss"].mean().unstack()
+        return (means[False] - means[True]).to_dict()
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What caches keep of a fact, and of the text around it; by their names, the model with every token first."""
+    """What caches keep of a fact, and of the text around it, by their names; the full cache first."""
 
     gained: Mapping[str, Mapping[float, float]]  # nats a token of the answer, by depth
     perplexity: Mapping[str, float]
 
 
-def recall(
+@measure
+def measure_recall(
     model: TransformerBridge,
     filler: Int[Tensor, " token"],
     length: int,
@@ -233,27 +318,17 @@ def recall(
     n: int = 2,
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
-) -> Recall | NotApplicable:
-    """Ask for a fact under caches that hold so many keys: the last ones, with the first four, with heavy hitters.
-
-    Takes what `needles` does; where that raises, it is the reason why there is none.
-    """
-    if (reason := cannot(anatomy(model))) is not None:
-        return NotApplicable(reason)
-    try:
-        found = needles(model, filler, length, n, depths, seed)
-    except ValueError as reason:
-        return NotApplicable(str(reason).rstrip("."))
-    policies = {WINDOW: Policy(budget), WITH_FIRST: first(4, budget), HEAVY: heaviest(budget)}
-    outcomes = compare(model, found.tokens, {name: forget(model, policy) for name, policy in policies.items()})
-    outcomes = {EVERY: outcomes.pop(CLEAN), **outcomes}
-    return Recall(
-        {name: found.recalled(outcome) for name, outcome in outcomes.items()},
-        {name: outcome.perplexity for name, outcome in outcomes.items()},
-    )
+) -> Recall:
+    """Ask for a fact under caches of `budget` keys. Takes what `make_needles` does, and is NotApplicable as that is."""
+    needles, policies = make_needles(model, filler, length, n, depths, seed), cache_policies(budget)
+    cuts = {name: forget(model, policies[name]) for name in (WINDOW, WITH_FIRST, HEAVY)}
+    outcomes = compare(model, needles.tokens, cuts)
+    outcomes = {FULL: outcomes.pop(CLEAN), **outcomes}
+    gained = {name: needles.gain_by_depth(outcome) for name, outcome in outcomes.items()}
+    return Recall(gained, {name: outcome.perplexity for name, outcome in outcomes.items()})
 
 
-def needles(
+def make_needles(
     model: TransformerBridge,
     filler: Int[Tensor, " token"],
     length: int,
@@ -272,27 +347,25 @@ def needles(
         seed: of things and places.
 
     Raises:
-        ValueError: the text is too short, or the prompts are.
+        NotApplicable: the text is too short, or the prompts are.
     """
     generator = torch.Generator().manual_seed(seed)
     things = [THINGS[i] for i in torch.randperm(len(THINGS), generator=generator)[:n]]
     places = [PLACES[i] for i in torch.randperm(len(PLACES), generator=generator)]
-    begin = texts.bos(model)
-    rows, answer, of = [], [], []
+    begin, prompts = texts.bos(model), []
     for i, thing in enumerate(things):
-        place, other = places[i], places[-1 - i]
-        whole, size = asked(model, f"\nSo, once more: the {thing} is in the", place)
+        question, size = asked(model, f"\nSo, once more: the {thing} is in the", places[i])
         for depth in depths:
-            for told, where in ((True, place), (False, other)):
-                said = ids_of(model, f"\nThe {thing} is in the {where}.\n")
-                room = length - len(begin) - len(said) - len(whole)
+            for told, place in ((True, places[i]), (False, places[-1 - i])):
+                fact = ids_of(model, f"\nThe {thing} is in the {place}.\n")
+                room = length - len(begin) - len(fact) - len(question)
                 if room < 1 or room > len(filler):
-                    raise ValueError(
+                    raise NotApplicable(
                         f"prompts of {length} tokens need {max(room, 1)} of text, and there are {len(filler)}; "
-                        "give another length or a longer text."
+                        "give another length or a longer text"
                     )
                 text, before = filler[:room].tolist(), round(depth * room)
-                rows.append([*begin, *text[:before], *said, *text[before:], *whole])
-                answer.append(slice(length - size - 1, length - 1))
-                of.append((depth, told))
-    return Needles(torch.tensor(rows), tuple(answer), *(tuple(column) for column in zip(*of, strict=True)))
+                row = [*begin, *text[:before], *fact, *text[before:], *question]
+                prompts.append((row, slice(length - size - 1, length - 1), depth, told))
+    rows, *columns = zip(*prompts, strict=True)
+    return Needles(torch.tensor(rows), *columns)

@@ -1,9 +1,8 @@
-"""Whose failure it is: the spike's, the sink's, or neither's; and what claims SV1 to SV3 are judged by.
+"""Whose failure it is when a serving technique costs perplexity: the spike's, the sink's, or neither's.
 
-A failure that goes when the spike goes, its sinks held in both cases, is one of *activation outliers*. One that goes
-when the sink's key and value are spared, or held, is one of *attention routing*. That neither helps is no
-explanation: often the model is served what it was not trained for. Of a cost, and of what is left of it, nothing is
-said that does not hold at both ends of its interval.
+A failure that goes when the spike goes, its sink held in both cases, is one of *activation outliers*. One that goes
+when the sink's key and value are exempt, or held, is one of *attention routing*. A verdict must hold at both ends of
+the interval of the cost, and of the share of it that a remedy leaves.
 """
 
 import math
@@ -15,56 +14,29 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import t as student
 
-from spikesink.common import NotApplicable, measure
+from spikesink.common import measure
 from spikesink.patching.cuts import INDIFFERENT
-from spikesink.serving.cells import AS_IT_IS, HELD, NO_SPIKE, SPARED, Crossed
+from spikesink.serving.cells import NO_SPIKE, SINK_EXEMPT, SINK_HELD, UNCHANGED, Crossed
 
-GONE = 0.2  # of a cost, in nats: what is left, at most, where it has gone
-
-
-PART = 0.8  # and where it has gone in part
-
-
-IN_PART = "at least in part "
-
-
-FINE = "no failure"
-
-
-UNSURE = "not surely a failure"  # the interval reaches what is none
-
-
-OUTLIERS = "activation outliers"
-
-
-ROUTING = "attention routing"
-
-
-MISMATCH = "neither remedy helps"
-
-
-OPEN = "cause left open"  # on as many windows a remedy may help, or not
-
-
-UNKNOWN = "not taken apart"
-
-
+GONE = 0.2  # share of a cost, in nats, that a remedy leaves at most where it removes the failure
+PART = 0.8  # and where it removes part of it
 SAME = 1e-3  # nats of a window, within which two cells are one
-
-
-AS_HELD = "as with the sink held"
+NO_FAILURE, NOT_SIGNIFICANT = "no failure", "not significant"  # the interval includes "no failure"
+OUTLIERS, ROUTING, PARTLY = "activation outliers", "attention routing", "partly "
+NEITHER_HELPS, UNCLEAR, NOT_TESTED = "neither remedy helps", "cause unclear", "cause not tested"
+AS_HELD = "same as sink held"
 
 
 @dataclass(frozen=True)
 class Share:
-    """What is left of a cost in nats, with its 95% interval over windows; None where there is none."""
+    """What a remedy leaves of a cost in nats, with its 95% interval over windows; None where there is none."""
 
     value: float
     interval: tuple[float, float] | None = None
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the interval; any share will do where there is none."""
+        """The interval; without one, any share is possible."""
         return self.interval or (-math.inf, math.inf)
 
     def __str__(self) -> str:
@@ -73,80 +45,88 @@ class Share:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a technique costs, as times of the perplexity without it, and what of that is left under each remedy.
+    """What a technique costs, as a multiple of the perplexity without it, and the share each remedy leaves.
 
-    No share where the remedy was not tried, or the cost is none to speak of. Nor is there one of the spike where tokens
-    share nothing that is rounded: others see a spike token's key and value alone, and these are held.
+    There is no share where a remedy was not tried, or where there is hardly a cost.
     """
 
     cost: float
     interval: tuple[float, float]  # 95%, over windows
-    without_spike: Share | None = None  # left where the spike is gone
-    with_sink: Share | None = None  # left where the sink is spared, or held where it cannot be
-    remedy: str = SPARED  # which of the two that is
-    as_held: bool = False  # without the spike it is, window by window, what it is with the sink held
+    without_spike: Share | None = None
+    with_sink: Share | None = None  # the sink exempt, or held where it cannot be
+    remedy: str = SINK_EXEMPT  # which of the two that is
+    as_held: bool = False  # window by window, removing the spike gives what holding the sink gives
 
     @property
     def verdict(self) -> str:
-        """One of the three kinds of failure, or none; of both where either remedy suffices, in part where none does."""
+        """The cause; both where either remedy suffices, or where each removes part of the cost."""
         low, high = self.interval
         if high <= 1 + INDIFFERENT:
-            return FINE
-        if not low > 1 + INDIFFERENT:  # nor where there is none, of one window
-            return UNSURE
-        could = {ROUTING: self.with_sink} if self.as_held else {OUTLIERS: self.without_spike, ROUTING: self.with_sink}
-        ends = {kind: share.ends for kind, share in could.items() if share is not None}
+            return NO_FAILURE
+        if not low > 1 + INDIFFERENT:  # nor where it is NaN
+            return NOT_SIGNIFICANT
+        shares = {ROUTING: self.with_sink} if self.as_held else {OUTLIERS: self.without_spike, ROUTING: self.with_sink}
+        ends = {cause: share.ends for cause, share in shares.items() if share is not None}
         if not ends:
-            return UNKNOWN
-        for most, word in ((GONE, ""), (PART, IN_PART)):
-            if kinds := [kind for kind, (_, high) in ends.items() if high <= most]:
-                return word + (" and " if word else " or ").join(kinds)
-        return MISMATCH if len(ends) == len(could) and all(low > PART for low, _ in ends.values()) else OPEN
+            return NOT_TESTED
+        for most, prefix, conjunction in ((GONE, "", " or "), (PART, PARTLY, " and ")):
+            if causes := [cause for cause, (_, high) in ends.items() if high <= most]:
+                return prefix + conjunction.join(causes)
+        useless = len(ends) == len(shares) and all(low > PART for low, _ in ends.values())
+        return NEITHER_HELPS if useless else UNCLEAR
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the technique costs something, at both ends of the interval."""
+        return is_failure(self.verdict)
+
+
+def is_failure(verdict: str) -> bool:
+    """Whether this verdict is one of a technique that costs something, at both ends of the interval."""
+    return verdict not in (NO_FAILURE, NOT_SIGNIFICANT)
 
 
 @measure
-def diagnose(crossed: Crossed | NotApplicable) -> dict[str, Diagnosis] | NotApplicable:
-    """A diagnosis of each technique.
+def diagnose(crossed: Crossed) -> dict[str, Diagnosis]:
+    """Diagnose each technique.
 
-    What goes with the spike is what the cost loses from the cell in which the sink is held to the one whose spike is
-    gone as well. Where to hold the sink makes it dearer, whose that harm is stays open: the share is by what the cost
-    loses from what it is, and its interval reaches down to that of the other reading.
+    The spike's part is what the cost loses between the cell with the sink held and the one whose spike is removed as
+    well. Where holding the sink raises the cost, that harm may be the spike's or not: the share is then of the cost in
+    the unchanged model, and its interval covers both readings. Where tokens share no quantizer's range, others meet a
+    spike token in its key and value alone, which are held in both cells: there is no share (`as_held`).
     """
-    found = {}
-    for name, row in crossed.with_it.items():
-        nats = {cell: crossed.nats(name, cell) for cell in row}
-        remedy, left = SPARED if SPARED in row else HELD, {}
-        both = {HELD, NO_SPIKE} <= set(row)
-        as_held = both and np.allclose(nats[HELD], nats[NO_SPIKE], rtol=0, atol=SAME)
-        if both and not as_held:
-            from_held = nats[AS_IT_IS] - nats[HELD] + nats[NO_SPIKE]
-            left["without_spike"] = from_held, max(from_held, nats[NO_SPIKE], key=np.mean)
-        if remedy in row:
-            left["with_sink"] = nats[remedy], nats[remedy]
-        cost = crossed.cost(name)
-        shares = {which: share(*parts, nats[AS_IT_IS]) for which, parts in left.items() if cost > 1 + INDIFFERENT}
-        found[name] = Diagnosis(cost, crossed.interval(name), **shares, remedy=remedy, as_held=as_held)
-    return found
+    return {name: _diagnose_one(crossed, name) for name in crossed.with_it}
 
 
-def share(
-    least: Float[np.ndarray, " window"], most: Float[np.ndarray, " window"], whole: Float[np.ndarray, " window"]
-) -> Share:
-    """The mean of a part over the mean of the whole; of a part that can be read in two ways, the larger one.
+def _diagnose_one(crossed: Crossed, name: str) -> Diagnosis:
+    nats = {cell: crossed.nats(name, cell) for cell in crossed.with_it[name]}
+    cost, interval, whole = crossed.cost(name), crossed.interval(name), nats[UNCHANGED]
+    both = {SINK_HELD, NO_SPIKE} <= set(nats)
+    as_held = both and np.allclose(nats[SINK_HELD], nats[NO_SPIKE], rtol=0, atol=SAME)
+    remedy = SINK_EXEMPT if SINK_EXEMPT in nats else SINK_HELD
+    without_spike = with_sink = None
+    if both and not as_held and cost > 1 + INDIFFERENT:
+        from_held = whole - nats[SINK_HELD] + nats[NO_SPIKE]
+        without_spike = share_left(from_held, max(from_held, nats[NO_SPIKE], key=np.mean), whole)
+    if remedy in nats and cost > 1 + INDIFFERENT:
+        with_sink = share_left(nats[remedy], nats[remedy], whole)
+    return Diagnosis(cost, interval, without_spike, with_sink, remedy, as_held)
 
-    The interval holds those of both readings.
-    """
-    ends = share_interval(least, whole), share_interval(most, whole)
+
+Nats = Float[np.ndarray, " window"]
+
+
+def share_left(least: Nats, most: Nats, whole: Nats) -> Share:
+    """The mean of `most` over the mean of the whole, with an interval that also covers the reading `least`."""
+    ends = ratio_interval(least, whole), ratio_interval(most, whole)
     interval = None if None in ends else (min(low for low, _ in ends), max(high for _, high in ends))
     return Share(float(most.mean() / whole.mean()), interval)
 
 
-def share_interval(
-    part: Float[np.ndarray, " window"], whole: Float[np.ndarray, " window"], level: float = 0.95
-) -> tuple[float, float] | None:
+def ratio_interval(part: Nats, whole: Nats, level: float = 0.95) -> tuple[float, float] | None:
     """Fieller's interval for the mean of a part over the mean of the whole, paired by window.
 
-    None where the whole cannot be told from nothing, or there is one window alone: any share would do then.
+    None where the whole is not significantly different from zero, or there is one window.
     """
     n = len(whole)
     if n < 2:
@@ -161,32 +141,23 @@ def share_interval(
 
 
 @measure
-def diagnoses(found: Mapping[str, Diagnosis] | NotApplicable) -> pd.DataFrame | NotApplicable:
-    """Diagnoses as a table: perplexity, times that without the technique, and the share left under each remedy.
+def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> pd.DataFrame:
+    """A row a technique: its cost and what each remedy leaves of it, in nats.
 
-    A share is of the cost in nats, with its interval; below 0% the remedy does more good than the technique harm, above
-    100% it does harm of its own.
+    Below 0% a remedy does more good than the technique does harm; above 100% it does harm of its own.
     """
     rows = []
-    for name, one in found.items():
+    for name, one in diagnoses.items():
         low, high = one.interval
+        shares = AS_HELD if one.as_held else one.without_spike, one.with_sink
         rows.append(
             {
                 "technique": name,
-                "perplexity, times": f"{one.cost:.2f}",
+                "perplexity ratio": f"{one.cost:.2f}",
                 "diagnosis": one.verdict,
                 "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left without the spike": _share(one, AS_HELD if one.as_held else one.without_spike),
-                "left with the sink kept or held": _share(one, one.with_sink),
+                "left with spike removed": str(shares[0]) if one.is_failure and shares[0] else "–",
+                "left with sink exempt or held": str(shares[1]) if one.is_failure and shares[1] else "–",
             }
         )
     return pd.DataFrame(rows).set_index("technique")
-
-
-def surely(verdict: str) -> bool:
-    """Whether what has this verdict surely costs something."""
-    return verdict not in (FINE, UNSURE)
-
-
-def _share(one: Diagnosis, left: Share | str | None) -> str:
-    return str(left) if surely(one.verdict) and left is not None else "–"

@@ -1,14 +1,16 @@
-"""Integers in the place of activations, keys, values and weights, simulated: what is rounded is put back as a float.
+"""Quantization, simulated: activations, keys, values and weights are rounded to integers and put back as floats.
 
-A quantizer's *step* is the distance between two of its values: for eight bits, the largest entry that shares it over
-127. Where one entry is thousands of times the others, a step is larger than they are, and they are rounded to zero.
+A quantizer's *step* is the distance between two of its values: in int8, the largest entry that shares it over 127.
+Where one entry is thousands of times the others, they are smaller than half a step and become zero.
 """
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,32 +22,34 @@ from torch.ao.nn.quantized import dynamic
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import anatomy
 from spikesink.patching import Intervention, apply, compare, evaluate, hook
 from spikesink.patching.interventions import batches
-from spikesink.serving.cache import losses_of
-from spikesink.serving.cells import AS_IT_IS, HIDDEN, Crossed, Cuts, Technique, or_as_it_is, shows_ffn
+from spikesink.serving.cache import token_losses
+from spikesink.serving.cells import HIDDEN, UNCHANGED, Cells, Crossed, Technique, shows_ffn
 
-PER = ("tensor", "token", "channel")
-# What is multiplied by matrices, layer by layer: the hooks of those that read it.
-LINEAR_INPUTS = {
-    "attention's input": ("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"),
-    "mixed values": ("attn.o.hook_in",),
-    "FFN's input": ("mlp.gate.hook_in", "mlp.in.hook_in"),
-    "FFN's hidden": (HIDDEN,),
+# What can be rounded: its role, and by which hooks it is read in each layer. The stream is met where it enters a layer.
+SITES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "stream": ("read through a norm", ()),
+    "attention input": ("multiplied", ("attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in")),
+    "head outputs": ("multiplied", ("attn.o.hook_in",)),
+    "FFN input": ("multiplied", ("mlp.gate.hook_in", "mlp.in.hook_in")),
+    "FFN hidden": ("multiplied", (HIDDEN,)),
+    "keys": ("cached", ("attn.k.hook_out",)),  # before RoPE
+    "values": ("cached", ("attn.v.hook_out",)),
 }
-CACHED = {"keys": ("attn.k.hook_out",), "values": ("attn.v.hook_out",)}  # keys before RoPE
-STREAM = "stream"
-PER_TENSOR, PER_TOKEN, PER_CHANNEL = "int8 per tensor", "int8 per token", "int8 per channel"
-PER_NAMES = dict(zip((PER_TENSOR, PER_TOKEN, PER_CHANNEL), PER, strict=True))
-APART, OTHERS_APART = "int8 per tensor, spike channels apart", "int8 per tensor, as many others apart"
-CACHE_NAMES = {"KV cache in int8": 8, "KV cache in int4": 4}
+INPUTS = tuple(site for site, (role, _) in SITES.items() if role == "multiplied")  # what matrices multiply
+CACHED = tuple(site for site, (role, _) in SITES.items() if role == "cached")
+
+DIMS = {"tensor": (1, 2), "token": (-1,), "channel": (1,)}  # of [window, position, channel]: what shares a step
+PER_TENSOR, PER_TOKEN, PER_CHANNEL = "int8 per-tensor", "int8 per-token", "int8 per-channel"
+APART, OTHERS_APART = "int8 per-tensor, spike channels unrounded", "int8 per-tensor, other channels unrounded"
+KV_BITS = {"int8 KV cache": 8, "int4 KV cache": 4}
 WEIGHTS = {
-    "weights in int8 per channel": (8, "channel"),
-    "weights in int8 per tensor": (8, "tensor"),
-    "weights in int4 per channel": (4, "channel"),
+    "int8 weights, per-channel": (8, "channel"),
+    "int8 weights, per-tensor": (8, "tensor"),
+    "int4 weights, per-channel": (4, "channel"),
 }
-SITES = (STREAM, *LINEAR_INPUTS, *CACHED)
+Activations = Float[Tensor, "window position *part"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class Quantizer:
     Args:
         bits: of the integers.
         per: what shares a step: each window's "tensor", each "token", or each "channel" of a window.
-        split: channels that are left as they are, and out of the range.
-        by_head: whether each head of [window, position, head, d_head] has steps of its own, as in a KV cache; what a
-            matrix is multiplied by is one vector a token, whichever heads it comes from.
+        split: channels that are not rounded, and do not count for the step.
+        by_head: whether each head of [window, position, head, d_head] has its own steps, as in a KV cache. What a
+            matrix multiplies is one vector a token, whichever heads it comes from.
     """
 
     bits: int = 8
@@ -66,170 +70,141 @@ class Quantizer:
     by_head: bool = False
 
     def __post_init__(self):
-        if self.per not in PER:
-            raise ValueError(f"steps per {self.per!r} are not known; give one of {', '.join(PER)}.")
+        if self.per not in DIMS:
+            raise ValueError(f"there are no steps per {self.per!r}; give one of {', '.join(DIMS)}.")
         if not 2 <= self.bits <= 16:
-            raise ValueError(f"{self.bits} bits are no integers to round to; give 2 to 16.")
+            raise ValueError(f"cannot round to integers of {self.bits} bits; give 2 to 16.")
 
     @property
     def most(self) -> int:
         """The largest integer."""
         return 2 ** (self.bits - 1) - 1
 
-    def step(self, x: Float[Tensor, "window position *part"]) -> Float[Tensor, "window position *part"]:
+    def step(self, x: Activations) -> Activations:
         """The distance between two values, for each group of entries that share one; it broadcasts against x."""
         size = x.abs()
-        if self.split:
-            size[..., list(self.split)] = 0
-        dims = {"tensor": tuple(range(1, x.ndim)), "token": (-1,), "channel": (1,)}[self.per]
+        size[..., list(self.split)] = 0
+        dims = tuple(range(1, x.ndim)) if self.per == "tensor" else DIMS[self.per]
         return (size.amax(dims, keepdim=True) / self.most).clamp(min=torch.finfo(x.dtype).tiny)
 
-    def __call__(self, x: Float[Tensor, "window position *part"]) -> Float[Tensor, "window position *part"]:
-        """What is left of x."""
+    def __call__(self, x: Activations) -> Activations:
+        """x, rounded."""
         if x.ndim > 3 and not self.by_head:
             return self(x.flatten(2)).view_as(x)
         step = self.step(x)
         rounded = (x / step).round().clamp(-self.most, self.most) * step
-        if self.split:
-            channels = list(self.split)
-            rounded[..., channels] = x[..., channels]
+        rounded[..., list(self.split)] = x[..., list(self.split)]
         return rounded
 
     def __str__(self) -> str:
-        split = f", {len(self.split)} channels apart" if self.split else ""
-        return f"int{self.bits} per {self.per}{split}"
+        split = f", {len(self.split)} channels unrounded" if self.split else ""
+        return f"int{self.bits} per-{self.per}{split}"
 
     @property
     def __name__(self) -> str:
         return str(self)
 
 
-def hooks_of(model: TransformerBridge, site: str) -> list[tuple[str, ...]]:
-    """The hooks that carry a site, layer by layer; the stream is met where it enters a layer.
+def shown_sites(model: TransformerBridge) -> dict[str, list[tuple[str, ...]]]:
+    """The hooks of each of SITES that the model shows, layer by layer.
 
-    Raises:
-        ValueError: no such site, or the model does not show it.
+    What passes inside a mixture of experts is not shown: a router sends each token elsewhere.
     """
-    about = anatomy(model)
-    if site == STREAM:
-        return [(name,) for name in about.layer_hooks[: about.n_layers]]
-    if site not in SITES:
-        raise ValueError(f"there is no site {site!r}; give one of {', '.join(SITES)}.")
-    names = (LINEAR_INPUTS | CACHED)[site]
-    layers = range(about.n_layers)
-    if site.startswith("FFN") and not shows_ffn(about):
-        raise ValueError(f"the {site} of this {about.family} model is not seen token by token.")
-    found = [tuple(n for n in (f"blocks.{i}.{name}" for name in names) if n in model.hook_dict) for i in layers]
-    if not all(found):
-        raise ValueError(f"the {site} of this {about.family} model cannot be seen in every layer.")
-    return found
+    shown, anatomy = {}, model.anatomy
+    for site, (_, ends) in SITES.items():
+        layers = [tuple(f"blocks.{i}.{end}" for end in ends) for i in range(anatomy.n_layers)]
+        layers = [tuple(name for name in names if name in model.hook_dict) for names in layers]
+        if site == "stream":
+            layers = [(name,) for name in anatomy.layer_hooks[:-1]]
+        if all(layers) and (shows_ffn(anatomy) or not site.startswith("FFN")):
+            shown[site] = layers
+    return shown
 
 
-def shown(model: TransformerBridge, sites: Iterable[str] = SITES) -> list[str]:
-    """Those sites that the model shows."""
-    found = []
-    for site in sites:
-        try:
-            hooks_of(model, site)
-        except ValueError:
-            continue
-        found.append(site)
-    return found
-
-
-def not_rounded(model: TransformerBridge) -> list[str]:
-    """What matrices are multiplied by and the model does not show, so that it stays as it is."""
-    seen = shown(model, LINEAR_INPUTS)
-    return [site for site in LINEAR_INPUTS if site not in seen]
+def hidden_inputs(model: TransformerBridge) -> list[str]:
+    """What matrices multiply and the model does not show, so that it is not rounded."""
+    shown = shown_sites(model)
+    return [site for site in INPUTS if site not in shown]
 
 
 @dataclass(frozen=True)
 class Range:
-    """What passes a site, layer by layer: how large entries of spike tokens are, and of all others."""
+    """How large the entries at a site are, layer by layer: those of spike tokens, and all others."""
 
-    site: str
     spike: Float[Tensor, " layer"]  # the largest of spike tokens
     other: Float[Tensor, " layer"]  # the largest of all other tokens
     median: Float[Tensor, " layer"]  # of all other tokens' entries
+    zeroed: Float[Tensor, " layer"]  # share of other tokens' entries that int8 per-tensor rounds to zero
     outliers: tuple[tuple[int, ...], ...]  # channels in which a spike token has more than any other token has anywhere
-    zeroed: Float[Tensor, " layer"]  # share of other tokens' entries that int8 per tensor rounds to zero
-    rest: tuple[tuple[int, ...], ...]  # as many channels, those in which other tokens have most of what is left
+    others: tuple[tuple[int, ...], ...]  # equally many channels, those in which other tokens have most: the control
 
     @property
-    def touched(self) -> list[int]:
-        """Layers in which the range is a spike token's."""
+    def set_by_spike(self) -> list[int]:
+        """Layers in which a spike token has the largest entry."""
         return (self.spike > self.other).nonzero()[:, 0].tolist()
 
     def step(self, bits: int = 8) -> Float[Tensor, " layer"]:
         """The step of a quantizer whose range is that of all these windows."""
         return torch.maximum(self.spike, self.other) / Quantizer(bits).most
 
-    def others(self) -> "Range":
-        """The same with as many other channels in the outliers' place: their control, which has nothing of the spike's
-        range and most of what else there is to gain.
-        """
-        return replace(self, outliers=self.rest)
-
 
 @torch.inference_mode()
-def ranges(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], where: Bool[Tensor, "window position"]
+def measure_ranges(
+    model: TransformerBridge, tokens: Int[Tensor, "window position"], where: Bool[Tensor, "window position"]
 ) -> dict[str, Range]:
-    """Measure every site that the model shows, in one pass.
+    """Measure the range of every site that the model shows, in one pass.
 
-    Args:
-        model: as `load` returns it.
-        tokens: windows; others than will be judged, where channels are chosen by them.
-        where: the windows' spike tokens, as `find_spikes` returns them.
+    The windows must be others than will be judged, where channels are chosen by them; `where` are their spike tokens.
     """
-    sites = shown(model)
-    found: dict[str, list[list[tuple]]] = {site: [[] for _ in hooks_of(model, site)] for site in sites}
+    shown, batched = shown_sites(model), defaultdict(list)
 
-    def watching(site: str, layer: int, rows: range):
-        def watch(value, hook):
-            x = value.flatten(2) if value.ndim > 3 else value
-            spike = where[rows.start : rows.stop].to(x.device)
-            size = x.abs().float()
-            of_spike, of_other = size[spike], size[~spike]
-            zeroed = (Quantizer()(x)[~spike] == 0).float().mean()
-            none = size.new_zeros(size.shape[-1])
-            largest = of_spike.amax(0) if len(of_spike) else none
-            found[site][layer].append((largest.cpu(), of_other.amax(0).cpu(), float(of_other.median()), float(zeroed)))
+    def watch(value, hook, key, spike):
+        batched[key].append(_summarize(value.flatten(2), spike.to(value.device)))
 
-        return watch
-
-    for rows in progress(batches(anatomy(model), tokens), "ranges", "batch"):
+    for rows in progress(batches(model.anatomy, tokens), "ranges", "batch"):
+        spike = where[rows.start : rows.stop]
         watches = [
-            (names[0], watching(site, layer, rows))
-            for site in sites
-            for layer, names in enumerate(hooks_of(model, site))
+            (names[0], partial(watch, key=(site, layer), spike=spike))
+            for site, layers in shown.items()
+            for layer, names in enumerate(layers)
         ]
         with model.hooks(fwd_hooks=watches):
             model(tokens[rows.start : rows.stop].to(model.cfg.device))
-    return {site: _joined(site, layers) for site, layers in found.items()}
+    layers = range(model.anatomy.n_layers)
+    return {site: Range(*_join([batched[site, layer] for layer in layers])) for site in shown}
 
 
-def _joined(site: str, layers: list[list[tuple]]) -> Range:
-    spike, other, median, zeroed, outliers, rest = [], [], [], [], [], []
-    for seen in layers:
-        largest, of_other = (torch.stack([one[i] for one in seen]).amax(0) for i in (0, 1))
-        apart = largest > of_other.max()
-        strongest = of_other[~apart].argsort(descending=True)[: int(apart.sum())]
-        spike.append(float(largest.max()))
-        other.append(float(of_other.max()))
-        median.append(sum(one[2] for one in seen) / len(seen))
-        zeroed.append(sum(one[3] for one in seen) / len(seen))
-        outliers.append(tuple(apart.nonzero()[:, 0].tolist()))
-        rest.append(tuple(sorted((~apart).nonzero()[strongest, 0].tolist())))
-    values = map(torch.tensor, (spike, other, median))
-    return Range(site, *values, tuple(outliers), torch.tensor(zeroed), tuple(rest))
+def _summarize(x: Float[Tensor, "window position channel"], spike: Bool[Tensor, "window position"]) -> tuple:
+    """The largest entry by channel of spike tokens and of others; the others' median, and their share rounded to 0."""
+    size = x.abs().float()
+    largest = torch.where(spike[..., None], size, 0).amax((0, 1)).cpu()
+    zeroed = (Quantizer()(x)[~spike] == 0).float().mean()
+    return largest, size[~spike].amax(0).cpu(), size[~spike].median().cpu(), zeroed.cpu()
 
 
-def rounded(
+def _join(layers: Sequence[Sequence[tuple]]) -> Iterator[Tensor | tuple[tuple[int, ...], ...]]:
+    """The fields of a Range, from each layer's batches."""
+    columns = [[torch.stack(column) for column in zip(*batches, strict=True)] for batches in layers]
+    spikes = [spike.amax(0) for spike, *_ in columns]  # by layer: [channel]
+    others = [other.amax(0) for _, other, *_ in columns]
+    apart = [spike > other.max() for spike, other in zip(spikes, others, strict=True)]
+    yield torch.stack([spike.max() for spike in spikes])
+    yield torch.stack([other.max() for other in others])
+    yield torch.stack([median.mean() for *_, median, _ in columns])
+    yield torch.stack([zeroed.mean() for *_, zeroed in columns])
+    yield tuple(tuple(mask.nonzero()[:, 0].tolist()) for mask in apart)
+    strongest = [
+        other.masked_fill(mask, -1).topk(min(int(mask.sum()), int((~mask).sum()))).indices
+        for other, mask in zip(others, apart, strict=True)
+    ]
+    yield tuple(tuple(sorted(channels.tolist())) for channels in strongest)
+
+
+def round_activations(
     model: TransformerBridge,
     quantizer: Quantizer,
-    sites: Iterable[str] = tuple(LINEAR_INPUTS),
-    apart: Mapping[str, Range] | None = None,
+    sites: Iterable[str] = INPUTS,
+    split: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
     positions: Bool[Tensor, "window position"] | None = None,
 ) -> tuple[Intervention, ...]:
     """Interventions that round activations wherever they pass a site.
@@ -237,35 +212,36 @@ def rounded(
     Args:
         model: as `load` returns it.
         quantizer: how.
-        sites: of `SITES`; those that the model does not show are left out.
-        apart: ranges by site; their outlier channels are left as they are, and out of the range.
-        positions: the tokens that are rounded; all by default. Steps must then be per token.
+        sites: of SITES; those that the model does not show are left out.
+        split: by site and layer, channels that are not rounded and do not count for the step.
+        positions: the tokens that are rounded, by default all. Steps must then be per-token.
 
     Raises:
-        ValueError: some positions only, and steps that tokens share.
+        ValueError: no such site; or some positions only, and a step that tokens share.
     """
+    if unknown := [site for site in sites if site not in SITES]:
+        raise ValueError(f"there is no site {unknown[0]!r}; give one of {', '.join(SITES)}.")
     if positions is not None and quantizer.per != "token":
-        raise ValueError(f"steps per {quantizer.per} are shared by all tokens; give per='token' to round some only.")
-    cuts = []
-    for site in shown(model, sites):
-        for layer, names in enumerate(hooks_of(model, site)):
-            split = apart[site].outliers[layer] if apart is not None and site in apart else quantizer.split
-            how = replace(quantizer, split=split, by_head=site in CACHED)
-            cuts += [apply(hook(name), how, positions) for name in names]
+        raise ValueError(f"all tokens share a step per {quantizer.per}; give per='token' to round some only.")
+    cuts, shown = [], shown_sites(model)
+    for site in (site for site in sites if site in shown):
+        for layer, names in enumerate(shown[site]):
+            channels = split[site][layer] if split and site in split else quantizer.split
+            here = replace(quantizer, split=channels, by_head=site in CACHED)
+            cuts += [apply(hook(name), here, positions) for name in names]
     return tuple(cuts)
 
 
 @contextmanager
 def rounded_weights(model: TransformerBridge, bits: int = 8, per: str = "channel") -> Iterator[None]:
     """Round the matrices of all layers while the context lasts; a channel is what one output is computed from."""
-    quantizer = Quantizer(bits, {"channel": "token", "tensor": "tensor"}.get(per, per))
-    kept = []
+    quantizer = Quantizer(bits, {"channel": "token"}.get(per, per))
+    kept = [(module, module.weight.data) for module in _matrices(model)]
     try:
-        for module in _matrices(model):
-            kept.append((module, module.weight.data))
-            rows = module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T  # Conv1D: [in, out]
-            new = quantizer(rows[None])[0]
-            module.weight.data = new if isinstance(module, nn.Linear) else new.T
+        for module, weight in kept:
+            linear = isinstance(module, nn.Linear)
+            rounded = quantizer((weight if linear else weight.T)[None])[0]  # Conv1D: [in, out]
+            module.weight.data = rounded if linear else rounded.T
         yield
     finally:
         for module, weight in kept:
@@ -274,109 +250,87 @@ def rounded_weights(model: TransformerBridge, bits: int = 8, per: str = "channel
 
 def _matrices(model: TransformerBridge) -> list[nn.Module]:
     """The modules of the layers that multiply by a matrix, each once."""
-    seen = {}
-    for block in model.blocks:
-        for module in block.modules():
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                seen[id(module)] = module
-    return list(seen.values())
+    modules = [module for block in model.blocks for module in block.modules()]
+    return list({id(m): m for m in modules if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}.values())
 
 
-def activations(
-    model: TransformerBridge,
-    found: Mapping[str, Range],
-    where: Bool[Tensor, "window position"],
+def rounding_techniques(
+    model: TransformerBridge, ranges: Mapping[str, Range], where: Bool[Tensor, "window position"]
 ) -> dict[str, Technique]:
-    """The ways to round what matrices are multiplied by, and what is cached, as techniques for `cross`.
+    """The ways to round what matrices multiply, and what is cached, as techniques for `cross`.
 
-    Where the sink is spared, keys and values of spike tokens are not rounded: of what is cached, that is; what matrices
-    read has no sink's part to spare, and is looked at with the sink held (`cells.HELD`).
-
-    Args:
-        model: as `load` returns it.
-        found: as `ranges` returns it.
-        where: the spike tokens of the windows to be run.
+    With the sink exempt, the cached keys and values of the spike tokens (`where`, of the windows to be run) are not
+    rounded. What matrices multiply has no sink's part that could be exempt.
     """
-    inputs = {site: found[site] for site in LINEAR_INPUTS if site in found}
-    others = {site: one.others() for site, one in inputs.items()}
-    done = {name: Technique(rounded(model, Quantizer(8, per))) for name, per in PER_NAMES.items()}
-    for name, apart in ((APART, inputs), (OTHERS_APART, others)) if where.any() else ():
-        done[name] = Technique(rounded(model, Quantizer(8, "tensor"), apart=apart), cells=(AS_IT_IS,))
-    for name, bits in CACHE_NAMES.items():
+    per = {PER_TENSOR: "tensor", PER_TOKEN: "token", PER_CHANNEL: "channel"}
+    techniques = {name: Technique(round_activations(model, Quantizer(8, shared))) for name, shared in per.items()}
+    if where.any():
+        for name, field in ((APART, "outliers"), (OTHERS_APART, "others")):
+            split = {site: getattr(ranges[site], field) for site in INPUTS if site in ranges}
+            techniques[name] = Technique(round_activations(model, Quantizer(), split=split), cells=(UNCHANGED,))
+    for name, bits in KV_BITS.items():
         quantizer = Quantizer(bits, "token")
-        spared = rounded(model, quantizer, CACHED, positions=~where) if where.any() else None
-        done[name] = Technique(rounded(model, quantizer, CACHED), spared)
-    return done
-
-
-def weights(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
-    of: Mapping[str, Cuts] | NotApplicable,
-    crossed: Crossed,
-    settings: Mapping[str, tuple[int, str]] = WEIGHTS,
-) -> Crossed:
-    """Round the layers' matrices, in every cell, beside what else was tried.
-
-    Args:
-        model: as `load` returns it.
-        tokens: windows.
-        of: cells, as `cells` returns them.
-        crossed: what was tried on these windows.
-        settings: bits and what shares a step, by name.
-    """
-    with_it, of = {}, or_as_it_is(of)
-    for name, (bits, per) in settings.items():
-        with rounded_weights(model, bits, per):
-            found = compare(model, tokens, of)
-        with_it[name] = {cell: found[cell] for cell in of}
-    return replace(crossed, with_it={**crossed.with_it, **with_it})
+        exempt = round_activations(model, quantizer, CACHED, positions=~where) if where.any() else None
+        techniques[name] = Technique(round_activations(model, quantizer, CACHED), exempt)
+    return techniques
 
 
 @measure
-def beside_integers(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], crossed: Crossed | NotApplicable
-) -> pd.DataFrame | NotApplicable:
+def cross_weights(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "window position"],
+    cells: Cells,
+    crossed: Crossed,
+    settings: Mapping[str, tuple[int, str]] = WEIGHTS,
+) -> Crossed:
+    """Round the layers' matrices in every cell, and add that to what was tried on the same windows.
+
+    `settings` are bits and what shares a step, by name.
+    """
+    with_it = dict(crossed.with_it)
+    for name, (bits, per) in settings.items():
+        with rounded_weights(model, bits, per):
+            outcomes = compare(model, tokens, cells.cuts)
+        with_it[name] = {cell: outcomes[cell] for cell in cells.cuts}
+    return replace(crossed, with_it=with_it)
+
+
+@measure
+def integer_table(model: TransformerBridge, tokens: Int[Tensor, "window position"], crossed: Crossed) -> pd.DataFrame:
     """Perplexity with int8 matrices and inputs, as simulated here and as torch computes it with integers."""
-    rows = {"as it is": 2 * [crossed.plain[AS_IT_IS].perplexity]}
-    for name, per in (("a step a matrix", "tensor"), ("a step an output", "channel")):
-        losses = by_torch(model, tokens, per)
-        if isinstance(losses, NotApplicable):
-            return losses
+    rows = {UNCHANGED: 2 * [crossed.plain[UNCHANGED].perplexity]}
+    for per in ("tensor", "channel"):
         with rounded_weights(model, 8, per):
-            ours = evaluate(model, tokens, *rounded(model, Quantizer(8, "tensor")))
-        rows[f"int8, inputs per tensor, {name}"] = [ours.perplexity, float(losses.mean().exp())]
+            simulated = evaluate(model, tokens, *round_activations(model, Quantizer()))
+        integers = float(integer_losses(model, tokens, per).mean().exp())
+        rows[f"int8 weights per-{per}, inputs per-tensor"] = [simulated.perplexity, integers]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["simulated", "torch"]).rename_axis("perplexity")
 
 
+@measure
 @torch.no_grad()
-def by_torch(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], per: str = "tensor"
-) -> Float[Tensor, "window position"] | NotApplicable:
-    """Losses of a model whose layers multiply integers: torch's dynamic quantization, one range for all inputs.
+def integer_losses(
+    model: TransformerBridge, tokens: Int[Tensor, "window position"], per: str = "tensor"
+) -> Float[Tensor, "window prediction"]:
+    """Losses, in nats, where the layers multiply integers: torch's dynamic quantization, one range for all inputs.
 
-    Args:
-        model: as `load` returns it; a copy of it is rounded.
-        tokens: windows.
-        per: what of a matrix shares a step, "tensor" or "channel".
-
-    Returns:
-        Cross-entropy of the next token, in nats, or why there is none.
+    A copy of the model is rounded; `per` says what of a matrix shares a step, "tensor" or "channel".
     """
     matrices = [module for module in _matrices(model) if type(module) is nn.Linear]
-    if not matrices or {(one.weight.dtype, one.weight.device.type) for one in matrices} != {(torch.float32, "cpu")}:
-        return NotApplicable("torch multiplies integers in place of float32 matrices on the CPU only")
-    how = {"tensor": quantization.default_dynamic_qconfig, "channel": quantization.per_channel_dynamic_qconfig}[per]
-    memo: dict[int, Any] = {}
-    copied = copy.deepcopy(model.original_model, memo)
-    wanted, done = {id(memo[id(one)]) for one in matrices}, {}
+    if {(one.weight.dtype, one.weight.device.type) for one in matrices} != {(torch.float32, "cpu")}:
+        raise NotApplicable("torch multiplies integers in place of float32 matrices on the CPU only")
+    qconfig = {"tensor": quantization.default_dynamic_qconfig, "channel": quantization.per_channel_dynamic_qconfig}[per]
+    copies: dict[int, Any] = {}
+    rounded, integers = copy.deepcopy(model.original_model, copies), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao is to take its place
-        for module in list(copied.modules()):  # the bridge has each matrix in several places
-            for name, child in list(module.named_children()):
-                if id(child) in wanted:
-                    child.qconfig = how
-                    done[id(child)] = done.get(id(child)) or dynamic.Linear.from_float(child)
-                    setattr(module, name, done[id(child)])
-    # A window at a time, so that a tensor is a window's, as it is here.
-    return torch.cat([losses_of(copied(window[None]).logits, window[None, 1:]) for window in tokens])
+        for matrix in matrices:
+            copied = copies[id(matrix)]
+            copied.qconfig = qconfig
+            integers[id(copied)] = dynamic.Linear.from_float(copied)
+    for module in list(rounded.modules()):  # the bridge has each matrix in several places
+        for name, child in list(module.named_children()):
+            if id(child) in integers:
+                setattr(module, name, integers[id(child)])
+    # A window at a time, so that a tensor is a window's, as it is in the simulation.
+    return torch.cat([token_losses(rounded(window[None]).logits, window[None, 1:]) for window in tokens])

@@ -21,8 +21,7 @@ from spikesink.model import texts
 from spikesink.model.weights import weights_of
 from spikesink.patching import cuts
 from spikesink.serving import cache, cells, quantize
-from spikesink.serving import long as long_text
-from spikesink.serving.long import Long
+from spikesink.serving.context import LongRun, measure_long
 
 Claims = dict[str, Evidence | NotApplicable]
 
@@ -32,7 +31,7 @@ def measure_all(
     tokens: Int[Tensor, "n length"],
     seed: int = 0,
     text: str | texts.Text = "house",
-    long: Long | None = None,
+    long: LongRun | None = None,
 ) -> Claims:
     """What every claim of a model (all but TR…) is judged by, or why it cannot be put to this model.
 
@@ -49,7 +48,7 @@ def measure_all(
         | _amplifier(model, tokens, life)
         | _first_token(model, tokens, life, text, seed)
         | _norm_and_sinks(model, tokens, life, seed)
-        | _cuts_and_serving(model, life, long or long_text.measure(model, text), seed)
+        | _cuts_and_serving(model, life, long or measure_long(model, text), seed)
     )
 
 
@@ -125,7 +124,7 @@ def _norm_and_sinks(model: TransformerBridge, tokens: Tensor, life: Lifecycle, s
     }
 
 
-def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: Long, seed: int) -> Claims:
+def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: LongRun, seed: int) -> Claims:
     """On windows that the means are not taken from: shorter ones for cuts and rounding, whole ones for caches."""
     length = life.trace.length
     budget = length // 4
@@ -133,13 +132,14 @@ def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: Long, see
     means = cuts.spike_means(model, held_out, life, out)
     broken = cuts.break_chain(model, judged, means, where, seed=seed)
 
-    techniques = quantize.activations(model, quantize.ranges(model, held_out, out), where)
-    of = cells.cells(means, where)
-    rounded = quantize.weights(model, judged, of, cells.cross(model, judged, of, techniques, where))
+    techniques = quantize.rounding_techniques(model, quantize.measure_ranges(model, held_out, out), where)
+    versions = cells.make_cells(means, where)
+    rounded = cells.cross(model, judged, versions, techniques, where)
+    rounded = quantize.cross_weights(model, judged, versions, rounded)
 
     _, (whole, spikes) = cuts.split_windows(life, length=length)
-    policies = cache.evictions(model, means, budget, spikes, seed)
-    evicted = cells.cross(model, whole, cells.cells(means, spikes), policies, spikes)
+    techniques = cache.eviction_techniques(model, budget, spikes, cuts.sink_held(means), seed)
+    evicted = cells.cross(model, whole, cells.make_cells(means, spikes), techniques, spikes)
     return {
         "AB1": ab.ab1_zeroing_breaks(broken),
         "AB2": ab.ab2_mean_does_not(broken),

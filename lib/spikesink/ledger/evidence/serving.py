@@ -1,152 +1,137 @@
-"""TODO."""
+"""Evidence for SV1 to SV3: quantization, KV caches and long contexts."""
 
 from spikesink.chain.trace import EPSILONS
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, left_open, make_evidence
 from spikesink.patching.cuts import FEW_SINKS, INDIFFERENT, NO_SINK
-from spikesink.serving import cache
-from spikesink.serving.cells import AS_IT_IS, NO_SPIKE, Crossed
-from spikesink.serving.context import LONG_BLOCK, Lengths, interval_of
-from spikesink.serving.long import LONG, Long
-from spikesink.serving.quantize import APART, OTHERS_APART, PER_TENSOR, PER_TOKEN
+from spikesink.serving import cache, cells, quantize
+from spikesink.serving.cells import Crossed
+from spikesink.serving.context import LONG, LONG_BLOCK, POLICIES, RECOMPUTED, Lengths, LongRun, perplexity_interval
 
 LATE_RATIOS = {"sink_ratios": None, **{f"sink_ratios_at_{epsilon:g}": epsilon for epsilon in EPSILONS}}  # None: usual
-
-
 SHORT_SIGHTED = "no layer sees the first token from the end of the text"
-
-
 SHORT = f"text and context are too short: fewer than {LONG:,} tokens"
 
 
-OPEN_SV2 = "{:.2f} to {:.2f} times without the first tokens, {:.2f} to {:.2f} with four of them, leave it open"
-
-
 @measure
-def sv1_sets_the_scale(crossed: Crossed | NotApplicable) -> Evidence | NotApplicable:
-    """SV1: what int8 per tensor costs, and what of it is left when the spike's channels are apart.
+def sv1_sets_the_scale(crossed: Crossed) -> Evidence:
+    """SV1: what int8 per-tensor costs, and what is left with the spike's channels unrounded.
 
-    Nothing is judged where int8 per tensor costs nothing that is told from none, nor where the interval leaves open
-    whether the spike's channels are what it costs. Controls: as many other channels apart, those in which other tokens
-    have most; and the model whose spike is removed and whose sinks are held.
+    Nothing is judged where int8 per-tensor costs nothing significant, nor where the interval leaves it open. Controls:
+    equally many other channels unrounded; and the model whose spike is removed and whose sinks are held.
     """
     if crossed.reason:
-        return NotApplicable(crossed.reason)
-    if len(crossed.nats(PER_TENSOR)) < 2:
-        return NotApplicable("one window alone has no interval")
-    low, high = crossed.interval(PER_TENSOR)
-    over = crossed.times(PER_TENSOR, APART)
-    n, length = crossed.plain[AS_IT_IS].loss.shape
+        raise NotApplicable(crossed.reason)
+    low, high = crossed.interval(quantize.PER_TENSOR)
+    if low != low:
+        raise NotApplicable("one window alone has no interval")
+    over_split = crossed.times(quantize.PER_TENSOR, quantize.APART)
+    n, predictions = crossed.plain[cells.UNCHANGED].loss.shape
 
-    def perplexity(technique: str, cell: str = AS_IT_IS) -> float:
+    def perplexity(technique: str, cell: str = cells.UNCHANGED) -> float:
         return crossed.perplexity(crossed.with_it[technique][cell])
 
     measured = {
-        "perplexity_fp": crossed.perplexity(crossed.plain[AS_IT_IS]),
-        "perplexity_int8_per_tensor": perplexity(PER_TENSOR),
-        "perplexity_int8_spike_split": perplexity(APART),
-        "perplexity_int8_per_token": perplexity(PER_TOKEN),
+        "perplexity_fp": crossed.perplexity(crossed.plain[cells.UNCHANGED]),
+        "perplexity_int8_per_tensor": perplexity(quantize.PER_TENSOR),
+        "perplexity_int8_spike_split": perplexity(quantize.APART),
+        "perplexity_int8_per_token": perplexity(quantize.PER_TOKEN),
         "interval_per_tensor_over_fp": [low, high],
-        "interval_per_tensor_over_split": list(over),
+        "interval_per_tensor_over_split": list(over_split),
         "n_windows": n,
-        "length": length + 1,
+        "length": predictions + 1,
     }
     if low <= 1 + INDIFFERENT:
-        measured["reason"] = f"int8 per tensor costs nothing that is told from none ({low:.2f} to {high:.2f} times)"
+        measured["reason"] = f"int8 per-tensor costs nothing significant ({low:.2f} to {high:.2f} times)"
     elif left_open("SV1", measured):
-        measured["reason"] = "{:.2f} to {:.2f} times that with the spike's channels apart leaves it open".format(*over)
-    return make_evidence(
-        measured=measured,
-        control={
-            "perplexity_int8_others_split": perplexity(OTHERS_APART),
-            "interval_per_tensor_over_others": list(crossed.times(PER_TENSOR, OTHERS_APART)),
-            "perplexity_fp_no_spike": crossed.perplexity(crossed.plain[NO_SPIKE]),
-            "perplexity_int8_per_tensor_no_spike": perplexity(PER_TENSOR, NO_SPIKE),
-        },
-    )
+        low, high = over_split
+        measured["reason"] = f"{low:.2f} to {high:.2f} times that with the spike's channels unrounded leaves it open"
+    control = {
+        "perplexity_int8_others_split": perplexity(quantize.OTHERS_APART),
+        "interval_per_tensor_over_others": list(crossed.times(quantize.PER_TENSOR, quantize.OTHERS_APART)),
+        "perplexity_fp_no_spike": crossed.perplexity(crossed.plain[cells.NO_SPIKE]),
+        "perplexity_int8_per_tensor_no_spike": perplexity(quantize.PER_TENSOR, cells.NO_SPIKE),
+    }
+    return make_evidence(measured=measured, control=control)
 
 
 @measure
-def sv2_needs_the_sink(long: Long, crossed: Crossed | NotApplicable, budget: int) -> Evidence | NotApplicable:
+def sv2_needs_the_sink(run: LongRun, crossed: Crossed, budget: int) -> Evidence:
     """SV2: one long text through caches of the last tokens alone, and of the last and the first four.
 
-    `short_…` are the techniques of `cache.evictions`, with their own budget, on short windows: how many times the
+    `short_…` are the techniques of `eviction_techniques`, of so many keys, on short windows: how many times the
     perplexity with every key. Nothing is judged where an interval leaves it open. Controls: four other tokens are kept;
-    and the last tokens are run anew, so that there is a first token among them, and nothing to keep: what is lost then
-    is what the others said.
+    and the window is recomputed, so that it has a first token: what is lost then is what the forgotten tokens said.
     """
-    if long.lengths.lengths[-1] < LONG:
-        return NotApplicable(SHORT)
-    window, with_first, others = (long.streams[name] for name in (cache.WINDOW, cache.WITH_FIRST, cache.OTHERS))
-    without, kept, instead = (long.times(of.loss)[1:] for of in (window, with_first, others))
+    if run.lengths.lengths[-1] < LONG:
+        raise NotApplicable(SHORT)
+    _, *window = run.times(cache.WINDOW)
+    _, *with_first = run.times(cache.WITH_FIRST)
+    over_shifted = perplexity_interval(run.streams[cache.WITH_FIRST] - run.streams[cache.SHIFTED], LONG_BLOCK)
 
     def short(**names: str) -> dict[str, float]:
         return {f"short_{key}": crossed.cost(name) for key, name in names.items() if name in crossed.with_it}
 
     measured = {
-        "perplexity_full": float(long.lengths.loss.mean().exp()),
-        "perplexity_window": window.perplexity(),
-        "perplexity_window_with_sink": with_first.perplexity(),
-        "interval_window_over_full": list(without),
-        "interval_with_sink_over_full": list(kept),
-        "perplexity_window_with_sink_shifted": long.streams[cache.SHIFTED].perplexity(),
-        "interval_with_sink_over_shifted": list(
-            interval_of(with_first.loss - long.streams[cache.SHIFTED].loss, LONG_BLOCK)
-        ),
-        "n_tokens": long.lengths.lengths[-1],
-        "n_keys": window.policy.window,
-        **short(window=cache.WINDOW, first=cache.named(1), first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
-        "short_n_tokens": crossed.plain[AS_IT_IS].loss.shape[1] + 1,
+        "perplexity_full": float(run.lengths.loss.mean().exp()),
+        "perplexity_window": run.perplexity(cache.WINDOW),
+        "perplexity_window_with_sink": run.perplexity(cache.WITH_FIRST),
+        "interval_window_over_full": window,
+        "interval_with_sink_over_full": with_first,
+        "perplexity_window_with_sink_shifted": run.perplexity(cache.SHIFTED),
+        "interval_with_sink_over_shifted": list(over_shifted),
+        "n_tokens": run.lengths.lengths[-1],
+        "n_keys": POLICIES[cache.WINDOW].window,
+        **short(window=cache.WINDOW, first=cache.WITH_1, first_4=cache.WITH_FIRST, constant=cache.CONSTANT),
+        "short_n_tokens": crossed.plain[cells.UNCHANGED].loss.shape[1] + 1,
         "short_n_keys": budget,
     }
     if left_open("SV2", measured):
-        measured["reason"] = OPEN_SV2.format(*without, *kept)
-    return make_evidence(
-        measured=measured,
-        control={
-            "perplexity_window_with_others": others.perplexity(),
-            "interval_with_others_over_full": list(instead),
-            "perplexity_run_anew": float(long.afresh.mean().exp()),
-            **short(others=cache.OTHERS, heavy_hitters=cache.HEAVY),
-        },
-    )
+        measured["reason"] = (
+            "{:.2f} to {:.2f} times without the first tokens, {:.2f} to {:.2f} with four of them, leave it open"
+        ).format(*window, *with_first)
+    _, *with_others = run.times(cache.OTHERS)
+    control = {
+        "perplexity_window_with_others": run.perplexity(cache.OTHERS),
+        "interval_with_others_over_full": with_others,
+        "perplexity_run_anew": run.perplexity(RECOMPUTED),
+        **short(others=cache.OTHERS, heavy_hitters=cache.HEAVY),
+    }
+    return make_evidence(measured=measured, control=control)
 
 
 @measure
-def sv3_over_lengths(found: Lengths | NotApplicable) -> Evidence | NotApplicable:
+def sv3_over_lengths(lengths: Lengths) -> Evidence:
     """SV3: sink ratio and perplexity by length, to the context's limit as far as the text goes; and past it.
 
     The ratio is of what the queries of each stretch alone give position 0, in the layers that see it from everywhere.
-    Controls: the same of another position; and the ratio over all queries so far and all layers, which is the usual one
-    and slow to move.
+    Controls: the same of another position; and the usual ratio, over all queries so far and all layers, which is slow
+    to move.
     """
-    within = [i for i, length in enumerate(found.lengths) if length <= found.limit]
-    if found.lengths[within[-1]] < LONG:
-        return NotApplicable(SHORT)
-    if max(found.sink_ratios) <= FEW_SINKS:
-        return NotApplicable(NO_SINK)
-    if not found.throughout:
-        return NotApplicable(SHORT_SIGHTED)
-    past, late = range(len(within), len(found.lengths)), found.late_ratios()
-    ratios = {name: [found.late_ratios(epsilon=at)[i] for i in within] for name, at in LATE_RATIOS.items()}
-    beyond = {
-        "lengths_past": [found.lengths[i] for i in past],
-        "sink_ratios_past": [late[i] for i in past],
-        "perplexities_past": [found.perplexities[i] for i in past],
+    n = sum(length <= lengths.limit for length in lengths.lengths)
+    if lengths.lengths[n - 1] < LONG:
+        raise NotApplicable(SHORT)
+    if max(lengths.sink_ratios) <= FEW_SINKS:
+        raise NotApplicable(NO_SINK)
+    if not lengths.full_sight:
+        raise NotApplicable(SHORT_SIGHTED)
+    measured = {
+        "lengths": list(lengths.lengths[:n]),
+        **{name: lengths.late_ratios(epsilon)[:n] for name, epsilon in LATE_RATIOS.items()},
+        "perplexities": lengths.perplexities[:n],
+        "largest_first": lengths.first,
+        "largest_elsewhere": lengths.elsewhere[:n],
+        "limit": lengths.limit,
+        "n_layers": len(lengths.full_sight),
     }
-    return make_evidence(
-        measured={
-            "lengths": [found.lengths[i] for i in within],
-            **ratios,
-            "perplexities": [found.perplexities[i] for i in within],
-            "largest_first": found.first,
-            "largest_elsewhere": [found.elsewhere[i] for i in within],
-            "limit": found.limit,
-            "n_layers": len(found.throughout),
-            **(beyond if past else {}),
-        },
-        control={
-            "sink_ratios_other_position": [found.late_ratios(found.other)[i] for i in within],
-            "sink_ratios_of_all_queries": [found.sink_ratios[i] for i in within],
-        },
-    )
+    if n < len(lengths.lengths):
+        measured |= {
+            "lengths_past": list(lengths.lengths[n:]),
+            "sink_ratios_past": lengths.late_ratios()[n:],
+            "perplexities_past": lengths.perplexities[n:],
+        }
+    control = {
+        "sink_ratios_other_position": lengths.late_ratios(other=True)[:n],
+        "sink_ratios_of_all_queries": lengths.sink_ratios[:n],
+    }
+    return make_evidence(measured=measured, control=control)
