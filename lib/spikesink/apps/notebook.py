@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import paper, plots
+from spikesink.apps.once import once
 from spikesink.common import NotApplicable, brief, escape
 from spikesink.lab.config import LAB, LENGTH
 from spikesink.lab.families import BASE
@@ -35,6 +36,10 @@ class Ledger:
     notebook: str
     folder: Path
     header: Header
+
+    def once(self, function: Callable, model: TransformerBridge, *args: Any) -> Any:
+        """What `function(model, *args)` gives: measured once a run, however many notebooks ask for it."""
+        return once(function, model, *args)
 
     def save(self, fig: Figure, name: str) -> Figure:
         """Write a figure as `folder/name.png` and `.svg`, and return it, so that a cell can end with this call."""

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from spikesink import common
 from spikesink.apps import publish
+from spikesink.apps.once import FOLDER
 from spikesink.cli import absolute
 from spikesink.common import INTERRUPTED, CommandError, check_writable
 from spikesink.lab import config
@@ -165,6 +167,7 @@ def _run_one(
         KeyboardInterrupt: after it was said what is kept.
     """
     begun = time.monotonic()
+    os.environ[FOLDER] = str((build / name / "once").resolve())
     for number, stamp in enumerate(stamps, 1):
         head = f"[{number}/{len(stamps)}] {stamp.notebook.stem}"
         if stamp.is_current():
@@ -184,6 +187,7 @@ def _run_one(
         stamp.write()
         publish.render(figures)
         console.print(f"{head}: done in {time.monotonic() - started:.0f} s ({executed})")
+    shutil.rmtree(build / name / "once", ignore_errors=True)
     table = _publish(figures)
     seconds = time.monotonic() - begun
     console.print(f"{len(stamps)} notebooks in {seconds:.0f} s: {figures / name}, table in {table}")
