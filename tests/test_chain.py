@@ -16,6 +16,7 @@ from spikesink.ledger.claims import judge
 from spikesink.ledger.evidence.cuts import NO_CHANGE
 from spikesink.patching import behaviour
 from spikesink.patching import cuts as chain
+from spikesink.patching.means import spike_means
 from spikesink.patching.outcome import CLEAN
 from tests.test_patching import seen
 
@@ -31,7 +32,7 @@ def life(planted_model, trigger_tokens):
 def parts(planted_model, trigger_tokens, life):
     """The trigger stands in windows 1 and 5 at position 0, in 3 at 47, in 2 at 20, in 4 at 5 and 30."""
     (held_out, out), (judged, where) = chain.split_windows(life, 40)
-    known = chain.spike_means(planted_model, held_out, life, out)
+    known = spike_means(planted_model, held_out, life, out)
     return known, chain.break_chain(planted_model, judged, known, where)
 
 
@@ -310,7 +311,7 @@ def test_where_nothing_spikes_there_is_nothing_to_cut(random_model):
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
     (held_out, out), (judged, where) = chain.split_windows(life, 12)
     assert judged.shape == where.shape == (2, 12)
-    known = chain.spike_means(random_model, held_out, life, out)
+    known = spike_means(random_model, held_out, life, out)
     broken = chain.break_chain(random_model, judged, known, where)
     nothing = [
         known,
@@ -330,7 +331,7 @@ def test_where_nothing_spikes_there_is_nothing_to_cut(random_model):
 
 def test_windows_without_a_spike_on_one_side_say_so(planted_model, trigger_tokens, life, parts):
     none = torch.zeros(2, 48, dtype=torch.bool)
-    held = chain.spike_means(planted_model, trigger_tokens[:2], life, none)
+    held = spike_means(planted_model, trigger_tokens[:2], life, none)
     assert held == NotApplicable("no token of the windows that means are taken of spikes; measure more windows")
     judged = chain.break_chain(planted_model, trigger_tokens[:2], parts[0], none)
     assert judged == NotApplicable("no token of the windows to judge on spikes; measure more windows")

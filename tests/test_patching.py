@@ -14,8 +14,9 @@ from transformer_lens.hook_points import HookPoint
 
 import spikesink
 from spikesink import patching
-from spikesink.patching import block, prefix
+from spikesink.patching import block
 from spikesink.patching.interventions import batches
+from spikesink.patching.outcome import Start, find_start
 from spikesink.patching.sites import Positions
 from tests import planted
 from tests.test_families import FAMILIES, SIZES, tiny
@@ -377,7 +378,7 @@ def test_interventions_take_effect_in_every_family(family, tmp_path):
             torch.testing.assert_close(changed[:, :3], clean[:, :3], rtol=0, atol=1e-5)
     stream = seen(model, tokens, [about.layer_hooks[2]], patching.set_to(patching.stream(block(4)), VECTOR, 3))[0]
     assert torch.equal(stream[about.layer_hooks[2]][:, 3], VECTOR.expand(2, -1))
-    assert prefix.layer_returns_tuple(model, tokens, [1, 2]) is not None
+    assert find_start(model, tokens, [1, 2]) is not None
     outcomes = patching.compare(model, tokens, sites)
     for name, cut in sites.items():
         logits = seen(model, tokens, [], cut)[1][:, :-1]
@@ -387,17 +388,12 @@ def test_interventions_take_effect_in_every_family(family, tmp_path):
 
 def test_a_later_start_is_a_whole_run_bit_for_bit(random_model, tokens):
     about = spikesink.anatomy(random_model)
-    form = prefix.layer_returns_tuple(random_model, tokens, range(6))
-    assert form is False
+    start = find_start(random_model, tokens, range(6))
     whole, logits = seen(random_model, tokens, about.layer_hooks)
     for layer in range(1, 6):
-        ran, hook = [], prefix.injected(about, layer, whole[about.layer_hooks[layer]])
+        ran, entered = [], whole[about.layer_hooks[layer]]
         watch = [(name, lambda value, hook, ran=ran: ran.append(hook.name)) for name in about.layer_hooks[:-1]]
-        with (
-            prefix.skipping(random_model, layer, form),
-            random_model.hooks(fwd_hooks=[hook]),
-            random_model.hooks(fwd_hooks=watch),
-        ):
+        with start.at(layer, entered), random_model.hooks(fwd_hooks=watch):
             assert torch.equal(random_model(tokens), logits)
         assert ran == list(about.layer_hooks[layer:-1])  # the layers before it did not run
 
@@ -405,8 +401,9 @@ def test_a_later_start_is_a_whole_run_bit_for_bit(random_model, tokens):
 def test_where_a_later_start_gives_something_else_every_run_is_whole(random_model, tokens, monkeypatch):
     cuts = {"late": patching.zero(patching.stream(block(8)), 0), "early": patching.skip(block(1), 0)}
     quick = patching.compare(random_model, tokens, cuts)
-    monkeypatch.setattr(prefix, "injected", lambda about, layer, stream: (about.layer_hooks[layer], lambda v, hook: v))
-    assert prefix.layer_returns_tuple(random_model, tokens, [4]) is None
+    at = Start.at
+    monkeypatch.setattr(Start, "at", lambda self, layer, stream: at(self, layer, 2 * stream))
+    assert find_start(random_model, tokens, [4]) is None
     whole = patching.compare(random_model, tokens, cuts)
     for key in quick:
         assert torch.equal(quick[key].loss, whole[key].loss)

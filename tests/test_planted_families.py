@@ -18,6 +18,7 @@ from spikesink.chain.lifecycle import is_spike
 from spikesink.common import NotApplicable
 from spikesink.model.weights import FFN, weights_of
 from spikesink.patching import cuts
+from spikesink.patching.means import spike_means
 from tests import in_process, planted
 
 N, LENGTH = 6, 64
@@ -207,7 +208,7 @@ def test_without_the_step_up_there_is_no_sink_and_with_constants_there_is_no_spi
 
 
 def test_where_attention_takes_no_change_nothing_is_masked(grown):
-    known = cuts.spike_means(grown.model, grown.tokens, grown.life)
+    known = spike_means(grown.model, grown.tokens, grown.life)
     deaf = replace(known, anatomy=replace(known.anatomy, edits_pattern=False))
     able, unable = (set(cuts.aim_cuts(of, cuts.choose_tokens(grown.spikes))) for of in (known, deaf))
     assert able - unable == {"masked", "masked_everywhere", "masked_elsewhere", "zeroed_and_masked"}

@@ -233,7 +233,7 @@ def cuts(draw) -> tuple[torch.Tensor, dict]:
 def changed(x: torch.Tensor, *those: patching.Intervention) -> torch.Tensor:
     """A tensor after interventions, by the function that every hook calls."""
     for one in those:
-        x = interventions._edit(x, one, 0, interventions._Run(None), 0)
+        x = interventions._Run([one]).edit(0, 0, x)
     return x
 
 
@@ -286,7 +286,7 @@ def test_attention_still_adds_up_to_one(drawn, data, factor):
     length = pattern.shape[-1]
     keys = data.draw(st.lists(st.integers(0, length - 1), min_size=1, unique=True))
     cut = patching.scale(patching.attention(0), factor, keys)
-    found = interventions._edit_pattern(pattern[None], cut, 0, interventions._Run(None), 0)[0]
+    found = interventions._Run([cut]).edit(0, 0, pattern[None])[0]
     torch.testing.assert_close(found.sum(-1), torch.ones(pattern.shape[:2], dtype=torch.float64))
     others = [key for key in range(length) if key not in keys]
     left = pattern[..., others].sum(-1)

@@ -17,6 +17,7 @@ from spikesink.lab.model import Decoder
 from spikesink.ledger import claims
 from spikesink.ledger.evidence import sv1_sets_the_scale
 from spikesink.patching import Outcome, cuts
+from spikesink.patching.means import spike_means
 from spikesink.serving import cache, quantize
 from spikesink.serving.cells import (
     CELLS,
@@ -66,7 +67,7 @@ from tests.test_quantize import planted  # noqa: F401 (a fixture)
 @pytest.fixture(scope="module")
 def means(planted):  # noqa: F811
     model, _, life, _ = planted
-    return cuts.spike_means(model, data.held_out(Backcopy(), 8, 32)[4:], life)
+    return spike_means(model, data.held_out(Backcopy(), 8, 32)[4:], life)
 
 
 def test_a_cell_has_what_it_says(planted, means):  # noqa: F811
@@ -116,7 +117,7 @@ def test_without_the_spike_nothing_makes_it(planted, means, cell):  # noqa: F811
 def test_without_a_spike_techniques_are_tried_in_the_unchanged_model():
     model, tokens = Decoder(SMALL).eval(), data.held_out(Backcopy(), 4, 32)
     life, none = find_lifecycle(trace_windows(model, tokens)), torch.zeros_like(tokens, dtype=torch.bool)
-    means = cuts.spike_means(model, tokens, life)
+    means = spike_means(model, tokens, life)
     assert isinstance(means, NotApplicable)
     versions = make_cells(means, none)
     crossed = cross(
@@ -302,7 +303,7 @@ def spoken():
 def test_what_a_spike_breaks_shows_where_tokens_share_a_step(spoken):
     model, tokens, life = spoken
     held_out, judged = tokens[:8], tokens[8:]
-    means, where = cuts.spike_means(model, held_out, life), find_spikes(model, life, judged)
+    means, where = spike_means(model, held_out, life), find_spikes(model, life, judged)
     ranges = measure_ranges(model, held_out, find_spikes(model, life, held_out))
     crossed = cross(model, judged, make_cells(means, where), rounding_techniques(model, ranges, where), where)
     diagnoses = diagnose(crossed)

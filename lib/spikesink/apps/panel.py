@@ -12,8 +12,8 @@ from spikesink import plots
 from spikesink.chain.lifecycle import Lifecycle
 from spikesink.model.anatomy import Anatomy, anatomy, block
 from spikesink.patching.interventions import Intervention, mask_key, scale
+from spikesink.patching.outcome import view
 from spikesink.patching.sites import stream
-from spikesink.patching.view import view
 
 MEAN = -1  # the choice of no single head
 

@@ -31,6 +31,7 @@ from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.model import texts
 from spikesink.patching import cuts
+from spikesink.patching.means import SpikeMeans, spike_means
 from spikesink.serving import cache, cells, context, diagnosis, quantize
 
 FEW_BLOCKS = 0.8  # the share of a spike that the step-up blocks write, where nothing is said of others (LC1)
@@ -97,10 +98,10 @@ class Subject:
         return find_lifecycle(trace.trace_windows(self.model, self.tokens, self.seed))
 
     @cached_property
-    def means(self) -> cuts.SpikeMeans | NotApplicable:
+    def means(self) -> SpikeMeans | NotApplicable:
         """What spike tokens are on average, over windows that are then not judged."""
         (held_out, where), _ = cuts.split_windows(self.life, length=self.short)
-        return cuts.spike_means(self.model, held_out, self.life, where)
+        return spike_means(self.model, held_out, self.life, where)
 
     @property
     def short(self) -> int:

@@ -5,9 +5,9 @@
     cut = patching.zero(patching.stream(after=patching.mlp(11)), positions=0, channels=507)
     print(patching.evaluate(model, tokens, cut))
 
-`interventions` are small values that say what is changed, where; `patched` holds them while a context lasts, during
-`generate` too; `outcome` measures what they do. `chain` cuts each link between spike and sink, and keeps the two apart;
-`behaviour` asks what that does beyond perplexity.
+`sites` name activations, `interventions` are small values that say what is changed, where; `patched` holds them while a
+context lasts, during `generate` too; `recordings` gives what to put in; `outcome` measures what becomes of the model.
+`cuts` breaks each link between spike and sink; `behaviour` asks what that does beyond perplexity.
 """
 
 from spikesink.model.anatomy import attn, block, mlp
@@ -17,19 +17,15 @@ from spikesink.patching.interventions import (
     add,
     apply,
     mask_key,
-    mean_of,
-    means_of,
-    patch_from,
     patched,
-    record,
     scale,
     set_to,
     skip,
     zero,
 )
-from spikesink.patching.outcome import Outcome, compare, evaluate, sweep, table
+from spikesink.patching.outcome import Outcome, View, compare, evaluate, next_tokens, sweep, table, view
+from spikesink.patching.recordings import mean_of, means_of, patch_from, record
 from spikesink.patching.sites import Site, attention, hook, key, query, read, readout, stream, value, write, z
-from spikesink.patching.view import View, next_tokens, view
 
 __all__ = [
     "Intervention",

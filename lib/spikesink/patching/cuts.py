@@ -9,109 +9,34 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike, plateau_layers
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy, Block
+from spikesink.model.anatomy import Block
 from spikesink.model.weights import require_projections
 from spikesink.patching.interventions import (
     Intervention,
     add,
     mask_key,
-    means_of,
-    one_prompt,
     scale,
     set_to,
     skip,
     zero,
 )
+from spikesink.patching.means import SpikeMeans, Where, spike_means
 from spikesink.patching.outcome import CLEAN, Outcome, compare, table
+from spikesink.patching.recordings import one_prompt
 from spikesink.patching.sites import At, key, read, readout, stream, value
 
-Where = Bool[Tensor, "window position"]
 FACTORS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 INDIFFERENT = 0.02  # a change of perplexity that is none to speak of: AB2's own limit
 FEW_SINKS = 0.1  # AB5's limit: what it must come down to
 NO_SINK = "hardly any head sinks on the first token to begin with"
 NONE_TO_JUDGE = "no token of the windows to judge on spikes; measure more windows"
-
-
-@dataclass(frozen=True)
-class SpikeMeans:
-    """What spike tokens, and others, are on average, over windows that are then not judged."""
-
-    anatomy: Anatomy
-    cycle: Cycle
-    point: Block  # in the stream, right after the step-up
-    reading: tuple[Block, ...]  # the blocks that read the plateau
-    stream: Float[Tensor, " d_model"]  # of spike tokens, at that point
-    readout: Float[Tensor, " d_model"]  # h~ of spike tokens, as the unembedding reads it
-    # Of spike tokens, before QK norm and RoPE; None where the model has no projections of its own to them.
-    keys: Float[Tensor, "layer kv_head d_head"] | None = None
-    values: Float[Tensor, "layer kv_head d_head"] | None = None
-    other_keys: Float[Tensor, "layer kv_head d_head"] | None = None  # of all other tokens
-    # h~ as `reading` blocks read it; None where that is not to be seen.
-    reads: Float[Tensor, "block d_model"] | None = None  # of spike tokens
-    other_reads: Float[Tensor, "block d_model"] | None = None
-
-    @property
-    def layers(self) -> range:
-        """Those whose attention reads the plateau."""
-        return plateau_layers(self.cycle)
-
-    @property
-    def start(self) -> int:
-        """The first layer that would meet the spike."""
-        return (min(self.cycle.step_up, default=self.cycle.peak) + 1) // 2
-
-    @property
-    def steps(self) -> tuple[Block, ...]:
-        """All step-up and step-down blocks."""
-        return self.cycle.step_up + self.cycle.step_down
-
-    @property
-    def ordinary_channels(self) -> list[int]:
-        """All that are no spike channels, the strongest of the spike tokens' stream first."""
-        order = self.stream.abs().argsort(descending=True).tolist()
-        return [c for c in order if c not in self.cycle.channels]
-
-
-@measure
-def spike_means(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, where: Where | None = None
-) -> SpikeMeans:
-    """Measure the means that cuts put in place of things, in one pass over windows that are then not judged.
-
-    Args:
-        tokens: windows; at least one must hold a spike token.
-        where: their spike tokens, if they are known; by default they are looked for.
-    """
-    anatomy, cycle = model.anatomy, life.main
-    if cycle is None:
-        raise NotApplicable(life.reason)
-    if not plateau_layers(cycle):
-        raise NotApplicable("no layer reads the plateau of the spike, so there is nothing to cut between it and a sink")
-    where = find_spikes(model, life, tokens) if where is None else where
-    if not where.any() or where.all():
-        kind = "no" if not where.any() else "every"
-        raise NotApplicable(f"{kind} token of the windows that means are taken of spikes; measure more windows")
-    first, last = cycle.plateau
-    point = Block(first + (first % 2 if anatomy.parallel else 0))
-    blocks = map(Block, range(1, anatomy.n_blocks + 1))
-    reading = tuple(b for b in blocks if first <= b - 1 - (anatomy.parallel and not b.is_attention) <= last)
-    layers = range(anatomy.n_layers)
-    sites = {"stream": (stream(point), where), "readout": (readout(), where)}
-    if anatomy.projects:
-        sites |= {"keys": (key(layers), where), "values": (value(layers), where), "other_keys": (key(layers), ~where)}
-    if anatomy.attention_norm is not None and anatomy.separate_ffn:
-        sites |= {"reads": (read(reading), where), "other_reads": (read(reading), ~where)}
-    means = means_of(model, tokens, sites)
-    means |= {name: means[name][0] for name in ("stream", "readout")}
-    return SpikeMeans(anatomy, cycle, point, reading, **means)
 
 
 def decoupled(means: SpikeMeans, where: Where, hold_readout: bool = True) -> tuple[Intervention, ...]:
@@ -225,10 +150,6 @@ def _random_direction(seed: int, *size: int) -> Tensor:
     return functional.normalize(torch.randn(*size, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def _spike_channels(means: SpikeMeans, seed: int) -> Sequence[int]:
-    return means.cycle.channels
-
-
 def _random_channels(means: SpikeMeans, seed: int) -> Sequence[int]:
     """As many ordinary channels as there are spike channels, drawn at random."""
     free = sorted(means.ordinary_channels)
@@ -236,32 +157,19 @@ def _random_channels(means: SpikeMeans, seed: int) -> Sequence[int]:
     return [free[i] for i in order[: len(means.cycle.channels)]]
 
 
-def _strongest_channels(means: SpikeMeans, seed: int) -> Sequence[int]:
-    return means.ordinary_channels[: len(means.cycle.channels)]
-
-
 def _zero(channels: Callable[[SpikeMeans, int], Sequence[int]]) -> Build:
     return lambda means, at, seed: [zero(stream(means.point), at, channels(means, seed))]
-
-
-def _set_to_mean(means: SpikeMeans, at: Where, seed: int) -> list[Intervention]:
-    channels = list(means.cycle.channels)
-    return [set_to(stream(means.point), means.stream[channels], at, channels)]
 
 
 def _turn(means: SpikeMeans, at: Where, seed: int) -> list[Intervention]:
     """The spike channels' part of the vector, as long, in a random direction."""
     size = means.stream[list(means.cycle.channels)].norm()
     turned = size * _random_direction(seed, means.anatomy.d_model)
-    return [*_zero(_spike_channels)(means, at, seed), add(stream(means.point), turned, at)]
+    return [*_zero_spike(means, at, seed), add(stream(means.point), turned, at)]
 
 
 def _skip(blocks: Callable[[SpikeMeans], Sequence[Block]]) -> Build:
     return lambda means, at, seed: [skip(blocks(means), at)] if means.cycle.step_up and blocks(means) else []
-
-
-def _step_up(means: SpikeMeans) -> Sequence[Block]:
-    return means.cycle.step_up
 
 
 def _following(means: SpikeMeans) -> Sequence[Block]:
@@ -312,36 +220,46 @@ def _both(*builds: Build) -> Build:
     return build
 
 
+_zero_spike = _zero(lambda means, seed: means.cycle.channels)
+_skip_step_up = _skip(lambda means: means.cycle.step_up)
+_turn_keys = _set_keys(_turned_keys)
 _ordinary_keys = _set_keys(lambda means, seed: means.other_keys[means.layers.start : means.layers.stop])
 _plateau_mask = _mask(lambda means: means.layers)
 CUTS: Mapping[str, Cut] = {
-    "skipped": Cut("step-up blocks write nothing", "step-up", _skip(_step_up)),
+    "skipped": Cut("step-up blocks write nothing", "step-up", _skip_step_up),
     "skipped_others": Cut("as many blocks after them write nothing", "step-up", _skip(_following), True),
-    "skipped_elsewhere": Cut("step-up blocks write nothing at other tokens", "step-up", _skip(_step_up), True, True),
-    "zeroed": Cut("spike channels zeroed", "spike", _zero(_spike_channels)),
-    "mean": Cut("spike channels set to their mean", "spike", _set_to_mean),
+    "skipped_elsewhere": Cut("step-up blocks write nothing at other tokens", "step-up", _skip_step_up, True, True),
+    "zeroed": Cut("spike channels zeroed", "spike", _zero_spike),
+    "mean": Cut(
+        "spike channels set to their mean",
+        "spike",
+        lambda m, at, seed: [set_to(stream(m.point), m.stream[[*m.cycle.channels]], at, m.cycle.channels)],
+    ),
     "whole": Cut("whole vector set to its mean", "spike", lambda m, at, seed: [set_to(stream(m.point), m.stream, at)]),
     "rest_zeroed": Cut(
         "all but the spike channels zeroed", "spike", _zero(lambda means, seed: means.ordinary_channels)
     ),
     "another_way": Cut("spike turned in a random direction", "spike", _turn, True),
     "random_channels": Cut("as many random channels zeroed", "spike", _zero(_random_channels), True),
-    "strongest_channels": Cut("as many next-strongest channels zeroed", "spike", _zero(_strongest_channels), True),
-    "other_position": Cut("spike channels zeroed at other tokens", "spike", _zero(_spike_channels), True, True),
+    "strongest_channels": Cut(
+        "as many next-strongest channels zeroed",
+        "spike",
+        _zero(lambda m, seed: m.ordinary_channels[: len(m.cycle.channels)]),
+        True,
+    ),
+    "other_position": Cut("spike channels zeroed at other tokens", "spike", _zero_spike, True, True),
     "constant_read": Cut("what blocks read: one vector", "RMSNorm", _read("reads")),
     "others_read": Cut("what blocks read: others' mean", "RMSNorm", _read("other_reads")),
     "others_read_attention": Cut("only what attention reads: others' mean", "RMSNorm", _read("other_reads", ffn=False)),
     "others_read_ffn": Cut("only what FFNs read: others' mean", "RMSNorm", _read("other_reads", attention=False)),
-    "turned_key": Cut("keys turned at random", "key", _set_keys(_turned_keys)),
+    "turned_key": Cut("keys turned at random", "key", _turn_keys),
     "ordinary_key": Cut("keys set to others' mean", "key", _ordinary_keys),
-    "turned_key_elsewhere": Cut("keys of other tokens turned", "key", _set_keys(_turned_keys), True, True),
+    "turned_key_elsewhere": Cut("keys of other tokens turned", "key", _turn_keys, True, True),
     "masked": Cut("sink masked on the plateau", "sink", _plateau_mask),
     "masked_everywhere": Cut("sink masked in all layers", "sink", _mask(lambda means: range(means.anatomy.n_layers))),
     "masked_elsewhere": Cut("other tokens masked", "sink", _plateau_mask, True, True),
-    "skipped_and_zeroed": Cut(
-        "no step-up, and spike channels zeroed", "both", _both(_skip(_step_up), _zero(_spike_channels))
-    ),
-    "zeroed_and_masked": Cut("spike zeroed, sink masked", "both", _both(_zero(_spike_channels), _plateau_mask)),
+    "skipped_and_zeroed": Cut("no step-up, and spike channels zeroed", "both", _both(_skip_step_up, _zero_spike)),
+    "zeroed_and_masked": Cut("spike zeroed, sink masked", "both", _both(_zero_spike, _plateau_mask)),
     "decoupled": Cut("spike out, keys and values held", "both", lambda means, at, seed: decoupled(means, at)),
     "decoupled_open": Cut(
         "the same, own prediction left alone", "both", lambda means, at, seed: decoupled(means, at, hold_readout=False)

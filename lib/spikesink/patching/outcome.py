@@ -1,8 +1,8 @@
 """What becomes of a model under interventions: `evaluate` one set of them, `compare` many, `sweep` into a table."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,14 +16,24 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import EPSILON, received
-from spikesink.common import brief, progress
-from spikesink.model.anatomy import Anatomy, anatomy, not_finite
-from spikesink.patching import prefix
+from spikesink.common import brief, escape, progress
+from spikesink.model.anatomy import Anatomy, not_finite
 from spikesink.patching.interventions import Intervention, batches, checked, patched
+from spikesink.patching.recordings import one_prompt
 
 CLEAN = "clean"
 RESAMPLES = 2000
+PROBED = 8  # tokens of the run that tells whether a model can be started at a later layer
+TOP = 8  # next tokens that a view shows
 Cut = Intervention | Sequence[Intervention]
+# What an interval is of: each window's share of it, and the statistic of these.
+MEASURES: Mapping[str, tuple[Callable, Callable]] = {
+    "perplexity": (lambda outcome: outcome.loss.mean(1), lambda x, axis: np.exp(x.mean(axis=axis))),
+    "kl": (lambda outcome: outcome.divergence.mean(1), np.mean),
+    "agreement": (lambda outcome: outcome.agrees.float().mean(1), np.mean),
+    "sink_ratio": (lambda outcome: (outcome.score > outcome.epsilon).float().mean((1, 2)), np.mean),
+    "max_activation": (lambda outcome: outcome.largest.amax(1), np.median),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,36 +86,23 @@ class Outcome:
         """A bootstrap interval over windows (percentile method); not numbers where there is only one window.
 
         Args:
-            what: "perplexity", "kl", "agreement", "sink_ratio" or "max_activation".
+            what: one of `MEASURES`.
             level: of confidence.
-            seed: of the resampling.
 
         Raises:
             ValueError: no such measure.
         """
-        measures = {
-            "perplexity": (self.loss.mean(1), _exp_mean),
-            "kl": (self.divergence.mean(1), np.mean),
-            "agreement": (self.agrees.float().mean(1), np.mean),
-            "sink_ratio": ((self.score > self.epsilon).float().mean((1, 2)), np.mean),
-            "max_activation": (self.largest.amax(1), np.median),
-        }
-        if what not in measures:
-            raise ValueError(f"there is no measure {what!r}; give one of {', '.join(measures)}.")
-        return bootstrapped(*measures[what], level, seed)
-
-    def more(self, other: "Outcome") -> Float[np.ndarray, " window"]:
-        """By how much more loss than another outcome each window has, in nats.
-
-        Raises:
-            ValueError: the other is of other windows.
-        """
-        if other.loss.shape != self.loss.shape:
-            raise ValueError(
-                f"outcomes of {list(self.loss.shape)} and {list(other.loss.shape)} predictions cannot be paired; "
-                "evaluate both on the same windows."
-            )
-        return (self.loss - other.loss).mean(1).double().numpy()
+        if what not in MEASURES:
+            raise ValueError(f"there is no measure {what!r}; give one of {', '.join(MEASURES)}.")
+        by_window, statistic = MEASURES[what]
+        values = by_window(self).double().numpy()
+        if len(values) < 2:
+            return math.nan, math.nan
+        if np.ptp(values) == 0:
+            return (same := float(statistic(values, axis=0))), same
+        options = {"n_resamples": RESAMPLES, "confidence_level": level, "method": "percentile", "rng": seed}
+        ends = bootstrap((values,), statistic, **options).confidence_interval
+        return float(ends.low), float(ends.high)
 
     def times(self, other: "Outcome") -> tuple[float, float]:
         """Student's 95% interval over windows of how many times another outcome's perplexity this one's is.
@@ -116,7 +113,12 @@ class Outcome:
         Raises:
             ValueError: the other is of other windows.
         """
-        return student_interval(self.more(other))
+        if other.loss.shape != self.loss.shape:
+            raise ValueError(
+                f"outcomes of {list(self.loss.shape)} and {list(other.loss.shape)} predictions cannot be paired; "
+                "evaluate both on the same windows."
+            )
+        return student_interval((self.loss - other.loss).mean(1).double().numpy())
 
     def __repr__(self) -> str:
         low, high = self.interval()
@@ -128,10 +130,6 @@ class Outcome:
         )
 
 
-def _exp_mean(x: np.ndarray, axis: int) -> np.ndarray:
-    return np.exp(x.mean(axis=axis))
-
-
 def student_interval(nats: Float[np.ndarray, " window"]) -> tuple[float, float]:
     """Student's 95% interval of exp of a mean over windows; not numbers where there is only one."""
     if len(nats) < 2:
@@ -140,23 +138,10 @@ def student_interval(nats: Float[np.ndarray, " window"]) -> tuple[float, float]:
     return math.exp(nats.mean() - half), math.exp(nats.mean() + half)
 
 
-def bootstrapped(values: Tensor, statistic: Callable, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile interval of a statistic of windows; not numbers where there is only one."""
-    values = values.double().numpy()
-    if len(values) < 2:
-        return math.nan, math.nan
-    if np.ptp(values) == 0:
-        return (same := float(statistic(values, axis=0))), same
-    found = bootstrap(
-        (values,), statistic, n_resamples=RESAMPLES, confidence_level=level, method="percentile", rng=seed
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
 def evaluate(
     model: TransformerBridge, tokens: Int[Tensor, "n length"], *interventions: Intervention, epsilon: float = EPSILON
 ) -> Outcome:
-    """Run windows as they are and under interventions, and set the one beside the other.
+    """Run windows as they are and under interventions, and compare the two.
 
     Args:
         model: as `load` returns it, or any HookedRootModule with an `anatomy` that returns logits.
@@ -195,26 +180,24 @@ def compare(
     listed = {key: (cut,) if isinstance(cut, Intervention) else tuple(cut) for key, cut in cuts.items()}
     listed = {key: cut for key, cut in listed.items() if cut}  # one without interventions is the clean run
     tokens = checked(model, tokens, [one for cut in listed.values() for one in cut])
-    about = anatomy(model)
     if tokens.shape[1] < 2:
         raise ValueError("one token predicts nothing that could be compared; give prompts of at least two.")
-    starts = {key: min(one.first_layer(about) for one in cut) for key, cut in listed.items()}
-    form = prefix.layer_returns_tuple(model, tokens, starts.values()) if reuse else None
-    sums = {key: _Sums(about, epsilon) for key in (CLEAN, *listed)}
-    todo = [(rows, key) for rows in batches(about, tokens) for key in sums]
+    starts = {_first_layer(cut, model.anatomy) for cut in listed.values()}
+    start = find_start(model, tokens, starts) if reuse else None
+    sums = {key: _Sums(epsilon) for key in (CLEAN, *listed)}
+    todo = [(rows, key) for rows in batches(model.anatomy, tokens) for key in sums]
     for rows, key in progress(todo, "patching" if listed else "running", "run"):
         batch = tokens[rows.start : rows.stop].to(model.cfg.device)
         if key == CLEAN:
-            clean = run(model, about, batch, (), rows, keep=set(starts.values()))
+            clean = run(model, batch, rows=rows, keep=starts if start else ())
             if not clean.total.isfinite().all():
                 raise FloatingPointError(not_finite(model, "what the model predicts when nothing is changed"))
             sums[CLEAN].add(batch, clean, clean)
         else:
-            start = starts[key] if form is not None else 0
-            sums[key].add(batch, run(model, about, batch, listed[key], rows, start, bool(form), clean), clean)
+            sums[key].add(batch, run(model, batch, listed[key], rows, start and (start, clean)), clean)
     words = {CLEAN: "the clean run", **{key: "; then ".join(map(str, cut)) for key, cut in listed.items()}}
-    found = {key: total.outcome(words[key]) for key, total in sums.items()}
-    return {key: found.get(key, found[CLEAN]) for key in (CLEAN, *cuts)}
+    outcomes = {key: total.outcome(words[key]) for key, total in sums.items()}
+    return {key: outcomes.get(key, outcomes[CLEAN]) for key in (CLEAN, *cuts)}
 
 
 def sweep(
@@ -224,11 +207,7 @@ def sweep(
     over: str = "cut",
     epsilon: float = EPSILON,
 ) -> pd.DataFrame:
-    """`compare`, as a tidy table: doses, layers, channels, or whatever the keys of `cuts` are.
-
-    Returns:
-        As `table` does, with the keys of `cuts` as the index, named `over`.
-    """
+    """`compare`, as a tidy table: doses, layers, channels, or whatever the keys of `cuts` are, named `over`."""
     return table(compare(model, tokens, cuts, epsilon), over)
 
 
@@ -241,6 +220,46 @@ def table(outcomes: Mapping[Hashable, Outcome], over: str = "cut") -> pd.DataFra
         row |= {"agreement": outcome.agreement, "sink_ratio": outcome.sink_ratio}
         rows.append(row | {"max_activation": outcome.max_activation})
     return pd.DataFrame(rows).set_index(over)
+
+
+@dataclass(frozen=True)
+class View:
+    """One prompt, as it is ("clean") and under interventions ("patched"): the first index of each tensor."""
+
+    what: str  # the interventions, in words
+    tokens: tuple[str, ...]
+    magnitude: Float[Tensor, "run layer token"]  # max |h|, as the stream enters layers and leaves the last
+    attention: Float[Tensor, "run layer head token"]  # what each token gets of the queries that see it
+    top: tuple[tuple[str, float, float], ...]  # next tokens, the likeliest first, and their probability in either run
+
+
+def view(model: TransformerBridge, tokens: Int[Tensor, " length"], *interventions: Intervention) -> View:
+    """Run one prompt, such as `model.to_tokens(prompt)[0]`, with and without interventions, for a picture of it.
+
+    Raises:
+        ValueError: as `evaluate` does.
+    """
+    prompt = checked(model, one_prompt(tokens), interventions)
+    runs = [run(model, prompt.to(model.cfg.device), cut) for cut in ((), interventions)]
+    clean, changed = (ran.output[0, -1].softmax(-1).cpu() for ran in runs)
+    decode = model.tokenizer.decode
+    best = torch.maximum(clean, changed).argsort(descending=True)[:TOP].tolist()
+    return View(
+        what="; then ".join(map(str, interventions)) or "as it is",
+        tokens=tuple(decode([i]) for i in prompt[0].tolist()),
+        magnitude=torch.stack([torch.cat(ran.sizes) for ran in runs]),
+        attention=torch.stack([torch.cat(ran.received) for ran in runs]),
+        top=tuple(
+            (decode([i]), float(clean[i]), float(changed[i])) for i in sorted(best, key=lambda i: -float(changed[i]))
+        ),
+    )
+
+
+def next_tokens(view: View) -> str:
+    """A view's next-token table, as Markdown."""
+    lines = ["| next token | clean | patched |", "|---|---|---|"]
+    lines += [f"| `{escape(text)!r}` | {clean:.1%} | {changed:.1%} |" for text, clean, changed in view.top]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -260,7 +279,7 @@ class Ran:
     @cached_property
     def total(self) -> Float[Tensor, "window position"]:
         """Log of the sum of exp(logits), window by window: what is as large as all logits is slow to allocate."""
-        return torch.stack([of.logsumexp(-1) for of in self.logits])
+        return torch.stack([logits.logsumexp(-1) for logits in self.logits])
 
     @cached_property
     def best(self) -> Int[Tensor, "window position"]:
@@ -270,7 +289,7 @@ class Ran:
     @cached_property
     def p(self) -> list[Float[Tensor, "position vocabulary"]]:
         """What it predicts, window by window."""
-        return [(of - total[:, None]).exp_() for of, total in zip(self.logits, self.total, strict=True)]
+        return [(logits - total[:, None]).exp_() for logits, total in zip(self.logits, self.total, strict=True)]
 
     def divergence(self, other: "Ran") -> Float[Tensor, "window position"]:
         """KL divergence of another run's prediction from this one's, in nats."""
@@ -281,67 +300,145 @@ class Ran:
         return (torch.stack(expected) + other.total - self.total).clamp(min=0)
 
 
-@torch.inference_mode()
-def run(
-    model: TransformerBridge,
-    about: Anatomy,
-    batch: Int[Tensor, "window position"],
-    cut: Sequence[Intervention],
-    rows: range,
-    start: int = 0,
-    in_a_tuple: bool = False,
-    clean: Ran | None = None,
-    keep: set[int] = frozenset(),
-) -> Ran:
-    """Run a batch under interventions, from layer `start` on; what the layers before it did is the clean run's."""
-    scores = dict(enumerate(clean.received[:start])) if clean else {}
-    sizes = dict(enumerate(clean.sizes[:start])) if clean else {}
-    entered = {}
-
-    def on_layer(value, hook):
-        layer = about.layer_hooks.index(hook.name)
-        sizes[layer] = value.abs().amax(-1).float().cpu()
-        if layer in keep:
-            entered[layer] = value
-
-    def on_pattern(value, hook):
-        layer = about.pattern_hooks.index(hook.name)
-        of_window = received(value.flatten(0, 1).float(), about.sight[layer])
-        scores[layer] = of_window.unflatten(0, value.shape[:2]).cpu()
-
-    watch = [(name, on_layer) for name in about.layer_hooks[start:]]
-    watch += [(name, on_pattern) for name in about.pattern_hooks[start:]]
-    with ExitStack() as stack:
-        if start:
-            stack.enter_context(prefix.skipping(model, start, in_a_tuple))
-            stack.enter_context(model.hooks(fwd_hooks=[prefix.injected(about, start, clean.entered[start])]))
-        stack.enter_context(patched(model, *cut, rows=rows))
-        stack.enter_context(model.hooks(fwd_hooks=watch))
-        output = model(batch).float()
-    seen = ([of for _, of in sorted(by_layer.items())] for by_layer in (scores, sizes))
-    return Ran(output, *seen, entered)
-
-
 class _Sums:
     """What `compare` keeps of one set of interventions, batch by batch."""
 
-    def __init__(self, about: Anatomy, epsilon: float):
-        self.about, self.epsilon = about, epsilon
-        self.parts: list[tuple[Tensor, ...]] = []
+    def __init__(self, epsilon: float):
+        self.epsilon = epsilon
+        self.batches: list[tuple[Tensor, ...]] = []
 
     def add(self, batch: Int[Tensor, "window position"], ran: Ran, clean: Ran) -> None:
         target = batch[:, 1:, None].to(ran.logits.device)
         loss = ran.total - ran.logits.gather(-1, target)[..., 0]
         divergence = torch.zeros_like(loss) if ran is clean else clean.divergence(ran)
-        scores = torch.stack([of[..., 0] for of in ran.received], 1)  # window, layer, head
-        attention, sinks = (
-            torch.stack([of.mean(1) for of in by_layer], 1)  # window, layer, key
-            for by_layer in (ran.received, [(of > self.epsilon).float() for of in ran.received])
-        )
-        parts = loss, divergence, ran.best == clean.best, scores, attention, sinks, torch.stack(ran.sizes).amax(0)
-        self.parts.append(tuple(part.cpu() for part in parts))
+        scores = torch.stack([layer[..., 0] for layer in ran.received], 1)  # window, layer, head
+        attention = torch.stack([layer.mean(1) for layer in ran.received], 1)  # window, layer, key
+        sinks = torch.stack([(layer > self.epsilon).float().mean(1) for layer in ran.received], 1)
+        largest = torch.stack(ran.sizes).amax(0)
+        kept = loss, divergence, ran.best == clean.best, scores, attention, sinks, largest
+        self.batches.append(tuple(tensor.cpu() for tensor in kept))
 
     def outcome(self, what: str) -> Outcome:
-        loss, divergence, agrees, scores, attention, sinks, largest = map(torch.cat, zip(*self.parts, strict=True))
+        loss, divergence, agrees, scores, attention, sinks, largest = map(torch.cat, zip(*self.batches, strict=True))
         means = attention.mean(0), sinks.mean(0)
         return Outcome(what, self.epsilon, loss, divergence, agrees, scores, *means, largest)
+
+
+def _first_layer(cut: Sequence[Intervention], anatomy: Anatomy) -> int:
+    return min(one.first_layer(anatomy) for one in cut)
+
+
+class _Passing(torch.nn.Module):
+    """Stands where a layer stood that does not run: hands on what it gets, in the form in which that layer would."""
+
+    def __init__(self, layer: torch.nn.Module, in_tuple: bool):
+        super().__init__()
+        object.__setattr__(self, "stood_for", layer)  # no submodule, so that nobody finds it twice
+        self.in_tuple = in_tuple
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return (hidden_states,) if self.in_tuple else hidden_states
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "stood_for"), name)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a model is started at a later layer: a change there leaves the layers before it as they were."""
+
+    model: TransformerBridge
+    layers: torch.nn.ModuleList
+    in_tuple: bool  # whether they return tuples
+
+    @contextmanager
+    def at(self, layer: int, stream: Float[Tensor, "window position d_model"]) -> Iterator[None]:
+        """Let the layers before `layer` stand aside while the context lasts, and put in what enters it."""
+        own, enters = list(self.layers), self.model.anatomy.layer_hooks[layer]
+        try:
+            for i in range(layer):
+                self.layers[i] = _Passing(own[i], self.in_tuple)
+            with self.model.hooks(fwd_hooks=[(enters, lambda value, hook: stream)]):
+                yield
+        finally:
+            for i in range(layer):
+                self.layers[i] = own[i]
+
+
+@torch.inference_mode()
+def find_start(model: TransformerBridge, tokens: Int[Tensor, "n length"], layers: Iterable[int]) -> Start | None:
+    """How a model can be started at these layers; None where it cannot.
+
+    Found by doing it on a few tokens, for each of them: the logits must be those of a whole run.
+    """
+    whole = getattr(model, "original_model", model)
+    lists = [module for module in whole.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    stack = next((modules for modules in lists if modules[0] is model.blocks[0]), None)
+    later = sorted({layer for layer in layers if layer})
+    if stack is None or not later:
+        return None
+    few, outputs = tokens[:1, :PROBED].to(model.cfg.device), []
+    handle = stack[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        ran = run(model, few, keep=later)
+    finally:
+        handle.remove()
+    if not outputs:  # the model goes through its layers in another way
+        return None
+    start = Start(model, stack, isinstance(outputs[0], tuple))
+    for layer in later:
+        try:
+            with start.at(layer, ran.entered[layer]):
+                resumed = model(few)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None
+        if not torch.equal(ran.output, resumed.float()):
+            return None
+    return start
+
+
+@torch.inference_mode()
+def run(
+    model: TransformerBridge,
+    batch: Int[Tensor, "window position"],
+    cut: Sequence[Intervention] = (),
+    rows: range | None = None,
+    later: tuple[Start, Ran] | None = None,
+    keep: Iterable[int] = (),
+) -> Ran:
+    """Run a batch under interventions.
+
+    Args:
+        rows: which windows these are.
+        later: how the model is started at a later layer, and the clean run, for what the layers before it did.
+        keep: layers to keep the stream of, as it enters them.
+    """
+    anatomy = model.anatomy
+    start, clean = (_first_layer(cut, anatomy), later[1]) if later else (0, None)
+    scores = dict(enumerate(clean.received[:start])) if clean else {}
+    sizes = dict(enumerate(clean.sizes[:start])) if clean else {}
+    entered = {}
+
+    def on_layer(value, hook):
+        layer = anatomy.layer_hooks.index(hook.name)
+        sizes[layer] = value.abs().amax(-1).float().cpu()
+        if layer in keep:
+            entered[layer] = value
+
+    def on_pattern(value, hook):
+        layer = anatomy.pattern_hooks.index(hook.name)
+        by_query = received(value.flatten(0, 1).float(), anatomy.sight[layer])
+        scores[layer] = by_query.unflatten(0, value.shape[:2]).cpu()
+
+    watch = [(name, on_layer) for name in anatomy.layer_hooks[start:]]
+    watch += [(name, on_pattern) for name in anatomy.pattern_hooks[start:]]
+    with ExitStack() as stack:
+        if start:
+            stack.enter_context(later[0].at(start, clean.entered[start]))
+        stack.enter_context(patched(model, *cut, rows=range(len(batch)) if rows is None else rows))
+        stack.enter_context(model.hooks(fwd_hooks=watch))
+        output = model(batch).float()
+    return Ran(output, *([values for _, values in sorted(by.items())] for by in (scores, sizes)), entered)

@@ -13,6 +13,7 @@ from spikesink.model.anatomy import Anatomy, Block
 
 Blocks = Block | Iterable[Block]
 Places = int | Iterable[int]
+Parts = int | Iterable[int] | None  # which channels or heads; None: all
 At = int | Sequence[int] | Bool[Tensor, " position"] | Bool[Tensor, "window position"] | None
 MOST_LISTED = 6  # numbers that a sentence lists before it only counts them
 
@@ -223,7 +224,7 @@ class Positions:
             ValueError: a negative position, none at all, or a mask that is not of truth values.
         """
         if at is None or isinstance(at, Positions):
-            return at or Positions()
+            return Positions() if at is None else at
         if hasattr(at, "dtype") or (isinstance(at, list) and at and all(isinstance(p, bool | list) for p in at)):
             at = torch.as_tensor(at)
             if at.dtype == torch.bool and at.ndim in (1, 2):
@@ -258,10 +259,13 @@ class Positions:
             return f"at {len(self.same)} positions"
         return f"at position{'s' if len(self.same) > 1 else ''} {list_places(self.same)}"
 
+    def __len__(self) -> int:
+        """How many are named; none for all."""
+        return len(self.same or ()) + sum(map(len, self.by_window or ()))
+
     def last(self) -> int:
         """The furthest of them; -1 for all."""
-        rows = self.by_window if self.by_window is not None else (self.same or (),)
-        return max((max(row) for row in rows if row), default=-1)
+        return max((*(self.same or ()), *(p for row in self.by_window or () for p in row)), default=-1)
 
     def index(self, rows: range, offset: int, n: int) -> tuple[tuple | None, Tensor | None]:
         """Where they are in a tensor [window, position, ...] that holds windows `rows` and positions from `offset`.
@@ -275,14 +279,10 @@ class Positions:
             here = [(i, p - offset) for i, p in enumerate(self.same) if offset <= p < offset + n]
             order, columns = torch.tensor(here, dtype=torch.long).reshape(-1, 2).T
             return ((slice(None), columns) if here else None), order
-        found, i = [], sum(map(len, self.by_window[: rows.start]))
-        for row in rows:
-            for p in self.by_window[row]:
-                if offset <= p < offset + n:
-                    found.append((row - rows.start, p - offset, i))
-                i += 1
-        window, columns, order = torch.tensor(found, dtype=torch.long).reshape(-1, 3).T
-        return ((window, columns) if found else None), order
+        listed = [(row, p) for row, positions in enumerate(self.by_window) for p in positions]
+        here = [(r - rows.start, p - offset, i) for i, (r, p) in enumerate(listed) if r in rows and 0 <= p - offset < n]
+        window, columns, order = torch.tensor(here, dtype=torch.long).reshape(-1, 3).T
+        return ((window, columns) if here else None), order
 
 
 EVERYWHERE = Positions()

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from spikesink.common import brief
 from spikesink.patching.behaviour import Behaviour
 from spikesink.patching.cuts import CUTS, BlockMap, Broken, Doses, named
-from spikesink.patching.outcome import CLEAN
-from spikesink.patching.view import View
+from spikesink.patching.outcome import CLEAN, View
 from spikesink.plots.style import (
     ORDINARY,
     OTHERS,

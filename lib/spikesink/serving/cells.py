@@ -16,7 +16,8 @@ from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy
 from spikesink.model.weights import require_projections
 from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, skip, zero
-from spikesink.patching.cuts import SpikeMeans, decoupled, sink_held
+from spikesink.patching.cuts import decoupled, sink_held
+from spikesink.patching.means import SpikeMeans
 from spikesink.patching.outcome import student_interval
 
 UNCHANGED, SINK_HELD, NO_SPIKE = "unchanged", "sink held", "spike removed"

@@ -20,6 +20,7 @@ from spikesink.ledger.evidence import sinks
 from spikesink.model import texts
 from spikesink.model.weights import weights_of
 from spikesink.patching import cuts
+from spikesink.patching.means import spike_means
 from spikesink.serving import cache, cells, quantize
 from spikesink.serving.context import LongRun, measure_long
 
@@ -129,7 +130,7 @@ def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: LongRun, 
     length = life.trace.length
     budget = length // 4
     (held_out, out), (judged, where) = cuts.split_windows(life, length=max(4, budget))
-    means = cuts.spike_means(model, held_out, life, out)
+    means = spike_means(model, held_out, life, out)
     broken = cuts.break_chain(model, judged, means, where, seed=seed)
 
     techniques = quantize.rounding_techniques(model, quantize.measure_ranges(model, held_out, out), where)
