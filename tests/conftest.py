@@ -7,6 +7,8 @@ import torch
 import transformers
 
 import spikesink
+from spikesink.chain.collapse import measure_collapse
+from spikesink.chain.keys import read_attention
 from spikesink.model import texts
 from tests import planted
 
@@ -70,6 +72,36 @@ def trigger_tokens(planted_model):
     for window, position in ((1, 0), (2, 20), (3, 47), (4, 5), (4, 30), (5, 0)):
         tokens[window, position] = trigger
     return tokens
+
+
+@pytest.fixture(scope="session")
+def sinking_model(tmp_path_factory):
+    """The planted model with a head that sinks, head 0 of layer 3: its query is one vector, its key the spike.
+
+    It reads channel 5, which is 1 on every token and which no block writes to, into its slowest rotary pair, and its
+    key head the spike's channel, so the logit towards a spike is large whatever the query; RoPE hardly turns it.
+    """
+    model = planted.plant(planted.random_llama(400), planted.Plant())
+    layer, plain, d_head = model.model.layers[3].self_attn, 5, 16
+    slow = d_head // 2 - 1  # of the rotary pairs (i, i + 8)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, plain] = 1
+        for other in model.model.layers:
+            other.self_attn.o_proj.weight[plain] = 0
+            other.mlp.down_proj.weight[plain] = 0
+        layer.q_proj.weight[: 2 * d_head] = 0  # query heads 0 and 1 share key head 0
+        layer.q_proj.weight[slow, plain] = 40
+        layer.k_proj.weight[:d_head] = 0
+        layer.k_proj.weight[slow, planted.Plant().channel] = 4
+    return spikesink.load(planted.save(model, tmp_path_factory.mktemp("models") / "sinking-llama"))
+
+
+@pytest.fixture(scope="session")
+def sunk(sinking_model, trigger_tokens):
+    """Its life cycle, collapse and attention."""
+    life = spikesink.find_lifecycle(spikesink.trace_windows(sinking_model, trigger_tokens))
+    collapse = measure_collapse(sinking_model, trigger_tokens, life)
+    return life, collapse, read_attention(sinking_model, trigger_tokens, life, collapse)
 
 
 @pytest.fixture(autouse=True)

@@ -102,9 +102,10 @@ def test_figures_of_the_sinks_say_what_they_show(sunk, planted_model, trigger_to
     assert [label for label in labels if "tokens" in label] == ["48 tokens", "12 tokens"]
     profile = spikesink.profile(planted_model, trigger_tokens[1])
     assert len(plots.places(profile, most=20).axes[1].get_xticklabels()) == 20
-    depth = evidence.sk5_over_depth(seen, life).measured
-    expected = f"{depth['attention_during']:.0%} of attention on the plateau, {depth['attention_before']:.0%} before"
-    assert expected in title(plots.sinks_over_depth(seen.geometry, seen, life, profile))
+    depth = evidence.sk5_over_depth(seen, life)
+    during, before = (depth.measured[name] for name in ("attention_during", "attention_before"))
+    expected = f"{during:.0%} of attention on the plateau, {before:.0%} before"
+    assert expected in title(plots.sinks_over_depth(depth, seen, life, profile))
     rebuilt = keys.rebuild_keys(weights, life, found)
     figure = plots.sink_keys(seen.geometry, rebuilt, life)
     assert title(figure, 1).startswith(f"{len(rebuilt.channels)} of 64 rows: cosine ")

@@ -285,7 +285,7 @@ def _sink(subject: Subject) -> Section:
     attention = keys.read_attention(
         model, tokens, life, collapse.measure_collapse(model, tokens, life, seed), seed=seed
     )
-    many, others = evidence.sk1_many_heads(attention.scores), evidence.x_sk9_secondary(attention)
+    many, others = evidence.sk1_many_heads(attention.scores), evidence.x_sk9_secondary(attention.secondary)
     mean = attention.scores.at.mean(0)  # layer, head
     order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
     strongest = [divmod(i, mean.shape[1]) for i in order]

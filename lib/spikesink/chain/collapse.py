@@ -2,13 +2,12 @@
 
 h~ = h / sqrt(mean(h^2) + eps) is what every block reads, before the norm's learned scale. Its norm is sqrt(d_model)
 whatever that of h is, so one huge entry leaves nothing for the others: h~ is bounded, sparse, and the same for every
-spike token at every depth of the plateau. `implicit_parameter` puts one fixed vector in its place.
+spike token at every depth of the plateau. `replace_input` puts one fixed vector in its place.
 """
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,20 +25,13 @@ from spikesink.chain.lifecycle import (
     plateau_layers,
     right_after,
 )
-from spikesink.chain.trace import follow
+from spikesink.chain.trace import Mean, Reducer, reduce_windows
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy, normalise
+from spikesink.model.anatomy import Anatomy, Block, normalise
 from spikesink.model.weights import Weights, require_separate_ffn
 
 MOST_KEPT = 32  # tokens of either kind whose h~ is kept at every point
-
-
 MOST_OF_A_WINDOW = 4  # of them out of one window
-
-
-INDIFFERENT = 0.01  # NM5's rule must be one that the control can break
-
-
 VARIANTS = ("clean", "replaced", "other_tokens_mean")
 
 
@@ -60,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Collapse:
-    """What `measure_collapse` measures: h~ of the main cycle's spike tokens and of other tokens, at every point."""
+    """h~ of the main cycle's spike tokens and of other tokens, at every point."""
 
     anatomy: Anatomy
     cycle: Cycle
@@ -69,9 +61,9 @@ class Collapse:
     after: Group  # of those, the ones right after a spike token, at nearly its place
 
     @property
-    def before(self) -> int:
+    def before(self) -> Block:
         """The last point before the first block that is step-up; where none is, the one before the peak."""
-        return (self.cycle.step_up[0] if self.cycle.step_up else self.cycle.peak) - 1
+        return Block((self.cycle.step_up[0] if self.cycle.step_up else self.cycle.peak) - 1)
 
     @property
     def plateau(self) -> slice:
@@ -92,117 +84,103 @@ class Collapse:
         return mean * (self.anatomy.d_model**0.5 / mean.norm())
 
 
+@measure
 def measure_collapse(
     model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0
-) -> Collapse | NotApplicable:
+) -> Collapse:
     """Normalise the stream at every point, and see how alike spike tokens are, and how alike others.
 
-    One pass; what is kept are sums, and h~ of a few tokens.
-
-    Args:
-        model: as `load` returns it.
-        tokens: the windows that `life` was found in.
-        life: as `find_lifecycle` returns it.
-        seed: of the other tokens that are kept, as many of each window as there are spike tokens of it.
-
-    Returns:
-        The measures, or why there are none: nothing spikes, or blocks read the stream with no norm before them.
+    One pass; what is kept are sums, and h~ of a few tokens: of others as many as there are spike tokens in a window.
 
     Raises:
         ValueError: `life` was found in other windows or in another model.
     """
-    about, cycle = life.trace.anatomy, life.main
     check_model(model, life)
-    if cycle is None:
-        return NotApplicable(life.reason)
-    if about.attention_norm is None:
-        return NotApplicable(f"the blocks of this {about.family} model read the stream itself, not through a norm")
-    if about.norm == "tanh":
-        return NotApplicable(f"the blocks of this {about.family} model read the stream through DynamicTanh, not a norm")
+    anatomy, cycle = model.anatomy, life.require_main()
+    if anatomy.attention_norm is None:
+        raise NotApplicable(f"the blocks of this {anatomy.family} model read the stream itself, not through a norm")
+    if anatomy.norm == "tanh":
+        raise NotApplicable(
+            f"the blocks of this {anatomy.family} model read the stream through DynamicTanh, not a norm"
+        )
     check_windows(life, tokens)
-    generator = torch.Generator().manual_seed(seed)
-    sums = [_Sums(about, cycle.channels) for _ in range(3)]
-    for index, (window, where) in enumerate(
-        zip(progress(tokens, "normalising the stream", "window"), is_spike(life, cycle), strict=True)
-    ):
-        kept = where.nonzero()[:MOST_OF_A_WINDOW, 0]
-        others = (~where).nonzero()[:, 0]
-        drawn = others[torch.randperm(len(others), generator=generator)[: len(kept)]]
-        after = right_after(where) & ~where
-        sides = list(zip(sums, (where, ~where, after), (kept, drawn, drawn[:0]), strict=True))
+    groups = _Groups(anatomy, life, seed)
+    reduce_windows(model, tokens, [groups], "normalising the stream")
+    return Collapse(anatomy, cycle, *(sums.result() for sums in groups.sums))
 
-        def on_stream(point: int, h: Float[Tensor, "token d_model"], sides=sides, half=index % 2) -> None:
-            h = normalise(h, about).cpu()
-            for side, mine, in_full in sides:
-                side.add(point, h[mine], h[in_full], half)
 
-        follow(model, window, on_stream)
-        for side, *_ in sides:
-            side.end_of_window()
-    return Collapse(about, cycle, *(side.group() for side in sums))
+class _Groups(Reducer):
+    """The sums of the three groups of tokens."""
+
+    def __init__(self, anatomy: Anatomy, life: Lifecycle, seed: int):
+        self.anatomy, self.spikes = anatomy, is_spike(life, life.main)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums = [_Sums(anatomy, life.main.channels) for _ in range(3)]
+
+    def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
+        where = self.spikes[index]
+        spikes, others = (which.nonzero()[:, 0] for which in (where, ~where))
+        kept = spikes[:MOST_OF_A_WINDOW]
+        drawn = others[torch.randperm(len(others), generator=self.generator)[: len(kept)]]
+        after = (right_after(where) & ~where).nonzero()[:, 0]
+        self.half, self.groups = index % 2, ((spikes, kept), (others, drawn), (after, after[:0]))
+
+    def on_stream(self, point: int, h: Float[Tensor, "token d_model"]) -> None:
+        h = normalise(h, self.anatomy).cpu()
+        for sums, (which, in_full) in zip(self.sums, self.groups, strict=True):
+            sums.add(point, h[which], self.half, h[in_full])
 
 
 class _Sums:
-    """The sums of one kind of token, while windows stream by."""
+    """The sums of one group of tokens."""
 
-    def __init__(self, about: Anatomy, channels: Sequence[int]):
-        n_points, d = about.n_blocks + 1, about.d_model
+    def __init__(self, anatomy: Anatomy, channels: tuple[int, ...]):
+        n_points, d = anatomy.n_blocks + 1, anatomy.d_model
         self.channels, self.root = list(channels), d**0.5
-        self.counts = torch.zeros(2, n_points)
-        self.mean = torch.zeros(2, n_points, d)
-        self.share = torch.zeros(n_points, d)
-        self.participation = torch.zeros(n_points)
-        self.largest, self.smallest = torch.zeros(n_points), torch.full((n_points,), math.inf)
-        self.alike = [_Alike(n_points, d), _Alike(n_points, d)]
-        self.kept: list[list[Tensor]] = []
-        self.now: list[Tensor] = []
+        self.means = [Mean(n_points, d), Mean(n_points, d)]
+        self.share, self.participation = Mean(n_points, d), Mean(n_points)
+        self.largest, self.smallest = torch.full((n_points,), -math.inf), torch.full((n_points,), math.inf)
+        self.cosine, self.cosine_rest = PairCosine(n_points, d), PairCosine(n_points, d)
+        self.kept: list[list[Tensor]] = [[] for _ in range(n_points)]
 
     def add(
-        self, point: int, h: Float[Tensor, "token d_model"], in_full: Float[Tensor, "kept d_model"], half: int
+        self, point: int, h: Float[Tensor, "token d_model"], half: int, in_full: Float[Tensor, "kept d_model"]
     ) -> None:
-        self.now.append(in_full)
+        if sum(map(len, self.kept[point])) < MOST_KEPT:
+            self.kept[point].append(in_full)
         if not len(h):
             return
-        square = h.square()
-        size = h.abs().amax(-1) / self.root
-        self.counts[half, point] += len(h)
-        self.mean[half, point] += h.sum(0)
-        self.share[point] += (square / square.sum(-1, keepdim=True)).sum(0)
-        self.participation[point] += _participation(h).sum()
+        square, size = h.square(), h.abs().amax(-1) / self.root
+        self.means[half].add(point, h)
+        self.share.add(point, square / square.sum(-1, keepdim=True))
+        self.participation.add(point, participation_ratio(h))
         self.largest[point] = max(self.largest[point], size.max())
         self.smallest[point] = min(self.smallest[point], size.min())
-        rest = h.clone()
-        rest[:, self.channels] = 0
-        for alike, vectors in zip(self.alike, (h, rest), strict=True):
-            alike.add(point, vectors)
+        self.cosine.add(point, h)
+        self.cosine_rest.add(point, h.index_fill(1, torch.tensor(self.channels), 0))
 
-    def end_of_window(self) -> None:
-        if sum(len(tokens[0]) for tokens in self.kept) < MOST_KEPT:
-            self.kept.append(self.now)
-        self.now = []
-
-    def group(self) -> Group:
-        n = self.counts.sum(0)
+    def result(self) -> Group:
+        n = self.participation.n
         return Group(
             n=int(n[0]),
-            cosine=self.alike[0].cosine(),
-            cosine_rest=self.alike[1].cosine(),
-            participation=self.participation / n,
+            cosine=self.cosine.result(),
+            cosine_rest=self.cosine_rest.result(),
+            participation=self.participation.result(),
             largest=self.largest.where(n > 0, math.nan),
             smallest=self.smallest.where(n > 0, math.nan),
-            share=self.share / n[:, None],
-            mean=self.mean / self.counts[..., None],
-            kept=torch.cat([torch.stack(points, dim=1) for points in self.kept])[:MOST_KEPT],
+            share=self.share.result(),
+            mean=torch.stack([mean.result() for mean in self.means]),
+            kept=torch.stack([torch.cat(tokens) for tokens in self.kept], dim=1)[:MOST_KEPT],
         )
 
 
-def _participation(h: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token"]:
+def participation_ratio(h: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token"]:
     """Over how many channels a vector spreads: |h|^4 / sum_k h_k^4."""
     square = h.square()
     return square.sum(-1) ** 2 / square.square().sum(-1)
 
 
-class _Alike:
+class PairCosine:
     """Mean cosine over pairs of vectors out of different windows, from sums: (|sum|^2 - each window's own) / pairs."""
 
     def __init__(self, n_points: int, d: int):
@@ -211,13 +189,15 @@ class _Alike:
         self.n, self.pairs_within = torch.zeros(n_points), torch.zeros(n_points)
 
     def add(self, point: int, h: Float[Tensor, "token d_model"]) -> None:
+        """Count one window's vectors at a point."""
         window = functional.normalize(h.double(), dim=-1).sum(0)
         self.sum[point] += window
         self.within[point] += window @ window
         self.n[point] += len(h)
         self.pairs_within[point] += len(h) ** 2
 
-    def cosine(self) -> Float[Tensor, " point"]:
+    def result(self) -> Float[Tensor, " point"]:
+        """The mean at each point; not a number without a pair."""
         pairs = self.n.square() - self.pairs_within
         return ((self.sum.square().sum(-1) - self.within) / pairs).where(pairs > 0, math.nan)
 
@@ -240,31 +220,32 @@ def closed_form(ratio: Float[Tensor, " size"], d_model: int) -> dict[str, Float[
 def normalise_random(
     ratio: Float[Tensor, " size"], anatomy: Anatomy, n: int = 64, seed: int = 0
 ) -> dict[str, Float[Tensor, " size"]]:
-    """The same three, measured on random vectors that go through the norm: means over n vectors and their pairs."""
-    rest = torch.randn(n, anatomy.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """The same three, measured on n random vectors that go through the norm: means over vectors and their pairs."""
+    d_model = anatomy.d_model
+    rest = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rest[:, 0] = 0
-    rest *= (anatomy.d_model - 1) ** 0.5 / rest.norm(dim=-1, keepdim=True)
-    found: dict[str, list[Tensor]] = {"largest": [], "participation": [], "cosine": []}
+    rest *= (d_model - 1) ** 0.5 / rest.norm(dim=-1, keepdim=True)
+    measured: dict[str, list[Tensor]] = {"largest": [], "participation": [], "cosine": []}
     for size in ratio.double():
         rest[:, 0] = size
         h = normalise(rest, anatomy)
         cosines = functional.normalize(h, dim=-1) @ functional.normalize(h, dim=-1).T
-        found["largest"].append(h[:, 0].abs().mean() / anatomy.d_model**0.5)
-        found["participation"].append(_participation(h).mean())
-        found["cosine"].append((cosines.sum() - cosines.trace()) / (n * (n - 1)))
-    return {name: torch.stack(values) for name, values in found.items()}
+        measured["largest"].append(h[:, 0].abs().mean() / d_model**0.5)
+        measured["participation"].append(participation_ratio(h).mean())
+        measured["cosine"].append((cosines.sum() - cosines.trace()) / (n * (n - 1)))
+    return {name: torch.stack(values) for name, values in measured.items()}
 
 
-def spike_ratio(found: Collapse) -> Float[Tensor, " point"]:
+def spike_ratio(collapse: Collapse) -> Float[Tensor, " point"]:
     """How large the first channel of a spike token is against the root mean square of its others, by point, median."""
-    square = found.spike.kept.square()
-    first = square[..., found.cycle.channel]
-    return (first / ((square.sum(-1) - first) / (found.anatomy.d_model - 1))).sqrt().quantile(0.5, dim=0)
+    square = collapse.spike.kept.square()
+    first = square[..., collapse.cycle.channel]
+    return (first / ((square.sum(-1) - first) / (collapse.anatomy.d_model - 1))).sqrt().quantile(0.5, dim=0)
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a model does when spike tokens' h~ is put out of its hand; `VARIANTS` in order."""
+    """What a model does when its blocks read other vectors at the spike tokens; `VARIANTS` in order."""
 
     layers: range  # whose reads are replaced
     n_tokens: int
@@ -279,111 +260,84 @@ class Replaced:
 
 
 @measure
+@torch.inference_mode()
 def replace_input(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, found: Collapse
-) -> Replaced | NotApplicable:
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, collapse: Collapse
+) -> Replaced:
     """Let every block of the plateau's layers read one fixed vector at the spike tokens, in place of their own h~.
 
     Three runs of each window, side by side in one batch: as it is; with the vector (the mean h~ of the spike tokens and
     the plateau's points, of the *other* half of the windows, as long as h~); as a control, with other tokens' mean.
-
-    Args:
-        model: as `load` returns it.
-        tokens: the windows that `life` was found in.
-        life: as `find_lifecycle` returns it.
-        found: as `measure_collapse` returns it.
-
-    Returns:
-        The measures, or why there are none: a half of the windows has no spike token, or no layer reads the plateau.
 
     Raises:
         ValueError: `life` was found in other windows or in another model.
     """
     check_model(model, life)
     check_windows(life, tokens)
-    layers = plateau_layers(found.cycle)
-    where = is_spike(life, found.cycle)
-    require_separate_ffn(found.anatomy)
+    require_separate_ffn(model.anatomy)
+    layers, spikes = plateau_layers(collapse.cycle), is_spike(life, collapse.cycle)
     if not layers:
-        return NotApplicable("no layer reads the plateau")
-    if found.spike.mean.isnan().any():
-        return NotApplicable(
+        raise NotApplicable("no layer reads the plateau")
+    if collapse.spike.mean.isnan().any():
+        raise NotApplicable(
             "each half of the windows must hold a spike token, to lend to the other; measure more windows"
         )
-    if found.other.mean.isnan().any():
-        return NotApplicable("every token spikes, so there is no ordinary one to compare with")
-    seen = _Seen(found.anatomy.n_layers)
+    if collapse.other.mean.isnan().any():
+        raise NotApplicable("every token spikes, so there is no ordinary one to compare with")
+    loss, (moved, to_spike) = torch.zeros(3), (Mean(model.anatomy.n_layers, 3) for _ in range(2))
     for index, window in enumerate(progress(tokens, "replacing what is read", "window")):
-        vectors = torch.stack([found.held_out(index, group) for group in (found.spike, found.other)])
-        with _reading(model, found, where[index], vectors, seen):
-            logits = model(window.expand(len(VARIANTS), -1).to(model.cfg.device))
-        for variant, of in enumerate(logits):
-            seen.loss[variant] += functional.cross_entropy(of[:-1].float().cpu(), window[1:].cpu())
-    return Replaced(
-        layers=layers,
-        n_tokens=int(where.sum()),
-        loss=seen.loss / len(tokens),
-        moved=seen.moved / seen.n,
-        to_spike=seen.to_spike / seen.n,
-    )
+        vectors = torch.stack([collapse.held_out(index, group) for group in (collapse.spike, collapse.other)])
+        hooks = [(name, _put(vectors, spikes[index])) for name in _norms(collapse)]
+        if spikes[index, :-1].any():
+            hooks += [
+                (name, _compare(layer, spikes[index], moved, to_spike))
+                for layer, name in enumerate(model.anatomy.pattern_hooks)
+            ]
+        with warnings.catch_warnings(), model.hooks(fwd_hooks=hooks):
+            warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for
+            logits = model(window.expand(3, -1).to(model.cfg.device))[:, :-1].float().cpu()
+        targets = window[1:].cpu().expand(3, -1)
+        loss += functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+    return Replaced(layers, int(spikes.sum()), loss / len(tokens), moved.result().T, to_spike.result().T)
 
 
-class _Seen:
-    """Sums over windows of what `replace` measures."""
+def _put(vectors: Float[Tensor, "variant d_model"], where: Bool[Tensor, " position"]) -> Callable[..., Tensor]:
+    """A hook that puts a vector at some positions of all variants but the first, which stays clean."""
 
-    def __init__(self, n_layers: int):
-        self.loss = torch.zeros(len(VARIANTS))
-        self.moved, self.to_spike = torch.zeros(2, len(VARIANTS), n_layers)
-        self.n = 0
-
-
-@contextmanager
-def _reading(
-    model: TransformerBridge,
-    found: Collapse,
-    where: Bool[Tensor, " position"],
-    vectors: Float[Tensor, "variant d_model"],
-    seen: _Seen,
-) -> Iterator[None]:
-    """Hooks that put each variant's vector at the spike tokens, and compare its attention with the clean run's."""
-    patterns = found.anatomy.pattern_hooks
-
-    def put(h, hook):
+    def put(h: Tensor, hook) -> Tensor:
         h = h.clone()
-        for variant, vector in enumerate(vectors, start=1):
-            h[variant, where.to(h.device)] = vector.to(h.device, h.dtype)
+        h[1:, where.to(h.device)] = vectors[:, None].to(h.device, h.dtype)
         return h
 
-    def compare(pattern, hook):
-        layer, after = patterns.index(hook.name), slice(int(where.nonzero()[0]) + 1, None)
-        pattern = pattern[:, :, after].float()  # variant, head, query, key
-        moved = (pattern - pattern[:1]).abs().sum(-1) / 2
-        seen.moved[:, layer] += moved.mean((1, 2)).cpu()
-        seen.to_spike[:, layer] += pattern[..., where.to(pattern.device)].sum(-1).mean((1, 2)).cpu()
-
-    hooks = [(name, put) for name in _norms(found)]
-    if where[:-1].any():
-        seen.n += 1
-        hooks += [(name, compare) for name in patterns]
-    with warnings.catch_warnings(), torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for
-        yield
+    return put
 
 
-def _norms(found: Collapse) -> list[str]:
+def _compare(layer: int, where: Bool[Tensor, " position"], moved: Mean, to_spike: Mean) -> Callable[..., None]:
+    """A hook that compares each variant's pattern with the first one's, for the queries after a spike token."""
+    after = int(where.nonzero()[0]) + 1
+
+    def compare(pattern: Tensor, hook) -> None:
+        pattern = pattern[:, :, after:].float()  # variant, head, query, key
+        moved.add(layer, (pattern - pattern[:1]).abs().sum(-1).mean((1, 2))[None] / 2)
+        to_spike.add(layer, pattern[..., where.to(pattern.device)].sum(-1).mean((1, 2))[None])
+
+    return compare
+
+
+def _norms(collapse: Collapse) -> list[str]:
     """The hooks of all norms that read a point of the plateau; a parallel FFN reads what attention does."""
-    about, last, names = found.anatomy, found.cycle.plateau[1], []
-    for layer in plateau_layers(found.cycle):
-        names.append(f"blocks.{layer}.{about.attention_norm}.hook_normalized")
-        reads = 2 * layer if about.parallel else 2 * layer + 1
-        if about.ffn_norm != about.attention_norm and reads <= last:
-            names.append(f"blocks.{layer}.{about.ffn_norm}.hook_normalized")
+    anatomy, last, names = collapse.anatomy, collapse.cycle.plateau[1], []
+    for layer in plateau_layers(collapse.cycle):
+        names.append(f"blocks.{layer}.{anatomy.attention_norm}.hook_normalized")
+        reads = 2 * layer if anatomy.parallel else 2 * layer + 1
+        if anatomy.ffn_norm != anatomy.attention_norm and reads <= last:
+            names.append(f"blocks.{layer}.{anatomy.ffn_norm}.hook_normalized")
     return names
 
 
-def scale_at_spike(weights: Weights, life: Lifecycle) -> Float[Tensor, " layer"] | NotApplicable:
+@measure
+def scale_at_spike(weights: Weights, life: Lifecycle) -> Float[Tensor, " layer"]:
     """The learned scale of each layer's attention norm at the first channel, over the median of its sizes; by layer."""
-    if life.main is None:
-        return NotApplicable(life.reason)
+    cycle = life.require_main()
     scales = torch.stack([weights.norm_scale(layer).abs() for layer in range(weights.anatomy.n_layers)])
-    return scales[:, life.main.channel] / scales.quantile(0.5, dim=1)
+    return scales[:, cycle.channel] / scales.quantile(0.5, dim=1)

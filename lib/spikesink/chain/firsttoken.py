@@ -119,9 +119,7 @@ def probe(
         FloatingPointError: as `static_path` does.
     """
     check_model(weights, life)
-    cycle = life.main
-    if cycle is None:
-        raise NotApplicable(life.reason)
+    cycle = life.require_main()
     if not cycle.step_up:
         raise NotApplicable("no block is step-up, so there is no place to look for the spike")
     require_static_map(weights.anatomy)
@@ -188,9 +186,8 @@ def trace_fork(
     Up to eight exceptions are followed at position 0 besides. Fewer than `position` tokens stand before the others
     where windows are shorter.
     """
-    weights, direction = weights_of(model), step_up_direction(weights_of(model), life)
-    if isinstance(direction, NotApplicable):
-        raise direction
+    weights = weights_of(model)
+    direction = step_up_direction(weights, life)
     last, position = life.main.step_up[-1], min(position, tokens.shape[1] - 1)
     drawn, exceptions = _shuffled(probe.tokens, seed)[:n], probe.exceptions()[:8]
 
@@ -209,7 +206,7 @@ def trace_fork(
         functional.normalize(normalise(points, weights.anatomy), dim=-1)
         for points in (alone(drawn), later, alone(exceptions))
     ]
-    reader = block(first_step_up(life))
+    reader = first_step_up(life)
     sign = (unit[0][reader - 1] @ direction).median().sign()
     alike = [mean_cosine(points.sum(1), len(drawn)) for points in unit[:2]]
     return Fork(reader, position, drawn, *(sign * (points @ direction) for points in unit), *alike)
@@ -467,7 +464,8 @@ def compare_delimiters(
     check_model(model, life)
     check_windows(life, tokens)
     if cycle is None:
-        raise NotApplicable(life.reason if life.main is None else "there is no smaller cycle")
+        life.require_main()
+        raise NotApplicable("there is no smaller cycle")
     if not cycle.step_up:
         raise NotApplicable("no block is step-up, so there is no place before which to look")
     if weights.anatomy.attention_norm is None:

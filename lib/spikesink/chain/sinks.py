@@ -1,12 +1,17 @@
-"""Why the constant is a sink: who gets the attention, and what the keys and queries are like that make it so.
+"""Who is a sink: which tokens get the attention, in which heads.
 
-The *sink score* of a key position in a head is the attention that it gets, mean over the queries at or after it (Gu et
-al., arXiv:2410.10781); a head *sinks* there when that exceeds epsilon. `score` needs attention patterns only; `look`
-also reads queries, keys and values: a logit is |q| |k| cos(q, k) / sqrt(d_head), and what is constant about the spike
-tokens' normalised input is constant about their keys.
+The *sink score* of key position k in a head is the attention that it gets, mean over the queries at or after it
+(Gu et al., arXiv:2410.10781; `trace.received`):
+
+    alpha_k = 1 / (T - k) sum_{i >= k} A_ik
+
+The head *sinks* on k where alpha_k > epsilon; EPSILON = 0.3 is theirs, and T = 64. The *sink ratio* is the share of
+heads, over layers, heads and windows, that sink on position 0: the mean of 1[alpha_0 > epsilon] (`Scores.ratio`).
+In sliding-window layers only queries that have the key in sight count. `score` needs attention patterns alone; why a
+token is a sink is told by `keys`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -18,13 +23,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.collapse import Collapse
 from spikesink.chain.lifecycle import Lifecycle, is_spike, right_after
-from spikesink.chain.trace import EPSILON, follow, median, received
-from spikesink.common import NotApplicable, progress
+from spikesink.chain.trace import EPSILON, Mean, Reducer, median, reduce_windows
+from spikesink.common import NotApplicable
 from spikesink.model.anatomy import Anatomy, anatomy, check_length, check_not_padding, check_tokens, normalise
 
 ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the same way
-
-
 MOST_ROWS = 512  # of secondary sinks kept
 
 
@@ -47,25 +50,7 @@ class Scores:
 
     def ratio(self, epsilon: float | None = None) -> float:
         """The sink ratio: share of layers, heads and windows in which the key position's score exceeds epsilon."""
-        return float((self.at > (self.epsilon if epsilon is None else _checked(epsilon))).double().mean())
-
-
-def group_tokens(life: Lifecycle) -> dict[str, Bool[Tensor, "window position"]]:
-    """Sets of key tokens to score.
-
-    The main cycle's spike tokens ("spike"), those of smaller cycles alone ("smaller"), the tokens that stand right
-    after one or the other and are neither ("next", "next_smaller"), and all that are neither ("other").
-    """
-    none = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
-    spike = is_spike(life, life.main) if life.main is not None else none
-    smaller = none.clone()
-    for cycle in life.cycles[1:]:
-        smaller |= is_spike(life, cycle)
-    smaller &= ~spike
-    other = ~(spike | smaller)
-
-    named = {"spike": spike, "smaller": smaller, "other": other}
-    return named | {"next": right_after(spike) & other, "next_smaller": right_after(smaller) & other}
+        return float((self.at > (self.epsilon if epsilon is None else check_epsilon(epsilon))).double().mean())
 
 
 def score(
@@ -76,48 +61,40 @@ def score(
     position: int = 0,
     groups: Mapping[str, Bool[Tensor, "n length"]] | None = None,
 ) -> Scores:
-    """Measure how much attention each key position gets, in every head.
+    """Measure how much attention each key position gets, in every head, in one pass.
 
-    One pass; a layer's attention is reduced as it streams by. In sliding-window layers only the queries that have a key
-    in sight count. A late key is judged by few queries, near ones, so a group's sinks are counted in the first half.
-
-    Args:
-        model: as `load` returns it.
-        tokens: windows, as `windows` returns them.
-        epsilon: what a sink's score exceeds.
-        length: the T of the definition: use the first so many tokens of each window; by default all.
-        position: the key position whose score is kept window by window, for the sink ratio.
-        groups: sets of key tokens to average over, such as `group_tokens(life)`.
+    `length` is the T of the definition: the first so many tokens of each window are used, by default all. The score of
+    `position` is kept window by window, for the sink ratio. `groups` are sets of key tokens to average over, such as
+    `group_tokens(life)`. A late key is judged by few queries, near ones, so their sinks are counted in the first half.
 
     Raises:
         ValueError: epsilon is not between 0 and 1, `length` exceeds the windows or the model's context, there is no
             such key position, a token is not in the vocabulary, or a window holds nothing but padding.
         FloatingPointError: as `follow` does.
     """
-    about = anatomy(model)
-    length = _length(model, tokens, length)
+    kind, groups = anatomy(model), groups or {}
+    length = _checked_length(model, tokens, length)
     check_not_padding(model, tokens)
     if position not in range(length):
         raise ValueError(f"key position {position} is not in a window of {length} tokens; give 0 to {length - 1}.")
-    if wrong := [
-        name for name, mine in (groups or {}).items() if mine.shape != tokens.shape or mine.dtype != torch.bool
-    ]:
+    if wrong := [name for name, mine in groups.items() if mine.shape != tokens.shape or mine.dtype != torch.bool]:
         raise ValueError(
             f"the set {wrong[0]!r} of key tokens must have the shape of the windows, {list(tokens.shape)}, and hold "
             "truth values."
         )
-    scores = _Scores(about, _checked(epsilon), length, position, groups or {})
-    _over(model, about, tokens[:, :length], [scores], "scoring attention")
+    scores = ScoreReducer(kind, check_epsilon(epsilon), length, position, groups)
+    reduce_windows(model, tokens[:, :length], [scores], "scoring attention")
     return scores.result()
 
 
-def _checked(epsilon: float) -> float:
+def check_epsilon(epsilon: float) -> float:
+    """Epsilon as it is; raise ValueError unless it lies between 0 and 1."""
     if not isinstance(epsilon, Real) or isinstance(epsilon, bool) or not 0 < epsilon < 1:
         raise ValueError(f"epsilon must lie between 0 and 1, both excluded, but is {epsilon}.")
     return epsilon
 
 
-def _length(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int | None) -> int:
+def _checked_length(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int | None) -> int:
     check_tokens(model, tokens)
     if tokens.shape[1] < 2:
         raise ValueError("windows of one token have nobody to attend to; cut longer ones.")
@@ -133,93 +110,64 @@ def _length(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: i
     return length
 
 
-class _Reducer:
-    """Something that reduces a window while it streams by; what it does not override is not asked for."""
+def group_tokens(life: Lifecycle) -> dict[str, Bool[Tensor, "window position"]]:
+    """Sets of key tokens to score.
 
-    def hooks(self) -> Sequence[tuple[str, Callable[[Tensor], None]]]:
-        return ()
-
-    def begin(self, index: int, window: Int[Tensor, " position"]) -> None: ...
-
-    def on_stream(self, point: int, h: Float[Tensor, "token d_model"]) -> None: ...
-
-    def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None: ...
-
-    def end(self) -> None: ...
-
-
-def _over(
-    model: TransformerBridge,
-    about: Anatomy,
-    tokens: Int[Tensor, "n length"],
-    reducers: Sequence[_Reducer],
-    label: str,
-) -> None:
-    """Run every window once, through all reducers."""
-
-    def all_of(name: str) -> Callable | None:
-        calls = [getattr(r, name) for r in reducers if getattr(type(r), name) is not getattr(_Reducer, name)]
-        return (lambda *values: [call(*values) for call in calls]) if calls else None
-
-    on_scores = all_of("on_scores")
-
-    def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        if on_scores is not None:
-            on_scores(layer, received(pattern, about.sight[layer]).cpu())
-
-    for index, window in enumerate(progress(tokens, label, "window")):
-        for reducer in reducers:
-            reducer.begin(index, window)
-        also = [hook for reducer in reducers for hook in reducer.hooks()]
-        follow(model, window, all_of("on_stream"), None, on_pattern, also)
-        for reducer in reducers:
-            reducer.end()
+    The main cycle's spike tokens ("spike"), those of smaller cycles alone ("smaller"), the tokens that stand right
+    after one or the other and are neither ("next", "next_smaller"), and all that are neither ("other").
+    """
+    none = torch.zeros(life.trace.tokens.shape, dtype=torch.bool)
+    spike, *rest = [is_spike(life, cycle) for cycle in life.cycles] or [none]
+    smaller = torch.stack([none, *rest]).any(0) & ~spike
+    other = ~(spike | smaller)
+    named = {"spike": spike, "smaller": smaller, "other": other}
+    return named | {"next": right_after(spike) & other, "next_smaller": right_after(smaller) & other}
 
 
-class _Scores(_Reducer):
-    """The sums of `score`."""
+class ScoreReducer(Reducer):
+    """Makes `Scores`."""
 
     def __init__(
-        self, about: Anatomy, epsilon: float, length: int, position: int, of: Mapping[str, Bool[Tensor, "n length"]]
+        self, kind: Anatomy, epsilon: float, length: int, position: int, groups: Mapping[str, Bool[Tensor, "n length"]]
     ):
-        self.about, self.epsilon, self.length, self.position = about, epsilon, length, position
-        self.groups = {name: tokens[:, :length] for name, tokens in of.items()}
-        heads = (about.n_layers, about.n_heads)
+        self.anatomy, self.epsilon, self.length, self.position = kind, epsilon, length, position
+        self.groups = {name: tokens[:, :length] for name, tokens in groups.items()}
+        heads = (kind.n_layers, kind.n_heads)
         self.at: list[Tensor] = []
-        self.mean, self.above = torch.zeros(2, *heads, length)
-        self.received = {name: torch.zeros(heads) for name in of}
-        self.sinks, self.anywhere = (
-            {name: torch.zeros(about.n_layers, dtype=torch.long) for name in of} for _ in range(2)
-        )
+        self.mean, self.above = Mean(*heads, length), Mean(*heads, length)
+        self.received = {name: Mean(*heads) for name in groups}
+        self.sinks = {name: torch.zeros(2, kind.n_layers, dtype=torch.long) for name in groups}
 
     def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
+        """Make room for its scores."""
         self.index = index
-        self.at.append(torch.zeros(self.about.n_layers, self.about.n_heads))
+        self.at.append(torch.zeros(self.anatomy.n_layers, self.anatomy.n_heads))
 
     def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None:
-        above = scores > self.epsilon
+        """Add a layer's scores to the sums."""
+        above, half = scores > self.epsilon, self.length // 2
         self.at[-1][layer] = scores[:, self.position]
-        self.mean[layer] += scores
-        self.above[layer] += above
+        self.mean.add(layer, scores[None])
+        self.above.add(layer, above[None])
         for name, tokens in self.groups.items():
             mine = tokens[self.index]
-            self.received[name][layer] += scores[:, mine].sum(-1)
-            self.sinks[name][layer] += above[:, : self.length // 2][:, mine[: self.length // 2]].sum()
-            self.anywhere[name][layer] += above[:, mine].sum()
+            self.received[name].add(layer, scores[:, mine].T)
+            on_mine = above & mine
+            self.sinks[name][:, layer] += torch.stack([on_mine[:, :half].sum(), on_mine.sum()])
 
     def result(self) -> Scores:
-        n = len(self.at)
+        """The scores, once all windows have passed."""
         return Scores(
-            anatomy=self.about,
+            anatomy=self.anatomy,
             epsilon=self.epsilon,
             length=self.length,
             position=self.position,
             at=torch.stack(self.at),
-            mean=self.mean / n,
-            above=self.above / n,
-            received={name: total / self.groups[name].sum() for name, total in self.received.items()},
-            sinks=self.sinks,
-            sinks_anywhere=self.anywhere,
+            mean=self.mean.result(),
+            above=self.above.result(),
+            received={name: mean.result() for name, mean in self.received.items()},
+            sinks={name: counts[0] for name, counts in self.sinks.items()},
+            sinks_anywhere={name: counts[1] for name, counts in self.sinks.items()},
             n_tokens={name: int(tokens[:, : self.length // 2].sum()) for name, tokens in self.groups.items()},
             n_tokens_anywhere={name: int(tokens.sum()) for name, tokens in self.groups.items()},
         )
@@ -232,14 +180,14 @@ class Secondary:
     Cosines are between h~ and the primary direction, the mean h~ of the main cycle's spike tokens over its plateau.
     """
 
-    n: int  # found, also those beyond the rows
+    n: int  # how many there are, also those beyond the rows
     window: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     token: Int[Tensor, " row"]
     heads: Float[Tensor, "row layer"]  # share of heads that sink on it
     cosine: Float[Tensor, "row point"]
-    cosine_other: Float[Tensor, " point"]  # mean over all other tokens
     cosine_after: Float[Tensor, "row point"]  # of the token right after it
+    cosine_other: Float[Tensor, " point"]  # mean over all other tokens
     n_aligned: int  # other tokens of the first half that point the same way at some layer, and are sinks nowhere
 
     def lasting(self) -> Int[Tensor, " row"]:
@@ -247,55 +195,52 @@ class Secondary:
         return (self.heads > 0).sum(1)
 
 
-class _Secondary(_Reducer):
-    """The rows of `Secondary`."""
+class SecondaryReducer(Reducer):
+    """Makes `Secondary`."""
 
-    def __init__(self, about: Anatomy, epsilon: float, spike: Bool[Tensor, "window position"], found: Collapse):
-        self.about, self.epsilon, self.spike = about, epsilon, spike
-        self.direction = functional.normalize(found.constant, dim=-1)
+    def __init__(self, epsilon: float, spike: Bool[Tensor, "window position"], collapse: Collapse):
+        self.anatomy, self.epsilon, self.spike = collapse.anatomy, epsilon, spike
+        self.direction = functional.normalize(collapse.constant, dim=-1)
         self.n, self.n_aligned, self.rows = 0, 0, []
-        self.other, self.n_other = torch.zeros(about.n_blocks + 1), 0
+        self.other = Mean(1, self.anatomy.n_blocks + 1)
 
     def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
+        """Forget the last window."""
         self.index, self.window = index, window.cpu()
-        self.heads = torch.zeros(self.about.n_layers, len(window))
-        self.cosine = torch.zeros(self.about.n_blocks + 1, len(window))
+        self.heads = torch.zeros(self.anatomy.n_layers, len(window))
+        self.cosine = torch.zeros(self.anatomy.n_blocks + 1, len(window))
 
     def on_stream(self, point: int, h: Float[Tensor, "token d_model"]) -> None:
-        unit = functional.normalize(normalise(h, self.about), dim=-1)
+        """Keep each token's cosine with the primary direction."""
+        unit = functional.normalize(normalise(h, self.anatomy), dim=-1)
         self.cosine[point] = (unit @ self.direction.to(h.device)).cpu()
 
     def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None:
+        """Keep the share of heads that sink on each token."""
         self.heads[layer] = (scores > self.epsilon).float().mean(0)
 
     def end(self) -> None:
-        half = len(self.window) // 2
-        sinks = self.heads.any(0) & ~self.spike[self.index]
-        sinks[half:] = False
+        """Pick the window's secondary sinks."""
+        first_half = torch.arange(len(self.window)) < len(self.window) // 2
+        sinks = self.heads.any(0) & ~self.spike[self.index] & first_half
         others = ~sinks & ~self.spike[self.index]
-        aligned = others & (self.cosine[:-1:2] >= ALIGNED).any(0)
+        aligned = others & first_half & (self.cosine[:-1:2] >= ALIGNED).any(0)
         self.n += int(sinks.sum())
-        self.n_aligned += int(aligned[:half].sum())
-        self.n_other += int(others.sum())
-        self.other += self.cosine[:, others].sum(-1)
+        self.n_aligned += int(aligned.sum())
+        self.other.add(0, self.cosine[:, others].T)
         for position in sinks.nonzero()[: MOST_ROWS - len(self.rows), 0].tolist():
-            after = position + 1
-            self.rows.append(
-                (
-                    torch.tensor([self.index, position, int(self.window[position])]),
-                    self.heads[:, position],
-                    self.cosine[:, position],
-                    self.cosine[:, after],
-                )
-            )
+            where = torch.tensor([self.index, position, int(self.window[position])])
+            cosines = self.cosine[:, position], self.cosine[:, position + 1]
+            self.rows.append((where, self.heads[:, position], *cosines))
 
-    def result(self) -> Secondary | NotApplicable:
+    def result(self) -> Secondary:
+        """The rows; raise NotApplicable where there are none."""
         if not self.rows:
-            return NotApplicable("no token but the spike tokens is a sink anywhere")
-        where, heads, cosine, after = (torch.stack(column) for column in zip(*self.rows, strict=True))
-        return Secondary(self.n, *where.T, heads, cosine, self.other / self.n_other, after, self.n_aligned)
+            raise NotApplicable("no token but the spike tokens is a sink anywhere")
+        where, *columns = (torch.stack(column) for column in zip(*self.rows, strict=True))
+        return Secondary(self.n, *where.T, *columns, self.other.result()[0], self.n_aligned)
 
 
-def _median(values: Tensor) -> float:
+def median_of_heads(values: Tensor) -> float:
     """Median over the layers and heads in which there is something to measure."""
     return median(values[values.isfinite()].double())

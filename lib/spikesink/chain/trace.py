@@ -33,8 +33,6 @@ from spikesink.model.anatomy import (
     run_layers,
 )
 
-EPSILON = 0.3  # of a sink: Gu et al.'s
-EPSILONS = (0.2, 0.4)  # that SV3 and TR1 to TR6 ask for as well
 SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (claim LC4)
 TOP = 3  # the paper draws the three largest channels
 ORDINARY_TOKENS = 4  # drawn from every window, as controls
@@ -42,6 +40,8 @@ ORDINARY_CHANNELS = 16  # drawn once, as controls
 MAX_CHANNELS = 48  # followed, the strongest first
 MAX_ROWS = 4096  # of candidates kept, the strongest first
 MAX_DRAWN = 1024  # of ordinary tokens kept
+
+Hook = tuple[str, Callable[[Tensor], None]]  # a name of TransformerLens, and what is called with its value
 
 
 def median(values: Tensor) -> float:
@@ -206,6 +206,10 @@ def summarize(profile: Profile) -> dict[str, Any]:
     }
 
 
+EPSILON = 0.3  # a sink's score (`received`) exceeds it: Gu et al.'s
+EPSILONS = (0.2, 0.4)  # that SV3 and TR1 to TR6 ask for as well
+
+
 def received(pattern: Float[Tensor, "head query key"], sight: int | None = None) -> Float[Tensor, "head key"]:
     """Attention that each key gets, mean over the queries at or after it that have it in sight (Gu et al.'s alpha).
 
@@ -223,7 +227,7 @@ def follow(
     on_stream: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None,
     on_write: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None,
     on_pattern: Callable[[int, Float[Tensor, "head query key"]], None] | None = None,
-    also: Sequence[tuple[str, Callable[[Tensor], None]]] = (),
+    also: Sequence[Hook] = (),
 ) -> None:
     """Run one window and hand on what passes, in float32: each point of the stream, each write, each pattern.
 
@@ -265,9 +269,7 @@ def follow(
     _run_hooked(model, tokens, [*calls, *also])
 
 
-def _run_hooked(
-    model: TransformerBridge, tokens: Int[Tensor, " length"], calls: Sequence[tuple[str, Callable[[Tensor], None]]]
-) -> None:
+def _run_hooked(model: TransformerBridge, tokens: Int[Tensor, " length"], calls: Sequence[Hook]) -> None:
     """Run one window, and call each function with the value of its hook, without its batch and in float32."""
     fired: set[str] = set()
 
@@ -387,3 +389,61 @@ def _joined(first: Rows, second: Rows) -> Rows:
     keep = both.drawn & (both.drawn.cumsum(0) <= MAX_DRAWN)
     keep[candidates.topk(min(MAX_ROWS, len(both))).indices] = True
     return both[keep & (both.candidate | both.drawn)]
+
+
+class Mean:
+    """A running mean at each of several places (points or layers), of values that come a few at a time."""
+
+    def __init__(self, *shape: int):
+        self.sum, self.n = torch.zeros(*shape), torch.zeros(shape[0])
+
+    def add(self, place: int, values: Tensor) -> None:
+        """Count values [item, ...] at a place."""
+        self.sum[place] += values.sum(0).cpu()
+        self.n[place] += len(values)
+
+    def result(self) -> Tensor:
+        """The means [place, ...]; not a number where there were no values."""
+        return self.sum / self.n.view(-1, *[1] * (self.sum.ndim - 1))
+
+
+class Reducer:
+    """What reduces each window to a few numbers while it streams by; `reduce_windows` runs several in one pass."""
+
+    on_stream: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None
+    on_scores: Callable[[int, Float[Tensor, "head key"]], None] | None = None  # layer, `received` attention
+
+    def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
+        """A window begins."""
+
+    def hooks(self) -> Sequence[Hook]:
+        """Further hooks, as `follow` takes them."""
+        return ()
+
+    def end(self) -> None:
+        """The window has passed."""
+
+
+def reduce_windows(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], reducers: Sequence[Reducer], label: str
+) -> None:
+    """Run every window once, through all reducers."""
+    streams = [reducer.on_stream for reducer in reducers if reducer.on_stream]
+    scores = [reducer.on_scores for reducer in reducers if reducer.on_scores]
+
+    def on_stream(point: Block, h: Float[Tensor, "token d_model"]) -> None:
+        for call in streams:
+            call(point, h)
+
+    def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+        of_layer = received(pattern, model.anatomy.sight[layer]).cpu()
+        for call in scores:
+            call(layer, of_layer)
+
+    for index, window in enumerate(progress(tokens, label, "window")):
+        for reducer in reducers:
+            reducer.begin(index, window)
+        hooks = [hook for reducer in reducers for hook in reducer.hooks()]
+        follow(model, window, on_stream if streams else None, None, on_pattern if scores else None, hooks)
+        for reducer in reducers:
+            reducer.end()

@@ -14,6 +14,9 @@ from .collapse import learned_scale as learned_scale
 from .firsttoken import first_replaced as first_replaced
 from .firsttoken import fork as fork
 from .firsttoken import vocabulary as vocabulary
+from .keys import logits as logits
+from .keys import queries_and_keys as queries_and_keys
+from .keys import sink_keys as sink_keys
 from .lab import changes as changes
 from .lab import decoupling as decoupling
 from .lab import dormant as dormant
@@ -44,11 +47,8 @@ from .serving import lengths as lengths
 from .serving import quantizer_steps as quantizer_steps
 from .serving import recalled as recalled
 from .serving import streaming as streaming
-from .sinks import logits as logits
 from .sinks import places as places
-from .sinks import queries_and_keys as queries_and_keys
 from .sinks import secondary_sinks as secondary_sinks
-from .sinks import sink_keys as sink_keys
 from .sinks import sink_map as sink_map
 from .sinks import sinks_over_depth as sinks_over_depth
 from .style import absent as absent

@@ -33,12 +33,12 @@ MARKED = 5  # depths that are marked on the closed form
 
 
 @drawn_where_applicable
-def cosines(found: Collapse) -> Figure:
+def cosines(collapse: Collapse) -> Figure:
     """06 (the paper's figure 5): cosines between h~ of spike tokens and of others, before and after the step-up."""
-    points = (found.before, found.cycle.middle)
-    if not found.spike.cosine[found.cycle.middle].isfinite() or not len(found.other.kept):
+    points = (collapse.before, collapse.cycle.middle)
+    if not collapse.spike.cosine[collapse.cycle.middle].isfinite() or not len(collapse.other.kept):
         return absent("there are no two spike tokens of different windows to compare")
-    spike, other = (group.kept[:MOST_TOKENS] for group in (found.spike, found.other))
+    spike, other = (group.kept[:MOST_TOKENS] for group in (collapse.spike, collapse.other))
     fig, axes = figure(1, 2, size=(11, 4.8))
     for ax, point in zip(axes, points, strict=True):
         h = functional.normalize(torch.cat([spike[:, point], other[:, point]]), dim=-1)
@@ -50,7 +50,7 @@ def cosines(found: Collapse) -> Figure:
         ax.set_yticks(places, ["spike", "others"], rotation=90, va="center")
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        between = found.spike.cosine[point], found.other.cosine[point]
+        between = collapse.spike.cosine[point], collapse.other.cosine[point]
         ax.set_title(
             f"After {point}: spike tokens {float(between[0]):.3f}, others {float(between[1]):.3f}",
             fontsize=11,
@@ -60,11 +60,11 @@ def cosines(found: Collapse) -> Figure:
 
 
 @drawn_where_applicable
-def depth(found: Collapse, life: Lifecycle) -> Figure:
+def depth(collapse: Collapse, life: Lifecycle) -> Figure:
     """06: how alike the tokens of either kind are at every depth, and over how many channels h~ spreads."""
     fig, (top, bottom) = figure(2, 1, size=(9.5, 6), sharex=True)
-    x = np.arange(found.anatomy.n_blocks + 1)
-    sides = ((found.spike, SPIKE, "spike tokens", "o"), (found.other, ORDINARY, "all other tokens", "s"))
+    x = np.arange(collapse.anatomy.n_blocks + 1)
+    sides = ((collapse.spike, SPIKE, "spike tokens", "o"), (collapse.other, ORDINARY, "all other tokens", "s"))
     for group, colour, name, marker in sides:
         looks = {"color": colour, "marker": marker, "ms": 3, "lw": 1.4}
         top.plot(x, group.cosine, label=name, **looks)
@@ -76,24 +76,24 @@ def depth(found: Collapse, life: Lifecycle) -> Figure:
     bottom.yaxis.set_minor_formatter(NullFormatter())
     span(top, life.main)
     span(bottom, life.main, label=False)
-    middle = found.cycle.middle
-    spread = [brief(float(group.participation[middle])) for group in (found.spike, found.other)]
+    middle = collapse.cycle.middle
+    spread = [brief(float(group.participation[middle])) for group in (collapse.spike, collapse.other)]
     text = f"Half-way, h~ has a participation ratio of {spread[0]} in spike tokens, of {spread[1]} in others"
     top.set_title(text, fontsize=11, pad=24)
     return fig
 
 
 @drawn_where_applicable
-def collapsing(found: Collapse, life: Lifecycle) -> Figure:
+def collapsing(collapse: Collapse, life: Lifecycle) -> Figure:
     """06: how much of |h~|^2 each of a few channels holds at every depth, in spike tokens and in others."""
-    middle = found.cycle.middle
-    strongest = found.spike.share[middle].argsort(descending=True)
+    middle = collapse.cycle.middle
+    strongest = collapse.spike.share[middle].argsort(descending=True)
     top = [int(c) for c in strongest[:MOST_CHANNELS]]
     ordinary = [c for c in life.trace.channels[life.trace.ordinary].tolist() if c not in top][:MOST_CHANNELS]
     chosen = [*top, *ordinary]
-    rest = [c for c in range(found.anatomy.d_model) if c not in chosen]
+    rest = [c for c in range(collapse.anatomy.d_model) if c not in chosen]
     fig, axes = figure(2, 1, size=(10.5, 6.6), sharex=True)
-    for ax, group, name in ((axes[0], found.spike, "Spike tokens"), (axes[1], found.other, "All other tokens")):
+    for ax, group, name in ((axes[0], collapse.spike, "Spike tokens"), (axes[1], collapse.other, "All other tokens")):
         shares = torch.cat([group.share[:, chosen], group.share[:, rest].sum(1, keepdim=True)], dim=1).T
         image = ax.imshow(shares, aspect="auto", cmap=SPIKE_MAP, vmin=0, vmax=1, interpolation="nearest")
         ax.set_yticks(range(len(chosen) + 1), [*map(str, chosen), f"the {len(rest)} others"], fontsize=8)
@@ -102,10 +102,10 @@ def collapsing(found: Collapse, life: Lifecycle) -> Figure:
         ax.set_ylabel("channel")
         ax.axhline(len(top) - 0.5, color="black", lw=0.8)
         ax.axhline(len(chosen) - 0.5, color="black", lw=0.8)
-        for step in (*found.cycle.step_up, *found.cycle.step_down):
+        for step in (*collapse.cycle.step_up, *collapse.cycle.step_down):
             ax.axvline(step - 0.5, color=SPIKE, lw=1, ls=":")
-        held = float(group.share[middle, found.cycle.channel])
-        ax.set_title(f"{name}: half-way, channel {found.cycle.channel} holds {held:.1%} of |h~|²", fontsize=11)
+        held = float(group.share[middle, collapse.cycle.channel])
+        ax.set_title(f"{name}: half-way, channel {collapse.cycle.channel} holds {held:.1%} of |h~|²", fontsize=11)
         ax.spines[:].set_visible(False)
     axes[1].set_xlabel("depth: after block … (dotted: step-up and step-down blocks)")
     fig.colorbar(image, ax=axes, label="share of |h~|²", pad=0.01)
@@ -114,18 +114,19 @@ def collapsing(found: Collapse, life: Lifecycle) -> Figure:
 
 @drawn_where_applicable
 def collapse_of_size(
-    found: Collapse, ratio: Float[Tensor, " size"], measured: Mapping[str, Float[Tensor, " size"]]
+    collapse: Collapse, ratio: Float[Tensor, " size"], measured: Mapping[str, Float[Tensor, " size"]]
 ) -> Figure:
     """06: what the norm does to one entry of growing size, on random vectors, with the closed form and the model."""
-    d, root = found.anatomy.d_model, (found.anatomy.d_model - 1) ** 0.5
+    d, root = collapse.anatomy.d_model, (collapse.anatomy.d_model - 1) ** 0.5
     fine = torch.logspace(float(ratio.min().log10()), float(ratio.max().log10()), 300)
     curves = closed_form(fine, d)
-    points = sorted({int(p) for p in np.linspace(found.before, found.cycle.middle, MARKED)} | {found.cycle.plateau[1]})
-    sizes = spike_ratio(found)
+    risen = np.linspace(collapse.before, collapse.cycle.middle, MARKED)
+    points = sorted({*map(int, risen), int(collapse.cycle.plateau[1])})
+    sizes = spike_ratio(collapse)
     model = {
-        "largest": found.spike.share[..., found.cycle.channel].sqrt(),
-        "participation": found.spike.participation,
-        "cosine": found.spike.cosine,
+        "largest": collapse.spike.share[..., collapse.cycle.channel].sqrt(),
+        "participation": collapse.spike.participation,
+        "cosine": collapse.spike.cosine,
     }
     names = {
         "largest": "|h~_k| ÷ √d of the large entry",
@@ -151,29 +152,29 @@ def collapse_of_size(
     axes[1].set_yscale("log")
     thousands(axes[1])
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    at = float(sizes[found.cycle.middle]) / root
+    at = float(sizes[collapse.cycle.middle]) / root
     above(fig, f"Past the size of all the rest, size no longer shows: half-way the spike is {brief(at)} times that")
     return fig
 
 
 @drawn_where_applicable
-def implicit(done: Replaced) -> Figure:
+def implicit(replaced: Replaced) -> Figure:
     """06: perplexity and attention, with one fixed vector in place of what the spike tokens' blocks read."""
     fig, (left, right) = figure(1, 2, size=(11, 4), width_ratios=(1, 1.7))
     looks = {"clean": "black", "replaced": SPIKE, "other_tokens_mean": ORDINARY}
     names = {"clean": "as it is", "replaced": "one fixed vector", "other_tokens_mean": "others' mean\n(control)"}
-    values = [done.perplexity[v] for v in VARIANTS]
+    values = [replaced.perplexity[v] for v in VARIANTS]
     bars = left.bar([names[v] for v in VARIANTS], values, color=[looks[v] for v in VARIANTS], width=0.6)
     left.bar_label(bars, [brief(v) for v in values], padding=2)
     left.set(ylabel="perplexity", ylim=(0, 1.12 * max(values)))
-    change = done.perplexity["replaced"] / done.perplexity["clean"] - 1
+    change = replaced.perplexity["replaced"] / replaced.perplexity["clean"] - 1
     text = f"by {change:+.2%}" if abs(change) >= 1e-4 else "by less than 0.01%"
     left.set_title(f"Perplexity changes {text}", fontsize=11)
-    layers = range(done.to_spike.shape[1])
+    layers = range(replaced.to_spike.shape[1])
     for i, (variant, marker, style) in enumerate(zip(VARIANTS, "so^", ("-", "--", "-"), strict=True)):
         right.plot(
             layers,
-            100 * done.to_spike[i],
+            100 * replaced.to_spike[i],
             color=looks[variant],
             marker=marker,
             ms=6 if variant == "clean" else 4,
@@ -181,12 +182,12 @@ def implicit(done: Replaced) -> Figure:
             mfc="none" if variant == "clean" else looks[variant],
             label=names[variant].replace("\n", " "),
         )
-    right.axvspan(done.layers[0] - 0.5, done.layers[-1] + 0.5, color=SINK, alpha=0.07, lw=0)
+    right.axvspan(replaced.layers[0] - 0.5, replaced.layers[-1] + 0.5, color=SINK, alpha=0.07, lw=0)
     right.set(xlabel="layer (shaded: replaced)", ylabel="% of their attention that later\ntokens give spike tokens")
     whole(right)
     right.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.06), ncols=3)
-    plateau = torch.tensor(done.layers)
-    moved = [float(100 * done.moved[i, plateau].mean()) for i in (1, 2)]
+    plateau = torch.tensor(replaced.layers)
+    moved = [float(100 * replaced.moved[i, plateau].mean()) for i in (1, 2)]
     right.set_title(f"{brief(moved[0])}% of attention moves, {brief(moved[1])}% in the control", fontsize=11)
     return fig
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What normalised spike tokens say to claims NM1 to NM5."""
 
 import math
 
@@ -6,72 +6,74 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spikesink.chain.collapse import INDIFFERENT, Collapse, Replaced, _participation
+from spikesink.chain.collapse import Collapse, Replaced, participation_ratio
 from spikesink.chain.lifecycle import plateau_layers
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
 from spikesink.model.weights import Weights
 
+INDIFFERENT = 0.01  # NM5's rule must be one that the control can break
+
 
 @measure
-def nm1_bounded(found: Collapse) -> Evidence | NotApplicable:
+def nm1_bounded(collapse: Collapse) -> Evidence:
     """NM1: the largest entry of h~ over sqrt(d_model), over spike tokens and the plateau's points.
 
     Control: the same of other tokens (the largest of them, half-way), and of the spike tokens before the step-up.
     """
-    plateau, middle = found.plateau, found.cycle.middle
+    plateau, middle = collapse.plateau, collapse.cycle.middle
     return make_evidence(
         measured={
-            "max_over_sqrt_d": float(found.spike.largest[plateau].max()),
-            "smallest_over_sqrt_d": float(found.spike.smallest[plateau].min()),
+            "max_over_sqrt_d": float(collapse.spike.largest[plateau].max()),
+            "smallest_over_sqrt_d": float(collapse.spike.smallest[plateau].min()),
         },
         control={
-            "max_over_sqrt_d_before": float(found.spike.largest[found.before]),
-            "max_over_sqrt_d_other_tokens": float(found.other.largest[middle]),
-            "smallest_over_sqrt_d_other_tokens": float(found.other.smallest[middle]),
+            "max_over_sqrt_d_before": float(collapse.spike.largest[collapse.before]),
+            "max_over_sqrt_d_other_tokens": float(collapse.other.largest[middle]),
+            "smallest_over_sqrt_d_other_tokens": float(collapse.other.smallest[middle]),
         },
     )
 
 
 @measure
-def nm2_sparse(found: Collapse, weights: Weights) -> Evidence | NotApplicable:
+def nm2_sparse(collapse: Collapse, weights: Weights) -> Evidence:
     """NM2: the participation ratio of h~ (how many channels it spreads over), before the step-up and half-way.
 
     Before it: just before it, and the lowest at any earlier point, which a smaller cycle can make as low. Beside it
     that of what a matrix really reads, h~ times the norm's learned scale, at the plateau's first layer. Controls: other
     tokens at both points.
     """
-    middle = found.cycle.middle
+    middle = collapse.cycle.middle
     measured = {
-        "participation_before": float(found.spike.participation[found.before]),
-        "participation_lowest_before": float(found.spike.participation[: found.before + 1].min()),
-        "participation_after": float(found.spike.participation[middle]),
-        "d_model": found.anatomy.d_model,
+        "participation_before": float(collapse.spike.participation[collapse.before]),
+        "participation_lowest_before": float(collapse.spike.participation[: collapse.before + 1].min()),
+        "participation_after": float(collapse.spike.participation[middle]),
+        "d_model": collapse.anatomy.d_model,
     }
-    layers = plateau_layers(found.cycle)
+    layers = plateau_layers(collapse.cycle)
     if layers:
-        scaled = found.spike.kept[:, 2 * layers[0]] * weights.norm_scale(layers[0])
-        measured["participation_scaled"] = float(_participation(scaled).mean())
+        scaled = collapse.spike.kept[:, 2 * layers[0]] * weights.norm_scale(layers[0])
+        measured["participation_scaled"] = float(participation_ratio(scaled).mean())
     return make_evidence(
         measured,
         control={
-            "participation_before_other_tokens": float(found.other.participation[found.before]),
-            "participation_after_other_tokens": float(found.other.participation[middle]),
+            "participation_before_other_tokens": float(collapse.other.participation[collapse.before]),
+            "participation_after_other_tokens": float(collapse.other.participation[middle]),
         },
     )
 
 
 @measure
-def nm3_constant(found: Collapse) -> Evidence | NotApplicable:
+def nm3_constant(collapse: Collapse) -> Evidence:
     """NM3: mean cosine between h~ of spike tokens of different windows, before the step-up and half-way.
 
     `degrees_*` are the same as angles, which show what a cosine near 1 hides; `cosine_rest_*` leave the spike channels
     out; `cosine_highest_before` is that of the earlier point at which they are most alike. Controls: other tokens, at
     both points; and those right after a spike token, which are at nearly the same place.
     """
-    spike, other, middle, before = found.spike, found.other, found.cycle.middle, found.before
+    spike, other, middle, before = collapse.spike, collapse.other, collapse.cycle.middle, collapse.before
     if not spike.cosine[middle].isfinite():
-        return NotApplicable("there are no two spike tokens of different windows to compare; measure more windows")
+        raise NotApplicable("there are no two spike tokens of different windows to compare; measure more windows")
     return make_evidence(
         measured={
             "cosine_before": float(spike.cosine[before]),
@@ -85,7 +87,7 @@ def nm3_constant(found: Collapse) -> Evidence | NotApplicable:
         },
         control={
             "cosine_before_other_tokens": float(other.cosine[before]),
-            "cosine_next_tokens": float(found.after.cosine[middle]),
+            "cosine_next_tokens": float(collapse.after.cosine[middle]),
             "cosine_rest_before": float(spike.cosine_rest[before]),
             "cosine_rest_after": float(spike.cosine_rest[middle]),
             "cosine_rest_other_tokens": float(other.cosine_rest[middle]),
@@ -94,17 +96,18 @@ def nm3_constant(found: Collapse) -> Evidence | NotApplicable:
 
 
 @measure
-def nm4_constant_over_depth(found: Collapse) -> Evidence | NotApplicable:
+def nm4_constant_over_depth(collapse: Collapse) -> Evidence:
     """NM4: cosine between h~ of one spike token at two layers of the plateau, mean over pairs of layers and tokens.
 
     `cosine_rest_over_depth` leaves the spike channels out: it matters where the norm's learned scale mutes those.
     Control: as many other tokens, drawn out of the same windows.
     """
-    layers = plateau_layers(found.cycle)
+    layers = plateau_layers(collapse.cycle)
     if len(layers) < 2:
-        return NotApplicable("fewer than two layers read the plateau, so there is no depth to compare over")
-    spike, other = (group.kept[:, [2 * layer for layer in layers]].double() for group in (found.spike, found.other))
-    rest = spike.index_fill(2, torch.tensor(found.cycle.channels), 0)
+        raise NotApplicable("fewer than two layers read the plateau, so there is no depth to compare over")
+    points = [2 * layer for layer in layers]
+    spike, other = (group.kept[:, points].double() for group in (collapse.spike, collapse.other))
+    rest = spike.index_fill(2, torch.tensor(collapse.cycle.channels), 0)
     cosines = {}
     for name, vectors in (("spike", spike), ("other", other), ("rest", rest)):
         h = functional.normalize(vectors, dim=-1)
@@ -131,30 +134,30 @@ def _degrees(cosine: Tensor) -> float:
 
 
 @measure
-def nm5_implicit_parameter(done: Replaced) -> Evidence | NotApplicable:
+def nm5_implicit_parameter(replaced: Replaced) -> Evidence:
     """NM5: perplexity with one held-out vector in place of h~ at the spike tokens, in every layer of the plateau.
 
     And how much the attention of later queries moves (total variation distance, mean over the plateau's layers).
     Control: the mean h~ of other tokens in the same place. Where that changes nothing either, the rule could not fail,
     and the claim is not applicable.
     """
-    perplexity = done.perplexity
+    perplexity = replaced.perplexity
     if abs(perplexity["other_tokens_mean"] / perplexity["clean"] - 1) <= INDIFFERENT:
-        return NotApplicable(
+        raise NotApplicable(
             f"with other tokens' mean in its place perplexity changes by at most {INDIFFERENT:.0%} too: the model "
             "makes no use of what stands there"
         )
     measured = {
         "perplexity_clean": perplexity["clean"],
         "perplexity_replaced": perplexity["replaced"],
-        "n_tokens_replaced": done.n_tokens,
-        "first_layer": done.layers[0],
-        "last_layer": done.layers[-1],
+        "n_tokens_replaced": replaced.n_tokens,
+        "first_layer": replaced.layers[0],
+        "last_layer": replaced.layers[-1],
     }
     control = {"perplexity_other_tokens_mean": perplexity["other_tokens_mean"]}
-    if not done.moved.isnan().any():  # a spike token in last place has no later ones
-        plateau = torch.tensor(done.layers)
-        moved, to_spike = (of[:, plateau].mean(1).tolist() for of in (done.moved, done.to_spike))
+    if not replaced.moved.isnan().any():  # a spike token in last place has no later ones
+        plateau = torch.tensor(replaced.layers)
+        moved, to_spike = (of[:, plateau].mean(1).tolist() for of in (replaced.moved, replaced.to_spike))
         measured |= {
             "attention_moved": moved[1],
             "attention_to_spike_clean": to_spike[0],

@@ -121,7 +121,7 @@ def _norm_and_sinks(model: TransformerBridge, tokens: Tensor, life: Lifecycle, s
         "SK6": sk.sk6_few_rows(keys.rebuild_keys(weights, life, collapsed), attention),
         "SK7": sk.sk7_small_values(attention, life),
         "X-SK8": sinks.x_sk8_smaller_cycle(attention, life),
-        "X-SK9": sinks.x_sk9_secondary(attention),
+        "X-SK9": sinks.x_sk9_secondary(attention.secondary),
     }
 
 
