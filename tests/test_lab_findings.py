@@ -27,6 +27,7 @@ from spikesink.lab.train import Run
 from spikesink.ledger import claims, evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.ledger.evidence import inside
+from spikesink.model.anatomy import block
 from tests.test_lab import SMALL, planted_decoder
 
 RECORDS = Path(__file__).parent.parent / "figures" / config_.LAB
@@ -463,7 +464,7 @@ def test_the_chain_can_be_put_to_a_model_of_our_own():
     assert any("(LC1)" in claim for claim in inside.list_claims(measured, "holds"))
     assert any("(SK3)" in claim for claim in inside.list_claims(measured, "n/a"))
     table = inside.tabulate_claims({"made by hand": measured})
-    assert table.loc["LC1", "made by hand"] == "holds (step up blocks 4)"
+    assert table.loc["LC1", "made by hand"] == f"holds (step up blocks {block(4)})"
     assert table.loc["SK3", "made by hand"] == f"n/a: {measured['SK3'].reason}"
     tokens[:, ::8] = BOS
     everywhere = inside.measure_inside(model, tokens)
