@@ -23,20 +23,21 @@ from spikesink.chain import sinks
 from spikesink.lab import data, families, records, run
 from spikesink.lab.config import BOS, Config, ConfigError, doubled
 from spikesink.lab.data import Backcopy
-from spikesink.lab.measures import late, measure_trained
+from spikesink.lab.measures import measure_late, measure_trained
 from spikesink.lab.model import Decoder, DynamicTanh, Gate, RMSNorm
 from spikesink.lab.train import (
     CHECKPOINT,
     Machine,
     TrainingError,
-    looks_of,
-    loss_of,
+    look_steps,
+    make_loss,
     multiplies_bfloat16,
     rate,
     start,
     step,
     train,
 )
+from spikesink.model import texts
 
 PLAIN = Machine(compiled=False)
 SMALL = Config(
@@ -51,8 +52,8 @@ SMALL = Config(
     warmup=2,
     learning_rate=1e-2,
 )
-# Of processes that tests start: one thread each, and this folder to import from.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+# Of processes that tests start: one thread each, and the same modules.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 # What each family changes in a model: parameters with one of these words in their names.
 CHANGED = {
     "optimization": (),
@@ -68,10 +69,6 @@ def parameters(config: Config) -> dict[str, torch.Tensor]:
     return dict(Decoder(config).named_parameters())
 
 
-def varied(variant: families.Variant, base: Config = SMALL) -> Config:
-    return variant.config(base)
-
-
 def random_tokens(config: Config, n: int = 3, length: int = 16) -> torch.Tensor:
     return torch.randint(config.d_vocab, (n, length), generator=torch.Generator().manual_seed(0))
 
@@ -83,11 +80,12 @@ def base_run():
 
 @pytest.mark.parametrize("variant", [pytest.param(variant, id=variant.name) for variant in families.VARIANTS])
 def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(variant, base_run):
-    config = varied(variant)
-    of = next((varied(other) for other in families.VARIANTS if other.name == variant.against), SMALL)
-    assert [f.name for f in fields(Config) if getattr(config, f.name) != getattr(of, f.name)] == [variant.field]
-    assert of == SMALL or variant.against != families.BASE
-    ours, base = parameters(config), parameters(of)
+    config = variant.config(SMALL)
+    changed = next((other.config(SMALL) for other in families.VARIANTS if other.name == variant.against), SMALL)
+    assert [f.name for f in fields(Config) if getattr(config, f.name) != getattr(changed, f.name)] == [variant.field]
+    assert changed == SMALL or variant.against != families.BASE
+    assert Config.read(json.loads(json.dumps(asdict(config)))) == config
+    ours, base = parameters(config), parameters(changed)
     for name in ours.keys() | base.keys():
         same = name in ours and name in base and torch.equal(ours[name], base[name])
         assert same or any(word in name for word in CHANGED[variant.family]), name
@@ -97,15 +95,9 @@ def test_a_variant_differs_from_the_base_where_it_should_and_nowhere_else(varian
     unread = "ln2" if config.ffn == "none" else "nothing"
     assert all(not torch.equal(values, ours[name]) for name, values in trained.items() if unread not in name)
     if variant.family == "optimization" and variant.field not in ("steps", "schedule"):
-        of_base = dict(base_run.model.named_parameters())
         assert run.curve[0] == base_run.curve[0]
-        assert any(not torch.equal(values, of_base[name]) for name, values in trained.items())
-
-
-def test_embeddings_begin_larger_where_they_would_drown():
-    for variant in families.VARIANTS:
-        large = variant.name in ("sandwich", "sandwich + QK norm", "DynamicTanh", "embeddings of 1")
-        assert Decoder(varied(variant)).embed.weight.std() == pytest.approx(1 if large else 0.02, rel=0.05)
+        others = base_run.model.named_parameters()
+        assert any(not torch.equal(values, trained[name]) for name, values in others), "it trains otherwise"
 
 
 def test_weight_decay_is_of_matrices_and_embeddings_alone():
@@ -124,7 +116,7 @@ def test_what_is_skipped_of_a_window_is_not_trained_to_be_predicted():
     for skipped, first in ((0.0, 1), (1 / 4, 16), (1 / 2, 32)):
         model = Decoder(replace(SMALL, skipped=skipped))
         each = functional.cross_entropy(model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-        assert float(loss_of(model, PLAIN)(tokens)) == pytest.approx(float(each[:, first - 1 :].mean()), rel=1e-5)
+        assert float(make_loss(model, PLAIN)(tokens)) == pytest.approx(float(each[:, first - 1 :].mean()), rel=1e-5)
 
 
 def test_windows_without_bos_are_the_rest_of_windows_with_it(small_corpus):
@@ -148,31 +140,24 @@ def test_every_family_of_the_paper_is_there_with_one_name_for_each_variant():
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"norm": "batch"}, "norm is 'batch'; give one of pre, sandwich"),
-        ({"heads": (15, 2)}, "heads of 15 channels cannot be rotated"),
-        ({"lengths": (48, 64)}, "the longest a power of two times that"),
-        ({"lengths": (64, 32)}, "the longest a power of two times that"),
-        ({"lengths": (16, 32)}, "models are looked at windows of 64"),
-        ({"batch": 100}, "a batch of 100 tokens holds no whole windows of 128"),
-        ({"beta2": 1.0}, "beta2 is 1.0; give less than 1"),
-        ({"skipped": 1.0}, "skipped is 1.0; give less than 1"),
-        ({"bos": 1}, "bos is 1; give True or False"),
-        ({"steps": 0}, "steps is 0; give no less than 1"),
-        ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
-        ({"n_layers": True}, "n_layers is True"),
-        ({"d_model": "wide"}, "d_model is 'wide'"),
+        ({"norm": "batch"}, "pre, sandwich"),
+        ({"heads": (15, 2)}, "an even number"),
+        ({"lengths": (48, 64)}, "its double"),
+        ({"lengths": (64, 32)}, "its double"),
+        ({"lengths": (16, 32)}, "windows of 64"),
+        ({"batch": 100}, "windows of 128"),
+        ({"beta2": 1.0}, "less than 1"),
+        ({"skipped": 1.0}, "less than 1"),
+        ({"bos": 1}, "True or False"),
+        ({"steps": 0}, "no less than 1"),
+        ({"learning_rate": -1e-3}, "no less than"),
+        ({"n_layers": True}, "no less than 1"),
+        ({"d_model": "wide"}, "no less than 1"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_when_it_is_made(values, says):
-    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=says):
         replace(SMALL, **values)
-
-
-def test_a_configuration_survives_json():
-    for variant in families.VARIANTS:
-        config = varied(variant)
-        assert Config.read(json.loads(json.dumps(asdict(config)))) == config
-        assert config.key != SMALL.key
 
 
 @pytest.mark.parametrize("norm", ["pre", "qk"])
@@ -320,7 +305,7 @@ def test_backcopy_copies_after_a_trigger_and_follows_its_bigram_elsewhere():
 
 def test_backcopys_bigram_is_that_of_the_house_text():
     task = Backcopy()
-    text = [c for c in task._text if c in task.characters]
+    text = [c for c in texts.read("house").content if c in task.characters]
     e, t = task.characters.index("e"), task.characters.index("t")
     pairs = sum(1 for a, b in pairwise(text) if (a, b) == ("t", "e"))
     others = sum(1 for a in text[:-1] if a == "t")
@@ -330,8 +315,8 @@ def test_backcopys_bigram_is_that_of_the_house_text():
 def test_windows_are_functions_of_the_seed_and_held_out_ones_are_others():
     task = Backcopy()
     np.testing.assert_array_equal(task.windows((1, 2), 4, 32), task.windows((1, 2), 4, 32))
-    assert (task.windows((1, 2), 4, 32) != task.windows((1, 3), 4, 32)).any()
-    assert (task.windows(1, 4, 32) != task.windows(1, 4, 32, held_out=True)).any()
+    for other in (task.windows((1, 3), 4, 32), task.windows((1, 2), 4, 32, held_out=True)):
+        assert (task.windows((1, 2), 4, 32) != other).any()
 
 
 def test_a_batch_has_one_length_of_those_allowed_and_as_many_tokens_always():
@@ -374,7 +359,7 @@ def test_a_window_of_a_corpus_is_bos_and_a_piece_of_one_document(small_corpus):
 def test_a_corpus_is_tokenized_once(small_corpus, monkeypatch):
     corpus, _ = small_corpus
     monkeypatch.setattr(data, "_tokenize", None)
-    again = data.corpus(corpus.name, 300)
+    again = data.corpus.__wrapped__(corpus.name, 300)
     assert again.sha256 == corpus.sha256
     np.testing.assert_array_equal(again.tokens, corpus.tokens)
     assert corpus.tokenizer.bos_token_id == BOS
@@ -404,14 +389,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     train(config, Backcopy(), tmp_path, PLAIN, until=5)
     resumed = train(config, Backcopy(), tmp_path, PLAIN)
     assert resumed.curve == whole.curve
-    assert [row["step"] for row in whole.curve] == list(looks_of(config))
+    assert [row["step"] for row in whole.curve] == list(look_steps(config))
     for name, values in whole.model.state_dict().items():
         assert torch.equal(values, resumed.model.state_dict()[name])
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     train(SMALL, Backcopy(), tmp_path, PLAIN, until=1)
-    with pytest.raises(TrainingError, match="is of another configuration, text or precision; remove it"):
+    with pytest.raises(TrainingError, match="another configuration, text or precision; remove it"):
         train(replace(SMALL, seed=1), Backcopy(), tmp_path, PLAIN)
     with pytest.raises(TrainingError, match="text or precision"):
         train(SMALL, Backcopy(), tmp_path, replace(PLAIN, precision="bfloat16"))
@@ -422,10 +407,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_configuration():
     config = replace(SMALL, steps=50, learning_rate=1e30, warmup=0)
-    with pytest.raises(
-        TrainingError,
-        match=r"(the loss|what the model predicts) is n(an|ot finite) at step \d+ of Config\(task='backcopy'",
-    ):
+    with pytest.raises(TrainingError, match=r"at step \d+ of Config\(task='backcopy'.*a smaller learning rate"):
         train(config, Backcopy(), None, PLAIN)
 
 
@@ -451,6 +433,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_curve_of_one(tmp_path, processes):
     """Of three, one has fewer windows than the others."""
@@ -467,34 +450,8 @@ def test_several_processes_give_the_curve_of_one(tmp_path, processes):
 
 def test_more_processes_than_windows_is_one_sentence():
     run, machine = start(SMALL, PLAIN), replace(PLAIN, world=99)
-    with pytest.raises(TrainingError, match=r"a batch of \d+ windows is too few for 99 processes; start fewer"):
+    with pytest.raises(TrainingError, match="99 processes; start fewer"):
         step(run, Backcopy(), None, machine)
-
-
-@torch.inference_mode()
-def test_scores_of_an_attention_made_by_hand():
-    model, tokens = Decoder(SMALL), torch.from_numpy(Backcopy().windows(0, 4, 32))
-    for block in model.blocks:
-        block.attn.q.weight.zero_()  # every key gets the same
-    even = sum(1 / (i + 1) for i in range(32)) / 32
-    found = patching.evaluate(model, tokens)
-    torch.testing.assert_close(found.score, torch.full((4, 2, 2), even))
-    assert found.sink_ratio == 0
-    assert sinks.score(model, tokens).ratio() == 0
-    # Now the first layer's second head asks for BOS: its query is the same everywhere, its key is BOS's alone.
-    model.embed.weight.zero_()
-    model.embed.weight[BOS, 0] = 1
-    model.embed.weight[1:, 1] = 1
-    attention = model.blocks[0].attn
-    attention.q.weight.zero_()
-    attention.k.weight.zero_()
-    slowest = 16 + 7  # the pair of channels that turns least
-    attention.q.weight[slowest, :2] = 10
-    attention.k.weight[slowest, 0] = 10
-    found = patching.evaluate(model, tokens)
-    assert (found.score[:, 0, 1] > 0.99).all()
-    torch.testing.assert_close(found.score[:, 0, 0], torch.full((4,), even))
-    assert sinks.score(model, tokens).ratio() == pytest.approx(1 / 4)
 
 
 @torch.no_grad()
@@ -536,16 +493,6 @@ def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_
     torch.testing.assert_close(model(tokens), run.model(tokens), rtol=1e-2, atol=2e-3)
 
 
-def test_each_committed_record_is_of_a_run_that_is_planned():
-    """Else it would be trained once more, and nobody would know what the record is of."""
-    folder = Path(__file__).parent.parent / "figures" / "lab"
-    for tier in ("text", "task"):
-        known = {records.file_of(plan, folder): plan.config for plan in families.planned(tier)}
-        found = {file: records.read(file).config for file in (folder / tier).glob("*-[0-9].json")}
-        assert found.items() <= known.items()
-        assert found
-
-
 COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be run in the background, where it is ignored
@@ -570,18 +517,16 @@ def written(folder: Path) -> list[str | Path]:
 def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys, monkeypatch):
     places = ["--figures", str(tmp_path), "--build", str(tmp_path)]
     assert main(["lab", "--only", "no such", *places]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("no run of the task tier has 'no such' in its name; there are: base, no weight decay, ")
-    assert said.count("gate per head") == 1
+    assert "'no such' in its name; there are: base, no weight decay, " in capsys.readouterr().err
     asked = []
     monkeypatch.setattr(run, "_is_there", lambda plan, folder: not asked.append(plan.name))
     for part in ("d_head x 2, half", "d-head-x-2-half"):
         asked.clear()
         assert main(["lab", "--only", part, *places]) == 0
         assert set(asked) == {"d_head x 2, half as many"}
-        assert capsys.readouterr().out.startswith(f"All runs with {part!r} in their name are there")
 
 
+@pytest.mark.slow
 def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp_path):
     command = written(tmp_path)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -612,6 +557,7 @@ def killed(plan, args, machine):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "_in_process", killed)
     arguments = ["--only", "base-0", "--jobs", "1", "--figures", str(tmp_path), "--build", str(tmp_path)]
@@ -619,6 +565,7 @@ def test_a_process_that_was_killed_is_one_sentence(tmp_path, monkeypatch, capsys
     assert "was killed, perhaps for want of memory: try --jobs 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_two_commands_one_leaves_a_run_to_the_other(tmp_path):
     place = tmp_path / "build" / "lab" / "task" / "base-0"
     place.mkdir(parents=True)
@@ -631,19 +578,15 @@ def test_of_two_commands_one_leaves_a_run_to_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["--text", "nosuch.txt"], "there is no text 'nosuch.txt'"),
-        (["--device", "tpu"], "the lab cannot train on 'tpu'; give --device cpu or cuda."),
-        (["--device", "cuda"], "the lab cannot train on 'cuda', for there is no GPU that torch can use"),
+        (["--text", "nosuch.txt"], "nosuch.txt"),
+        (["--device", "tpu"], "give --device cpu or cuda"),
+        (["--device", "cuda"], "there is no GPU that torch can use"),
     ],
 )
-@pytest.mark.parametrize("there", [True, False])
-def test_what_cannot_be_trained_on_is_one_sentence_even_if_nothing_is_missing(
-    wrong, says, there, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(run, "_is_there", lambda plan, folder: there)
+def test_what_cannot_be_trained_on_is_one_sentence(wrong, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["lab", "--tier", "text", *wrong, "--figures", str(tmp_path), "--build", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(says)
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["--figures", "--build"])
@@ -652,36 +595,7 @@ def test_where_nothing_can_be_written_nothing_is_trained(where, tmp_path, capsys
     (tmp_path / "file").write_text("")
     places = {"--figures": tmp_path / "figures", "--build": tmp_path / "build"} | {where: tmp_path / "file"}
     assert main(["lab", *(str(part) for option in places.items() for part in option)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"the folder {tmp_path / 'file' / 'lab'} cannot be written")
-    assert said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--jobs", "0"],
-        ["--tier", "foo"],
-        ["--checkpoint-every", "-4"],
-        ["--checkpoint-every", "x"],
-        ["--characters", "0"],
-    ],
-)
-def test_arguments_that_cannot_be_are_one_sentence(wrong, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["lab", *wrong])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.endswith("(see --help)\n")
-    assert said.count("\n") == 1
-
-
-def test_help_does_not_wait_for_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "spikesink", "lab", "--help"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert "--checkpoint-every" in ended.stdout
-    assert " torch\n" not in ended.stderr
-    assert "spikesink.cli" in ended.stderr
+    assert f"{tmp_path / 'file' / 'lab'} cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", [{"avx512_f": True}, {"avx512_bf16": True}, {"bf16": True}, {"amx_bf16": True}])
@@ -696,7 +610,7 @@ def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, 
     assert main(["lab", *arguments, "--precision", "bfloat16", "--eager"]) == 0
     assert main(["lab", *arguments, "--precision", "bfloat16"]) == (0 if can else 2)
     assert used == ["float32", "bfloat16"] + can * ["bfloat16"]
-    assert ("no instructions for bfloat16" in capsys.readouterr().err) != can
+    assert ("leave out --precision, or add --eager" in capsys.readouterr().err) != can
 
 
 @torch.inference_mode()
@@ -721,7 +635,7 @@ def test_a_trained_model_is_looked_at_closely():
 @torch.inference_mode()
 def test_late_queries_are_those_of_the_second_half_alone():
     model, tokens = planted_decoder(), data.held_out(Backcopy(), 70, 128)
-    found = late(model, tokens)
+    found = measure_late(model, tokens)
     _, cache = model.run_with_cache(tokens)
     score = torch.stack([cache[hook][:, :, 64:, 0].mean(-1) for hook in model.anatomy.pattern_hooks])
     each = functional.cross_entropy(model(tokens)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")

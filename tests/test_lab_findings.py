@@ -361,8 +361,8 @@ def test_idle_heads_are_compared_with_themselves_before_training():
 def test_what_is_known_of_backcopy_is_measured_as_defined():
     task = Backcopy()
     model = Decoder(SMALL)
-    for block in model.blocks:
-        block.attn.q.weight.zero_()  # even attention
+    for layer in model.blocks:
+        layer.attn.q.weight.zero_()  # even attention
     model.unembed.weight.zero_()  # even predictions
     truth = backcopy_truth(model, task)
     rows = task.windows(0, 64, 64, held_out=True)

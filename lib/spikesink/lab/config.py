@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 BOS = 0  # the token that every window begins with
+LAB = "lab"  # the ledger of the models that we train ourselves
 LENGTH = 64  # tokens of the windows that every model is looked at: Gu et al.'s T
 CHOICES = {
     "task": ("backcopy", "text"),
@@ -14,6 +15,7 @@ CHOICES = {
     "gate": ("none", "channel", "head", "token", "static"),
     "schedule": ("cosine", "constant"),
 }
+FROM_ZERO = ("seed", "weight_decay", "warmup", "skipped")  # numbers that may be 0
 
 
 class ConfigError(ValueError):
@@ -50,38 +52,38 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(known)}.")
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool:
-                if not isinstance(value, bool):
-                    raise ConfigError(f"{field.name} is {value!r}; give True or False.")
-                continue
-            numbers = value if isinstance(value, tuple) else (value,)
-            least = (
-                0 if field.name in ("seed", "weight_decay", "warmup", "skipped") else 1 if field.type is int else 1e-12
-            )
-            if field.type is not str and not all(
-                isinstance(number, int | float) and not isinstance(number, bool) and number >= least
-                for number in numbers
-            ):
-                raise ConfigError(f"{field.name} is {value!r}; give no less than {least:g}.")
-        if self.d_head % 2:
-            raise ConfigError(f"heads of {self.d_head} channels cannot be rotated in pairs; give an even number.")
+            self._check(field.name, field.type)
         shortest, longest = self.lengths
-        if not 2 <= shortest <= longest or longest not in doubled(shortest, longest):
-            raise ConfigError(f"lengths are {self.lengths}; give 2 or more, and the longest a power of two times that.")
-        if longest < LENGTH:
-            raise ConfigError(
-                f"lengths are {self.lengths}; models are looked at windows of {LENGTH}, so train on those."
-            )
-        if self.batch % longest:
-            raise ConfigError(f"a batch of {self.batch} tokens holds no whole windows of {longest}; give a multiple.")
-        for name in ("beta2", "skipped"):
-            if not getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give less than 1.")
+        powers = doubled(shortest, longest)
+        for wrong, what in (
+            (self.d_head % 2, f"heads of {self.d_head} channels cannot be rotated in pairs; give an even number"),
+            (
+                shortest < 2 or longest not in powers,
+                f"lengths are {self.lengths}; give 2 or more, and its double",
+            ),
+            (longest < LENGTH, f"lengths are {self.lengths}; models are looked at windows of {LENGTH}, so allow those"),
+            (self.batch % longest, f"a batch of {self.batch} tokens is no multiple of windows of {longest}"),
+            (self.beta2 >= 1, f"beta2 is {self.beta2}; give less than 1"),
+            (self.skipped >= 1, f"skipped is {self.skipped}; give less than 1"),
+        ):
+            if wrong:
+                raise ConfigError(f"{what}.")
+
+    def _check(self, name: str, kind: type) -> None:
+        """Refuse a value of another type or below what the field allows."""
+        value = getattr(self, name)
+        if kind is str:
+            allowed = f"one of {', '.join(CHOICES[name])}"
+            there = value in CHOICES[name]
+        elif kind is bool:
+            allowed, there = "True or False", isinstance(value, bool)
+        else:
+            least = 0 if name in FROM_ZERO else 1 if kind is int else 1e-12
+            allowed, numbers = f"no less than {least:g}", value if isinstance(value, tuple) else (value,)
+            there = all(type(number) in (int, float) and number >= least for number in numbers)
+        if not there:
+            raise ConfigError(f"{name} is {value!r}; give {allowed}.")
 
     @property
     def d_head(self) -> int:
@@ -113,10 +115,4 @@ class Config:
 
 def doubled(shortest: int, longest: int) -> tuple[int, ...]:
     """The shortest, twice that, and so on, up to the longest."""
-    lengths = [shortest]
-    while lengths[-1] * 2 <= longest:
-        lengths.append(lengths[-1] * 2)
-    return tuple(lengths)
-
-
-LAB = "lab"  # the ledger of the models that we train ourselves
+    return tuple(shortest << i for i in range((longest // shortest).bit_length()))

@@ -10,10 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,38 +32,8 @@ BOS_TOKEN = "<bos>"
 CHARACTERS_FOR_BPE = 20_000_000  # of these, from the beginning, that the BPE is learned from
 HELD_OUT = 50  # one document in so many is never trained on
 ENCODED_AT_ONCE = 256  # documents
-TRIGGERS = 5
 DRAWS_LENGTH = 1  # in a seed: it is a batch's length that is drawn, not its windows
 HELD_OUT_SEED = 2**31  # of windows that are looked at and never trained on
-
-
-class Task(Protocol):
-    """Something to train on; windows begin with BOS, whose id is `BOS`."""
-
-    name: str
-    sha256: str
-
-    def windows(
-        self, seed: int | tuple[int, ...], n: int, length: int, held_out: bool = False
-    ) -> Int[np.ndarray, "n length"]:
-        """Windows drawn by a seed."""
-
-    def decode(self, tokens: list[int]) -> str:
-        """What tokens read."""
-
-
-def batch(task: Task, config: Config, step: int) -> Int[np.ndarray, "window position"]:
-    """The whole batch of a step; its windows have one length, drawn from those the configuration allows."""
-    lengths = doubled(*config.lengths)
-    length = lengths[int(np.random.default_rng((config.seed, step, DRAWS_LENGTH)).integers(len(lengths)))]
-    return _begun(task, (config.seed, step), config.batch // length, length, config.bos)
-
-
-def _begun(
-    task: Task, seed: int | tuple[int, ...], n: int, length: int, bos: bool, held_out: bool = False
-) -> Int[np.ndarray, "n length"]:
-    """Windows with BOS in front, or without."""
-    return task.windows(seed, n, length, held_out) if bos else task.windows(seed, n, length + 1, held_out)[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -76,40 +45,34 @@ class Backcopy:
 
     d_vocab: int = 64
     name: str = "backcopy"
-
-    @cached_property
-    def _text(self) -> str:
-        return texts.read("house").content
+    triggers: tuple[int, ...] = (5, 6, 7, 8, 9)  # common, but not the commonest, which would leave little else to see
 
     @property
     def sha256(self) -> str:
         """Hash of the text that the bigram is counted in."""
-        return hashlib.sha256(self._text.encode()).hexdigest()
+        return hashlib.sha256(texts.read("house").content.encode()).hexdigest()
 
     @cached_property
     def characters(self) -> tuple[str, ...]:
         """What each token stands for: BOS, then the commonest characters, the commonest first."""
-        common = [character for character, _ in Counter(self._text).most_common(self.d_vocab - 1)]
-        return (BOS_TOKEN, *common)
-
-    @cached_property
-    def triggers(self) -> tuple[int, ...]:
-        """The commonest letters but the first few characters of all, which would leave little else to see."""
-        return tuple(range(TRIGGERS, 2 * TRIGGERS))
+        common = Counter(texts.read("house").content).most_common(self.d_vocab - 1)
+        return (BOS_TOKEN, *(character for character, _ in common))
 
     @cached_property
     def bigram(self) -> Float[np.ndarray, "d_vocab d_vocab"]:
-        """Probability of the next token; every pair was seen once more than it was, and nothing leads to BOS."""
+        """Probability of the next token; every pair counts once more than it occurs, and nothing leads to BOS."""
         index = {character: i for i, character in enumerate(self.characters)}
-        ids = [index[character] for character in self._text if character in index]
+        ids = [index[character] for character in texts.read("house").content if character in index]
         counts = np.ones((self.d_vocab, self.d_vocab))
         counts[:, BOS] = 0
         np.add.at(counts, (ids[:-1], ids[1:]), 1)
         counts[BOS, list(self.triggers)] = 0  # a trigger in the first place would have BOS to copy
         return counts / counts.sum(1, keepdims=True)
 
-    def windows(self, seed, n, length, held_out=False):
-        """Every window is new, held out or not: the seed decides."""
+    def windows(
+        self, seed: int | tuple[int, ...], n: int, length: int, held_out: bool = False
+    ) -> Int[np.ndarray, "n length"]:
+        """Windows drawn by a seed, BOS in front; every one is new, held out or not."""
         rng = np.random.default_rng((HELD_OUT_SEED, *np.atleast_1d(seed)) if held_out else seed)
         draws, after = rng.random((n, length)), self.bigram.cumsum(1)
         tokens = np.zeros((n, length), dtype=np.int64)
@@ -140,23 +103,16 @@ class Corpus:
     ends: Int[np.ndarray, " document"]  # where each document ends
     tokenizer: PreTrainedTokenizerFast
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all documents, held out or not."""
-        return len(self.tokens)
-
-    def _documents(self, length: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Of each document that is long enough: the first place where a window may begin, and how many there are."""
+    def windows(
+        self, seed: int | tuple[int, ...], n: int, length: int, held_out: bool = False
+    ) -> Int[np.ndarray, "n length"]:
+        """Windows drawn by a seed, evenly over all places of documents that are long enough, BOS in front."""
         begins = np.concatenate([[0], self.ends[:-1]])
-        places = self.ends - begins - (length - 1) + 1
+        places = self.ends - begins - (length - 1) + 1  # in each document where a window may begin
         use = (places > 0) & ((np.arange(len(self.ends)) % HELD_OUT == 0) == held_out)
         if not use.any():
             raise ConfigError(f"no document of {self.name} has {length} tokens; ask for shorter windows.")
-        return begins[use], places[use]
-
-    def windows(self, seed, n, length, held_out=False):
-        """Windows from places drawn evenly over all documents that are long enough."""
-        begins, places = self._documents(length, held_out)
+        begins, places = begins[use], places[use]
         upto = places.cumsum()
         drawn = np.random.default_rng(seed).integers(upto[-1], size=n)
         document = np.searchsorted(upto, drawn, side="right")
@@ -169,6 +125,23 @@ class Corpus:
         return self.tokenizer.decode(tokens)
 
 
+Task = Backcopy | Corpus
+
+
+def batch(task: Task, config: Config, step: int) -> Int[np.ndarray, "window position"]:
+    """The whole batch of a step; its windows have one length, drawn from those the configuration allows."""
+    lengths = doubled(*config.lengths)
+    length = lengths[int(np.random.default_rng((config.seed, step, DRAWS_LENGTH)).integers(len(lengths)))]
+    return _begun(task, (config.seed, step), config.batch // length, length, config.bos)
+
+
+def _begun(
+    task: Task, seed: int | tuple[int, ...], n: int, length: int, bos: bool, held_out: bool = False
+) -> Int[np.ndarray, "n length"]:
+    """Windows with BOS in front, or without."""
+    return task.windows(seed, n, length, held_out) if bos else task.windows(seed, n, length + 1, held_out)[:, 1:]
+
+
 def held_out(task: Task, n: int = 64, length: int = LENGTH, bos: bool = True) -> Int[Tensor, "n length"]:
     """The windows of a task that models are looked at: the same ones every time, of documents not trained on.
 
@@ -178,26 +151,26 @@ def held_out(task: Task, n: int = 64, length: int = LENGTH, bos: bool = True) ->
 
 
 def open_task(config: Config, source: str = SOURCE, characters: int = CHARACTERS) -> Task:
-    """What a configuration trains on; a text is tokenized once into the cache.
-
-    Args:
-        config: of the run.
-        source: of the text tier: "packages", or whatever `texts.read` takes.
-        characters: of the packages or a data set, the most that are used.
+    """What a configuration trains on: of a text, "packages" or what `texts.read` takes, as many characters at most.
 
     Raises:
-        ConfigError: too little text.
         TextError: as `texts.read` does.
     """
     return Backcopy(config.d_vocab) if config.task == "backcopy" else corpus(source, config.d_vocab, characters)
 
 
+@cache
 def corpus(source: str = SOURCE, d_vocab: int = Config.d_vocab, characters: int = CHARACTERS) -> Corpus:
     """A text as tokens of a byte-level BPE that is learned from it; made once and kept in the cache.
 
     The BPE has seen held-out documents as well: how pieces are cut, not what follows what.
     """
-    documents = _documents(source, characters)
+    if source == SOURCE:
+        documents = list(_packages(characters))
+    elif source.startswith("datasets:"):
+        documents = texts.documents(source, characters)
+    else:
+        documents = texts.read(source).content.split("\n\n\n")
     sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     place = cache_directory() / "lab" / f"{sha256[:20]}-{d_vocab}"
     place.mkdir(parents=True, exist_ok=True)
@@ -216,14 +189,6 @@ def corpus(source: str = SOURCE, d_vocab: int = Config.d_vocab, characters: int 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
     """A tokenizer as `corpus` keeps it."""
     return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=BOS_TOKEN)
-
-
-def _documents(source: str, characters: int) -> list[str]:
-    if source == SOURCE:
-        return list(_packages(characters))
-    if source.startswith("datasets:"):
-        return texts.documents(source, characters)
-    return texts.read(source).content.split("\n\n\n")
 
 
 def _packages(characters: int) -> Iterator[str]:
@@ -255,13 +220,8 @@ def _tokenize(documents: list[str], d_vocab: int, place: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learned, size = [], 0
-    for document in documents:
-        learned.append(document)
-        size += len(document)
-        if size >= CHARACTERS_FOR_BPE:
-            break
-    tokenizer.train_from_iterator(learned, trainer)
+    before = np.cumsum([0, *map(len, documents[:-1])])  # characters before each document
+    tokenizer.train_from_iterator(documents[: int((before < CHARACTERS_FOR_BPE).sum())], trainer)
     parts, ends = [], []
     for start in progress(range(0, len(documents), ENCODED_AT_ONCE), "tokenizing", "batch"):
         for encoded in tokenizer.encode_batch(documents[start : start + ENCODED_AT_ONCE]):

@@ -9,15 +9,7 @@ from spikesink.lab.config import Config
 
 BASES = {
     "task": Config(
-        task="backcopy",
-        d_vocab=64,
-        d_model=64,
-        n_layers=3,
-        heads=(32, 2),
-        lengths=(32, 128),
-        batch=4096,
-        steps=1000,
-        learning_rate=1e-2,
+        task="backcopy", d_vocab=64, d_model=64, n_layers=3, heads=(32, 2), batch=4096, steps=1000, learning_rate=1e-2
     ),
     "text": Config(),
     "large": Config(

@@ -20,14 +20,13 @@ WINDOWS = 64  # held-out windows that are looked at
 
 @torch.inference_mode()
 def stream_median(model: Decoder, tokens: Int[Tensor, "window position"]) -> float:
-    """The largest median over layers of what the stream's entries are in size."""
-    seen = []
-    hooks = [(name, lambda h, hook: seen.append(float(h.abs().median()))) for name in model.anatomy.layer_hooks]
-    with model.hooks(fwd_hooks=hooks):
-        model(tokens.to(model.cfg.device), stop_at_layer=model.anatomy.n_layers)
-    return max(seen)
+    """The median size of the stream's entries, at the layer where it is largest."""
+    names = list(model.anatomy.layer_hooks)
+    _, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names)
+    return max(float(cache[name].abs().median()) for name in names)
 
 
+@torch.inference_mode()
 def backcopy_truth(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
     """Of Bigram-Backcopy, what is known beforehand: the least losses there are, and when a head has nothing to do.
 
@@ -40,13 +39,13 @@ def backcopy_truth(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> di
     trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))
     bigram = torch.from_numpy(task.bigram)
     least = -bigram.xlogy(bigram).sum(-1)[tokens][:, 1:-1]
-    seen = {}
-    hooks = [(name, lambda p, hook: seen.update({hook.name: p[..., 0].cpu()})) for name in model.anatomy.pattern_hooks]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        logits = model(tokens.to(model.cfg.device)).cpu()
-    loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2), tokens[:, 2:], reduction="none")
+    names = list(model.anatomy.pattern_hooks)
+    logits, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names)
+    loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2).cpu(), tokens[:, 2:], reduction="none")
     copies, later = trigger[:, 1:-1], slice(2, None)  # the first queries have little else to look at
-    to_first = torch.stack(list(seen.values()))[..., later].movedim(1, 2)  # layer, head, window, query
+    to_first = torch.stack([cache[name][..., later, 0].cpu() for name in names]).movedim(
+        1, 2
+    )  # layer head window query
     heads = torch.stack([to_first[..., at].mean(-1) for at in (trigger[:, later], ~trigger[:, later])], -1)
     dormant = heads.flatten(0, 1)[heads[..., 1].argmax()]
     return {
@@ -63,44 +62,44 @@ def measure_trained(model: Decoder, task: Task, windows: int) -> dict[str, Any]:
 
     Returns:
         scores, sinks: for each layer and head the mean sink score of position 0, and the share of windows in which it
-        is a sink; sink_ratios: by other epsilons; late: see `late`, if the model was trained on windows that long; and
-        other_first: sink ratio, mean score and position 0's largest activation when another token than BOS is there.
+        is a sink; sink_ratios: by other epsilons; late: `measure_late`, if the model was trained on windows that long;
+        and other_first: sink ratio, mean score and position 0's largest activation with another first token.
     """
     bos = model.config.bos
     tokens = held_out(task, windows, bos=bos)
     score = evaluate(model, tokens).score
-    found = {
+    measured = {
         "scores": score.mean(0).tolist(),
         "sinks": (score > EPSILON).float().mean(0).tolist(),
         "sink_ratios": {f"{epsilon:g}": float((score > epsilon).float().mean()) for epsilon in EPSILONS},
     }
     if model.anatomy.context >= 2 * LENGTH:
-        found["late"] = late(model, held_out(task, windows, 2 * LENGTH, bos))
+        measured["late"] = measure_late(model, held_out(task, windows, 2 * LENGTH, bos))
     if bos:
         drawn = torch.Generator().manual_seed(0)
         tokens[:, 0] = torch.randint(BOS + 1, model.config.d_vocab, (len(tokens),), generator=drawn)
-        there = evaluate(model, tokens)
-        found["other_first"] = {
-            "sink_ratio": there.sink_ratio,
-            "attention": float(there.score.mean()),
-            "max_first": float(there.largest[:, 0].median()),
+        other = evaluate(model, tokens)
+        measured["other_first"] = {
+            "sink_ratio": other.sink_ratio,
+            "attention": float(other.score.mean()),
+            "max_first": float(other.largest[:, 0].median()),
         }
-    return found
+    return measured
 
 
 @torch.inference_mode()
-def late(model: Decoder, tokens: Int[Tensor, "window position"], epsilon: float = EPSILON) -> dict[str, float]:
+def measure_late(model: Decoder, tokens: Int[Tensor, "window position"], epsilon: float = EPSILON) -> dict[str, float]:
     """Loss, sink ratio and mean sink score as the second half of each window has them: of its queries alone.
 
     So models can be compared that were not trained to predict anything in the first half.
     """
-    half = tokens.shape[1] // 2
+    half, names = tokens.shape[1] // 2, list(model.anatomy.pattern_hooks)
     scores, losses = [], []
-    hooks = [(name, lambda p, hook: scores.append(p[..., half:, 0].mean(-1))) for name in model.anatomy.pattern_hooks]
-    with model.hooks(fwd_hooks=hooks):
-        for piece in tokens.to(model.cfg.device).split(WINDOWS):
-            logits = model(piece)[:, half - 1 : -1]
-            losses.append(functional.cross_entropy(logits.flatten(0, 1), piece[:, half:].flatten(), reduction="none"))
+    for piece in tokens.to(model.cfg.device).split(WINDOWS):
+        logits, cache = model.run_with_cache(piece, names_filter=names)
+        predictions, targets = logits[:, half - 1 : -1].flatten(0, 1), piece[:, half:].flatten()
+        losses.append(functional.cross_entropy(predictions, targets, reduction="none"))
+        scores += [cache[name][..., half:, 0].mean(-1) for name in names]
     score = torch.cat(scores)
     return {
         "loss": float(torch.cat(losses).mean()),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ VERSIONS = ("torch", "transformer-lens", "tokenizers")
 DIGITS = 6
 TOKENIZER, WINDOWS_FILE = "tokenizer.json", "held-out.safetensors"
 WITH_BOS, NO_BOS = "tokens", "tokens without BOS"
-KEPT = {BASE, *(variant.name for variant in VARIANTS if variant.headline and variant.kept)}  # of whom weights are
+KEPT = {BASE, *(variant.name for variant in VARIANTS if variant.headline and variant.kept)}  # their weights are kept
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,15 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         curve={name: [row[name] for row in run.curve] for name in run.curve[0]},
         final=look(run, task, LAST_WINDOWS) | measure_trained(run.model, task, LAST_WINDOWS),
     )
-    place = file_of(plan, folder)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    file = file_of(plan, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
     if plan.tier == "text" and plan.name in KEPT and plan.config.seed == 0:
         half = {name: values.half().contiguous() for name, values in run.model.state_dict().items()}
         metadata = {"config": json.dumps(asdict(run.config)), "name": plan.name}
-        write_atomically(place.with_suffix(".safetensors"), save(half, metadata))
+        write_atomically(file.with_suffix(".safetensors"), save(half, metadata))
+    rounded = json.loads(json.dumps(asdict(record)), parse_float=lambda digits: float(f"{float(digits):.{DIGITS}g}"))
     # The configuration to the last digit: a run whose record has another one is missing.
-    data = _rounded(asdict(record)) | {"config": asdict(record.config)}
-    write_atomically(place, json.dumps({"schema": SCHEMA, **data}) + "\n")
+    write_atomically(file, json.dumps({"schema": SCHEMA, **rounded, "config": asdict(record.config)}) + "\n")
     return record
 
 
@@ -129,15 +128,12 @@ def read_all(folder: Path, tier: str) -> list[Record]:
         ConfigError: they cannot be compared, for they are of several texts or precisions.
     """
     records = [read(file) for file in sorted((folder / tier).glob("*-[0-9].json"))]
-    for what, values in (
-        ("text", {record.text_sha256 for record in records}),
-        ("precision", {record.machine["precision"] for record in records}),
-    ):
-        if len(values) > 1:
-            raise ConfigError(
-                f"the records in {folder / tier} are of more than one {what} and cannot be compared; move those of "
-                "one elsewhere, or train all with make ablations FIGURES=another folder."
-            )
+    texts, precisions = {r.text_sha256 for r in records}, {r.machine["precision"] for r in records}
+    if len(texts) > 1 or len(precisions) > 1:
+        raise ConfigError(
+            f"the records in {folder / tier} are of more than one text or precision and cannot be compared; move those "
+            "of one elsewhere, or train all with make ablations FIGURES=another folder."
+        )
     return records
 
 
@@ -158,11 +154,3 @@ def open_model(file: Path) -> Decoder:
     tokenizer = file.with_name(TOKENIZER)
     model.tokenizer = tokenizer_of(tokenizer) if tokenizer.is_file() else None
     return model.eval().requires_grad_(False)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Train what is missing of a tier: what `make ablations` calls. Alone, several runs at once, or under torchrun."""
+"""Train what is missing of a tier: what `spikesink lab` calls. Several runs at once, or each by all of torchrun's."""
 
 import argparse
 import contextlib
@@ -7,30 +7,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from spikesink.cli import SOURCE
 from spikesink.common import INTERRUPTED, CommandError, check_writable
-from spikesink.lab.config import LAB, Config, ConfigError
-from spikesink.lab.data import Task, open_task
+from spikesink.lab.config import LAB, ConfigError
+from spikesink.lab.data import open_task
 from spikesink.lab.families import Planned, planned
 from spikesink.lab.records import Record, file_of, keep, keep_text, read
 from spikesink.lab.train import CHECKPOINT, Machine, Run, TrainingError, can_compile, multiplies_bfloat16, train
-from spikesink.model import texts
 from spikesink.model.texts import TextError
 
 DEVICES = ("cpu", "cuda")
-POLLED = 0.5  # seconds between looks at what the processes tell
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,30 +35,24 @@ def run(args: argparse.Namespace) -> int:
         The exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted.
     """
     folder, build = args.figures / LAB, args.build / LAB
-    plans = list(planned(args.tier))
-    wanted = [plan for plan in plans if args.only in plan.name or args.only in plan.label]
-    if not wanted:
-        names = ", ".join(dict.fromkeys(plan.name for plan in plans))
-        print(f"no run of the {args.tier} tier has {args.only!r} in its name; there are: {names}.", file=sys.stderr)
-        return 2
-    missing = [plan for plan in wanted if not _is_there(plan, folder)]
     try:
-        machine = _machine(args)
+        machine, plans = _choose_machine(args), _choose_plans(args)
+        missing = [plan for plan in plans if not _is_there(plan, folder)]
         if not missing:
-            if wanted[0].config.task == "text" and args.text != SOURCE and not args.text.startswith("datasets:"):
-                texts.read(args.text)  # what is wrong with it is said though it is not needed
             which = f"with {args.only!r} in their name" if args.only else f"of the {args.tier} tier"
             print(f"All runs {which} are there, in {folder / args.tier}.")
             return 0
         for place in (folder, build):  # a run of half an hour must not be lost at its end
             check_writable(place)
         # A text is tokenized once, before several processes ask for it.
-        keep_text(_task(missing[0], args), folder / args.tier)
+        keep_text(open_task(missing[0].config, args.text, args.characters), folder / args.tier)
     except (ConfigError, CommandError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
     try:
-        failed = _together(missing, args, machine) if "RANK" in os.environ else _side_by_side(missing, args, machine)
+        failed = (
+            _train_together(missing, args, machine) if "RANK" in os.environ else _side_by_side(missing, args, machine)
+        )
     except KeyboardInterrupt:
         print(f"Interrupted; the runs go on from their checkpoints in {build} the next time.", file=sys.stderr)
         return INTERRUPTED
@@ -77,11 +66,20 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _machine(args: argparse.Namespace) -> Machine:
-    """What the runs are computed with, of what is asked for."""
+def _choose_plans(args: argparse.Namespace) -> list[Planned]:
+    plans = list(planned(args.tier))
+    chosen = [plan for plan in plans if args.only in plan.name or args.only in plan.label]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(plan.name for plan in plans))
+        raise ConfigError(f"no run of the {args.tier} tier has {args.only!r} in its name; there are: {names}.")
+    return chosen
+
+
+def _choose_machine(args: argparse.Namespace) -> Machine:
+    """What the runs are computed with."""
     if args.device not in DEVICES or (args.device == "cuda" and not torch.cuda.is_available()):
-        there = "" if args.device not in DEVICES else ", for there is no GPU that torch can use"
-        raise ConfigError(f"the lab cannot train on {args.device!r}{there}; give --device {' or '.join(DEVICES)}.")
+        why = "" if args.device not in DEVICES else ", for there is no GPU that torch can use"
+        raise ConfigError(f"the lab cannot train on {args.device!r}{why}; give --device {' or '.join(DEVICES)}.")
     compiled = not args.eager and (args.device != "cpu" or can_compile())
     narrow = multiplies_bfloat16(args.device)
     if compiled and args.device == "cpu" and args.precision == "bfloat16" and not narrow:
@@ -99,87 +97,65 @@ def _is_there(plan: Planned, folder: Path) -> bool:
     return file.exists() and read(file).config == plan.config
 
 
-def _task(plan: Planned, args: argparse.Namespace) -> Task:
-    return _opened(plan.config.task, plan.config.d_vocab, args.text, args.characters)
-
-
-@cache
-def _opened(task: str, d_vocab: int, text: str, characters: int) -> Task:
-    """What a process trains on, opened once: all runs of a tier share it, and to find a text takes seconds."""
-    return open_task(Config(task=task, d_vocab=d_vocab), text, characters)
-
-
-def _one(plan: Planned, args: argparse.Namespace, machine: Machine, tell: Callable[[Run], None]) -> Record | None:
-    """Train a run and keep it; the first process returns its record."""
-    task, place = _task(plan, args), args.build / LAB / plan.tier / plan.label
+def _train_one(plan: Planned, args: argparse.Namespace, machine: Machine, row: int = 0) -> Record | None:
+    """Train a run under a bar in a row of the terminal, and keep it; the first process returns its record."""
+    task, place = open_task(plan.config, args.text, args.characters), args.build / LAB / plan.tier / plan.label
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / ".lock", timeout=0) if machine.rank == 0 else contextlib.nullcontext():
+    first = machine.rank == 0
+    with (
+        FileLock(place / ".lock", timeout=0) if first else contextlib.nullcontext(),
+        tqdm(
+            desc=plan.label, total=plan.config.steps, unit="step", position=row, leave=False, disable=not first
+        ) as bar,
+    ):
+
+        def tell(run: Run) -> None:
+            if run.losses:
+                bar.set_postfix(loss=f"{run.losses[-1]:.2f}", refresh=False)
+            bar.update(run.step - bar.n)
+
         run = train(plan.config, task, place, machine, tell, kept_every=args.checkpoint_every)
-        if machine.rank > 0:
+        if not first:
             return None
         record = keep(run, plan, task, machine, args.figures / LAB)
         (place / CHECKPOINT).unlink()
         return record
 
 
-def _together(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
-    """One run after the other, each of all processes that torchrun started."""
+def _train_together(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
+    """One run after the other, each by all processes that torchrun started."""
     torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    local = int(os.environ["LOCAL_RANK"])
-    device = f"cuda:{local}" if args.device == "cuda" else args.device
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    machine = replace(machine, device=device, rank=rank, world=world)
     try:
         for plan in plans:
-            with tqdm(total=plan.config.steps, desc=plan.label, unit="step", disable=machine.rank > 0) as bar:
-                _one(plan, args, machine, lambda run, bar=bar: bar.update(run.step - bar.n))
+            _train_one(plan, args, replace(machine, device=device, rank=rank, world=world))
     finally:
         torch.distributed.destroy_process_group()
     return 0
 
 
 def _side_by_side(plans: Sequence[Planned], args: argparse.Namespace, machine: Machine) -> int:
-    """Several runs at once, a thread each; returns how many failed."""
-    context = multiprocessing.get_context("spawn")
-    news, total = context.SimpleQueue(), sum(plan.config.steps * plan.config.batch for plan in plans)
-    failed, waiting = 0, list(plans)
-    now: dict[str, tuple[int, float]] = {}  # tokens done and the last loss of each run
-    before: dict[str, int] = {}  # tokens that were done when it went on from a checkpoint
-    with (
-        tqdm(total=total, unit="token", unit_scale=True, desc=f"{len(plans)} runs", smoothing=0.02) as bar,
-        ProcessPoolExecutor(args.jobs, context, _begin, (news, args.jobs)) as pool,
-    ):
-        running: dict[Future, Planned] = {}
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                plan = waiting.pop(0)
-                running[pool.submit(_in_process, plan, args, machine)] = plan
-            done, _ = wait(running, timeout=POLLED, return_when=FIRST_COMPLETED)
-            while not news.empty():
-                label, tokens, loss = news.get()
-                now[label] = (tokens, loss)
-                if label not in before:
-                    before[label] = tokens
-                    bar.total -= tokens
-            bar.update(sum(tokens - before[label] for label, (tokens, _) in now.items()) - bar.n)
-            labels = [plan.label for plan in running.values() if plan.label in now]
-            bar.set_postfix_str(", ".join(f"{label} {now[label][1]:.2f}" for label in labels))
-            for future in done:
-                plan = running.pop(future)
+    """Several runs at once, a process each; returns how many failed."""
+    failed, context = 0, multiprocessing.get_context("spawn")
+    tqdm.set_lock(context.RLock())  # their bars stand one below the other
+    with ProcessPoolExecutor(args.jobs, context, _begin, (tqdm.get_lock(), args.jobs)) as pool:
+        running = {pool.submit(_in_process, plan, args, machine): plan for plan in plans}
+        try:
+            for future in as_completed(running):
                 try:
-                    bar.write(future.result())
+                    tqdm.write(future.result())
                 except (TrainingError, OSError) as error:
                     failed += 1
-                    bar.write(f"{plan.label}: {error}", file=sys.stderr)
+                    tqdm.write(f"{running[future].label}: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     return failed
 
 
-_news: Any = None  # what a process tells its progress by
-
-
-def _begin(news: Any, jobs: int) -> None:
-    global _news
-    _news = news
+def _begin(lock, jobs: int) -> None:
+    tqdm.set_lock(lock)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as of a command in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # it has nothing to tidy up
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -193,12 +169,9 @@ def _leave_with_parent() -> None:
 
 
 def _in_process(plan: Planned, args: argparse.Namespace, machine: Machine) -> str:
-    def tell(run: Run) -> None:
-        if run.losses and run.step % max(1, run.config.steps // 200) == 0:
-            _news.put((plan.label, run.step * run.config.batch, run.losses[-1]))
-
+    row = multiprocessing.current_process()._identity[0] - 1
     try:
-        record = _one(plan, args, machine, tell)
+        record = _train_one(plan, args, machine, row)
     except Timeout:
         return f"{plan.label}: another process is at it"
     final, speed = record.final, record.tokens / record.seconds

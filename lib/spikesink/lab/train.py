@@ -35,6 +35,7 @@ LOOKS = 30  # times in a run
 LEAST = 0.1  # what a cosine schedule ends at, of the learning rate
 LONGEST_STEP = 1.0  # norm that gradients are clipped to
 CHECKPOINT = "checkpoint.pt"
+STATE = ("step", "seconds", "losses", "curve")  # of a run, beside model and optimizer
 MULTIPLY_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # capabilities of a CPU, by torch's names
 
 
@@ -100,25 +101,17 @@ def train(
     until: int | None = None,
     kept_every: float = KEPT_EVERY,
 ) -> Run:
-    """Train to the last step, from the checkpoint in `folder` if one is there.
+    """Train to the last step, or `until` another, from the checkpoint in `folder` if one is there.
 
-    Args:
-        config: what to train.
-        task: what on, as `open_task` opens it.
-        folder: where checkpoints go; without one, none are kept.
-        machine: what with.
-        tell: is called after every step, for progress.
-        until: the step to stop at instead of the last.
-        kept_every: seconds between checkpoints.
+    Checkpoints go there every `kept_every` seconds; without a folder none are kept. `tell` is called after every step.
 
     Raises:
         TrainingError: a loss that is not finite, or a checkpoint of another configuration.
     """
-    run, of = start(config, machine), [config.key, task.sha256, machine.precision]
+    run, identity = start(config, machine), [config.key, task.sha256, machine.precision]
     if folder is not None:
-        _resume(run, folder, of)
-    mean_loss = loss_of(run.model, machine)
-    looks = looks_of(config)
+        _resume(run, folder, identity)
+    mean_loss, looks = make_loss(run.model, machine), look_steps(config)
     last, kept = min(until or config.steps, config.steps), time.monotonic()
     begun = kept - run.seconds
     while True:
@@ -128,7 +121,7 @@ def train(
         run.seconds = time.monotonic() - begun
         done = run.step >= last
         if folder is not None and machine.rank == 0 and (done or time.monotonic() - kept > kept_every):
-            _keep(run, folder, of)
+            _keep(run, folder, identity)
             kept = time.monotonic()
         tell(run)
         if done:
@@ -136,9 +129,10 @@ def train(
         step(run, task, mean_loss, machine)
 
 
-def each_seed(config: Config, task: Task, seeds: int, machine: Machine = Machine(compiled=False)) -> list[Run]:
+def train_seeds(config: Config, task: Task, seeds: int) -> list[Run]:
     """Train a configuration several times, from its own seed on, under a bar: for models of seconds."""
     numbers = range(config.seed, config.seed + seeds)
+    machine = Machine(compiled=False)
     return [train(replace(config, seed=seed), task, machine=machine) for seed in progress(numbers, "training", "run")]
 
 
@@ -158,7 +152,7 @@ def can_compile() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if name)
 
 
-def looks_of(config: Config) -> tuple[int, ...]:
+def look_steps(config: Config) -> tuple[int, ...]:
     """The steps before which spike and sink are measured, denser at the beginning; the last is the end of the run."""
     return tuple(sorted({round(config.steps * (i / LOOKS) ** 1.5) for i in range(LOOKS + 1)}))
 
@@ -199,7 +193,7 @@ def _diverged(run: Run, what: str) -> TrainingError:
     return TrainingError(f"{what} at step {run.step} of {run.config}; try a smaller learning rate.")
 
 
-class _Loss(nn.Module):
+class _MeanLoss(nn.Module):
     """Mean loss of a batch, as one module, so that it can be compiled and spread as a whole."""
 
     def __init__(self, model: Decoder, machine: Machine):
@@ -215,9 +209,9 @@ class _Loss(nn.Module):
         return functional.cross_entropy(logits[:, first - 1 : -1].float().flatten(0, 1), tokens[:, first:].flatten())
 
 
-def loss_of(model: Decoder, machine: Machine) -> nn.Module:
+def make_loss(model: Decoder, machine: Machine) -> nn.Module:
     """What computes the mean loss of windows: compiled, and spread over processes, as the machine has it."""
-    loss = _Loss(model, machine)
+    loss = _MeanLoss(model, machine)
     if machine.world > 1:
         loss = DistributedDataParallel(loss)
     return torch.compile(loss, dynamic=False) if machine.compiled else loss
@@ -228,25 +222,25 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
 
     Activations are medians over windows of each one's largest: anywhere in the stream, at position 0, and elsewhere;
     `median` is the median entry of the stream, at the layer where it is largest. `loss` is the mean over the steps
-    since the last look. Of Bigram-Backcopy also what `known` says.
+    since the last look. Of Bigram-Backcopy also `backcopy_truth`.
 
     Raises:
         TrainingError: the model's predictions are not finite.
     """
     tokens = held_out(task, windows, bos=run.config.bos)
     try:
-        found = evaluate(run.model, tokens)
+        outcome = evaluate(run.model, tokens)
     except FloatingPointError:
         raise _diverged(run, "what the model predicts is not finite") from None
     row = {
         "step": run.step,
-        "loss": sum(run.losses) / len(run.losses) if run.losses else float(found.loss.mean()),
-        "held_out_loss": float(found.loss.mean()),
-        "sink_ratio": found.sink_ratio,
-        "attention": float(found.score.mean()),
-        "max_activation": found.max_activation,
-        "max_first": float(found.largest[:, 0].median()),
-        "max_elsewhere": float(found.largest[:, 1:].amax(1).median()),
+        "loss": sum(run.losses) / len(run.losses) if run.losses else float(outcome.loss.mean()),
+        "held_out_loss": float(outcome.loss.mean()),
+        "sink_ratio": outcome.sink_ratio,
+        "attention": float(outcome.score.mean()),
+        "max_activation": outcome.max_activation,
+        "max_first": float(outcome.largest[:, 0].median()),
+        "max_elsewhere": float(outcome.largest[:, 1:].amax(1).median()),
         "median": stream_median(run.model, tokens),
     }
     if isinstance(task, Backcopy):
@@ -254,24 +248,17 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
     return row
 
 
-def _keep(run: Run, folder: Path, of: list[str]) -> None:
-    """Write the checkpoint, whole or not at all; `of` says what run it is of."""
-    state = {
-        "of": of,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.step,
-        "seconds": run.seconds,
-        "losses": run.losses,
-        "curve": run.curve,
-    }
+def _keep(run: Run, folder: Path, identity: list[str]) -> None:
+    """Write the checkpoint, whole or not at all."""
+    state = {name: getattr(run, name) for name in STATE}
+    state |= {"of": identity, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
 
-def _resume(run: Run, folder: Path, of: list[str]) -> None:
+def _resume(run: Run, folder: Path, identity: list[str]) -> None:
     file = folder / CHECKPOINT
     if not file.exists():
         return
@@ -281,10 +268,11 @@ def _resume(run: Run, folder: Path, of: list[str]) -> None:
         raise TrainingError(
             f"the checkpoint {file} is damaged ({error}); remove it, and the run begins anew."
         ) from None
-    if state.get("of") != of:
+    if state.get("of") != identity:
         raise TrainingError(
             f"the checkpoint {file} is of another configuration, text or precision; remove it, and the run begins anew."
         )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.seconds, run.losses, run.curve = (state[name] for name in ("step", "seconds", "losses", "curve"))
+    for name in STATE:
+        setattr(run, name, state[name])
