@@ -4,12 +4,17 @@ With g_i and u_i the rows of the gate and up matrices, w_i the down projection's
 folded in, the block writes F_k = sum_i w_i act(g_i . h~) (u_i . h~). Where act is close to the identity, that is the
 quadratic form h~' S_k h~ with U_k = sum_i w_i g_i u_i' and S_k = (U_k + U_k') / 2; and where one eigenvalue lambda of
 S_k, with eigenvector s*, outweighs the others, it is lambda (s* . h~)^2 = lambda d cos^2(s*, h~), as |h~|^2 = d.
+
+Writes are before any norm of the block's output, which divides their size out. A channel that the model does not have
+is a ValueError.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,23 +25,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.chain.lifecycle import (
-    Lifecycle,
-    check_model,
-    check_windows,
-    first_step_up,
-    is_spike,
-)
+from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, first_step_up, is_spike
 from spikesink.chain.trace import median
-from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Block, mlp
+from spikesink.common import measure, progress
+from spikesink.model.anatomy import Anatomy, Block, mlp
 from spikesink.model.weights import FFN, Weights, require_form, weights_of
 
 KERNEL = 2**22  # entries of a d_mlp x d_mlp kernel that are held at a time
 
 
-def write(ffn: FFN, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """What the block writes, exactly, before any norm of its output: F(h~)."""
+def compute_write(ffn: FFN, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """What the block writes, exactly: F(h~)."""
     hidden = ffn.activation(h @ ffn.gate.T + ffn.gate_bias) * (h @ ffn.up.T + ffn.up_bias)
     return functional.linear(hidden, ffn.down, ffn.down_bias)
 
@@ -57,15 +56,14 @@ def operator(ffn: FFN, channel: int) -> LinearOperator:
     w = ffn.down[_checked(ffn, channel)].double().numpy()
     gate, up = ffn.gate.double().numpy(), ffn.up.double().numpy()
 
-    def product(v: np.ndarray) -> np.ndarray:
+    def multiply(v: np.ndarray) -> np.ndarray:
         v = v.ravel()
         return (gate.T @ (w * (up @ v)) + up.T @ (w * (gate @ v))) / 2
 
-    return LinearOperator(2 * (gate.shape[1],), matvec=product, rmatvec=product, dtype=np.float64)
+    return LinearOperator(2 * (gate.shape[1],), matvec=multiply, rmatvec=multiply, dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class Eigenpairs:
+class Eigenpairs(NamedTuple):
     """The eigenvalues of S_k that are largest in size, the largest first, with their eigenvectors as columns."""
 
     values: Float[Tensor, " pair"]
@@ -76,47 +74,40 @@ def eigenpairs(ffn: FFN, channel: int, n: int = 2) -> Eigenpairs:
     """The n eigenpairs of S_k of largest size, by Lanczos on `operator`.
 
     Raises:
-        ValueError: the model has no such channel, or not so many eigenvalues.
+        ValueError: there are not so many.
     """
     d = ffn.gate.shape[1]
     if not isinstance(n, Integral) or isinstance(n, bool) or not 0 < n < d:
         raise ValueError(f"{n} eigenpairs were asked for, and Lanczos finds 1 to {d - 1} of {d}.")
-    start, of = np.random.default_rng(0).standard_normal(d), operator(ffn, channel)  # so that signs and digits repeat
-    if not (of @ start).any():  # a channel that no neuron writes into, where Lanczos has nothing to begin with
+    start, s = np.random.default_rng(0).standard_normal(d), operator(ffn, channel)  # so that signs and digits repeat
+    if not (s @ start).any():  # a channel that no neuron writes into, where Lanczos has nothing to begin with
         return Eigenpairs(torch.zeros(n, dtype=torch.float64), torch.eye(d, n, dtype=torch.float64))
-    values, vectors = eigsh(of, k=n, which="LM", v0=start)
+    values, vectors = eigsh(s, k=n, which="LM", v0=start)
     order = np.argsort(-np.abs(values))
     return Eigenpairs(torch.from_numpy(values[order].copy()), torch.from_numpy(vectors[:, order].copy()))
 
 
 def gains(ffn: FFN) -> Float[Tensor, " d_model"]:
-    """||U_k||_F of every channel at once, without forming any of them.
-
-    ||U_k||_F^2 = w' ((G G') o (U U')) w with w = down[k, :]; some rows of the d_mlp x d_mlp kernel are made at a time.
-    """
-    squares = torch.zeros(ffn.down.shape[0], dtype=torch.float64)
-    for some in _rows_of_kernel(ffn):
-        kernel = (ffn.gate[some] @ ffn.gate.T).mul_(ffn.up[some] @ ffn.up.T)
-        squares += (ffn.down[:, some] @ kernel).mul_(ffn.down).sum(1, dtype=torch.float64)
-    return squares.clamp(min=0).sqrt()
-
-
-def _rows_of_kernel(ffn: FFN) -> list[slice]:
-    m = len(ffn.gate)
-    rows = max(1, KERNEL // m)
-    return [slice(i, i + rows) for i in range(0, m, rows)]
+    """||U_k||_F of every channel at once: ||U_k||_F^2 = w' ((G G') o (U U')) w with w = down[k, :]."""
+    return _contract(ffn.down, ffn.gate, ffn.gate, ffn.up, ffn.up).clamp(min=0).sqrt()
 
 
 def form_norms(ffn: FFN, channels: Sequence[int]) -> Float[Tensor, " channel"]:
     """||S_k||_F, whose square is (||U_k||_F^2 + tr(U_k^2)) / 2 and the sum of all squared eigenvalues."""
     w = ffn.down[[_checked(ffn, channel) for channel in channels]].double()
     gate, up = ffn.gate.double(), ffn.up.double()
-    squares = torch.zeros(len(w), dtype=torch.float64)
-    for some in _rows_of_kernel(ffn):
-        kernel = (gate[some] @ gate.T).mul_(up[some] @ up.T)
-        kernel += (up[some] @ gate.T).mul_(gate[some] @ up.T)
-        squares += (w[:, some] @ kernel).mul_(w).sum(1)
+    squares = _contract(w, gate, gate, up, up) + _contract(w, up, gate, gate, up)
     return (squares / 2).clamp(min=0).sqrt()
+
+
+def _contract(w: Float[Tensor, "channel d_mlp"], a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """w' ((a b') o (c d')) w of each channel; some rows of the d_mlp x d_mlp kernel are made at a time."""
+    squares, size = torch.zeros(len(w), dtype=torch.float64), max(1, KERNEL // len(a))
+    for start in range(0, len(a), size):
+        rows = slice(start, start + size)
+        kernel = (a[rows] @ b.T).mul_(c[rows] @ d.T)
+        squares += (w[:, rows] @ kernel).mul_(w).sum(1, dtype=torch.float64)
+    return squares
 
 
 @dataclass(frozen=True)
@@ -135,11 +126,7 @@ class Directions:
 
 
 def directions(ffn: FFN, channels: Sequence[int]) -> Directions:
-    """The top eigenpairs of several channels of one block.
-
-    Raises:
-        ValueError: the model has no such channel.
-    """
+    """The top eigenpairs of several channels of one block."""
     exact = ffn.to(torch.float64)  # once, not for every channel
     pairs = [eigenpairs(exact, channel, 1) for channel in progress(channels, "finding directions", "channel")]
     return Directions(
@@ -152,10 +139,7 @@ def directions(ffn: FFN, channels: Sequence[int]) -> Directions:
 
 @dataclass(frozen=True)
 class Census:
-    """||U_k||_F of every channel of every FFN block: what the weights alone say about where a spike can be written.
-
-    Where a block's output passes a norm of its own, this is before it: that norm divides the size of the output out.
-    """
+    """||U_k||_F of every channel of every FFN block: what the weights alone say about where a spike can be written."""
 
     blocks: tuple[Block, ...]
     gain: Float[Tensor, "ffn d_model"]
@@ -163,24 +147,21 @@ class Census:
     def top(self, n: int) -> list[tuple[Block, int, float]]:
         """The n pairs of largest gain, the largest first: block, channel, gain."""
         values, where = self.gain.flatten().topk(min(n, self.gain.numel()))
-        rows, channels = where // self.gain.shape[1], where % self.gain.shape[1]
-        return [(self.blocks[r], int(c), float(v)) for r, c, v in zip(rows, channels, values, strict=True)]
+        width = self.gain.shape[1]
+        pairs = zip(where.tolist(), values.tolist(), strict=True)
+        return [(self.blocks[i // width], i % width, value) for i, value in pairs]
 
-    def rank(self, block: int, channel: int) -> int:
-        """The place of a pair among all pairs, 1 for the largest gain.
-
-        Raises:
-            ValueError: the census has no such block or channel.
-        """
+    def rank(self, block: Block, channel: int) -> int:
+        """The place of a pair among all pairs, 1 for the largest gain; ValueError where there is no such pair."""
         return int((self.gain > self._of(block, channel)[channel]).sum()) + 1
 
-    def rank_in_block(self, block: int, channel: int) -> int:
-        """The place of a channel within its block, 1 for the largest gain; raises what `rank` does."""
+    def rank_in_block(self, block: Block, channel: int) -> int:
+        """The place of a channel within its block, 1 for the largest gain."""
         of_block = self._of(block, channel)
         return int((of_block > of_block[channel]).sum()) + 1
 
-    def over_median(self, block: int, channel: int) -> float:
-        """A channel's gain over the median gain of its block; raises what `rank` does."""
+    def over_median(self, block: Block, channel: int) -> float:
+        """A channel's gain over the median gain of its block."""
         of_block = self._of(block, channel)
         return float(of_block[channel] / of_block.median())
 
@@ -194,52 +175,36 @@ class Census:
 
 
 @measure
-def census(weights: Weights, layers: Sequence[int] | None = None) -> Census | NotApplicable:
+def census(weights: Weights) -> Census:
     """Measure every channel of every FFN block, a layer at a time, without running any text.
 
     Args:
         weights: of a loaded model (`weights_of`), or read as they are needed (`open_weights`).
-        layers: only these, from 0; by default all.
-
-    Returns:
-        The census, or why there is none: the model's FFN is not one gated FFN.
 
     Raises:
-        ValueError: these are no weights, or the model has no such layer.
+        ValueError: these are no weights.
+        NotApplicable: the model's FFN is not one gated FFN.
         FloatingPointError: a weight is not finite.
     """
     if not isinstance(weights, Weights):
         raise ValueError(f"a census is of weights, not of a {type(weights).__name__}; give weights_of(model).")
     require_form(weights.anatomy)
-    layers = range(weights.anatomy.n_layers) if layers is None else layers
-    rows = []
-    for layer in progress(layers, "weighing FFN blocks", "block"):
-        rows.append(gains(weights.ffn(layer)).float())
-    return Census(tuple(mlp(layer) for layer in layers), torch.stack(rows))
+    layers = range(weights.anatomy.n_layers)
+    gain = [gains(weights.ffn(layer)).float() for layer in progress(layers, "weighing FFN blocks", "block")]
+    return Census(tuple(map(mlp, layers)), torch.stack(gain))
 
 
 @measure
-def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_model"] | NotApplicable:
-    """s* of the first step-up block's first channel, from the weights; or why there is none."""
-    block = _block_to_read(weights, life)
-    if isinstance(block, NotApplicable):
-        return block
-    return eigenpairs(weights.ffn(block.layer), life.main.channel, 1).vectors[:, 0].float()
-
-
-def _block_to_read(weights: Weights, life: Lifecycle) -> Block | NotApplicable:
-    """The first step-up block; or why there is none to take apart."""
+def step_up_direction(weights: Weights, life: Lifecycle) -> Float[Tensor, " d_model"]:
+    """s* of the first step-up block's first channel, from the weights."""
     check_model(weights, life)
     require_form(weights.anatomy)
-    return first_step_up(life)
+    return eigenpairs(weights.ffn(first_step_up(life).layer), life.main.channel, 1).vectors[:, 0].float()
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step-up block does to every token, in the spike's first channel; `read_block` makes it.
-
-    Writes are before any norm of the block's output.
-    """
+    """What a step-up block does to every token, in the spike's first channel."""
 
     block: Block
     channel: int
@@ -269,99 +234,117 @@ class Reading:
 
 @measure
 def read_block(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
-    life: Lifecycle,
-    block: int | None = None,
-) -> Reading | NotApplicable:
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, block: Block | None = None
+) -> Reading:
     """Run the windows up to a step-up block and see what it does to each token.
 
     Args:
-        model: as `load` returns it.
-        tokens: the windows that `life` was found in.
-        life: as `find_lifecycle` returns it.
         block: another FFN block than the main cycle's first step-up block.
-
-    Returns:
-        The reading, or why there is none: no spike, no gate, or no FFN block that writes it.
 
     Raises:
         ValueError: `block` is no FFN block of this model, or `life` was found in other windows or in another model.
+        NotApplicable: there is no spike, no gate, or no FFN block that writes it.
     """
     check_model(model, life)
     check_windows(life, tokens)
-    weights = weights_of(model)
-    about, main = weights.anatomy, life.main
-    if block is not None and block not in (blocks := [mlp(layer) for layer in range(about.n_layers)]):
+    anatomy, weights = model.anatomy, weights_of(model)
+    if block is not None and block not in (blocks := [mlp(layer) for layer in range(anatomy.n_layers)]):
         raise ValueError(f"{Block(block)} is not among the FFN blocks, {blocks[0]} to {blocks[-1]}.")
-    first = _block_to_read(weights, life)
-    if isinstance(first, NotApplicable):
-        return first
-    block = Block(block or first)
+    require_form(anatomy)
+    block, main = Block(block or first_step_up(life)), life.require_main()
     ffn = weights.ffn(block.layer)
-    pairs = eigenpairs(ffn, main.channel)
-    seen: dict[str, list[Tensor]] = {}
+    pairs, hooks = eigenpairs(ffn, main.channel), ffn_hooks(anatomy, block.layer)
     spiking, drawn = is_spike(life, main), life.trace.channels[life.trace.ordinary].tolist()
+    parts = []
     for window, where in zip(progress(tokens, "reading the step-up block", "window"), spiking, strict=True):
-        [(h, own)] = _passing(model, about.ffn_norm, [block.layer], window)
-        found = _measures(ffn, main.channel, pairs, h)
-        for name, values in {"h": h[where], "own": own[:, main.channel], **found}.items():
-            seen.setdefault(name, []).append(values)
-    side = math.copysign(1, median(torch.stack(seen["cosine"])[spiking]))
-    seen["cosine"] = [side * cosine for cosine in seen["cosine"]]
+        h, own = cache_hooks(model, window, hooks)
+        parts.append({"h": h[where], "own": own[:, main.channel], **take_apart(ffn, main.channel, pairs, h)})
+    kept = {name: [part[name] for part in parts] for name in parts[0]}
+    h, by_token = torch.cat(kept.pop("h")), {name: torch.stack(values) for name, values in kept.items()}
+    by_token["cosine"] *= math.copysign(1, median(by_token["cosine"][spiking]))
     return Reading(
         block=block,
         channel=main.channel,
-        d_model=about.d_model,
+        d_model=anatomy.d_model,
         ffn=ffn,
         pairs=pairs,
         spike=directions(ffn, (main.channel, *(c for c in main.channels if c != main.channel))),
         ordinary=directions(ffn, [c for c in drawn if ffn.down[c].any()]),  # a row of zeros has no direction
         is_spike=spiking,
-        h=torch.cat(seen.pop("h")),
-        **{name: torch.stack(values) for name, values in seen.items()},
+        h=h,
+        **by_token,
     )
 
 
-def _passing(
-    model: TransformerBridge, norm: str | None, layers: Sequence[int], window: Int[Tensor, " position"]
-) -> list[tuple[Float[Tensor, "position d_model"], Float[Tensor, "position d_model"]]]:
-    """What enters each layer's FFN (h~, or the stream itself where no norm stands before it) and what comes out."""
-    seen = {}
-    enters, leaves = f"{norm}.hook_normalized" if norm else "mlp.hook_in", "mlp.hook_out"
-    names = [(f"blocks.{layer}.{enters}", f"blocks.{layer}.{leaves}") for layer in layers]
-    hooks = [(name, lambda value, hook: seen.update({hook.name: value})) for pair in names for name in pair]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        model(window[None].to(model.cfg.device), stop_at_layer=max(layers) + 1)
-    return [tuple(seen[name][0].float().cpu() for name in pair) for pair in names]
+def ffn_hooks(anatomy: Anatomy, layer: int) -> tuple[str, str]:
+    """What enters a layer's FFN (h~, or the stream itself where no norm stands before it) and what comes out."""
+    enters = f"{anatomy.ffn_norm}.hook_normalized" if anatomy.ffn_norm else "mlp.hook_in"
+    return f"blocks.{layer}.{enters}", f"blocks.{layer}.mlp.hook_out"
 
 
-def _measures(
-    ffn: FFN, channel: int, pairs: Eigenpairs, h: Float[Tensor, "position d_model"]
-) -> dict[str, Float[Tensor, " position"]]:
+@torch.inference_mode()
+def cache_hooks(
+    model: TransformerBridge, window: Int[Tensor, " token"], names: Sequence[str]
+) -> list[Float[Tensor, "token width"]]:
+    """What hooks carry while one window runs up to the last layer that is named, in float32 on the CPU."""
+    n_layers = 1 + max(int(name.split(".")[1]) for name in names)
+    _, cache = model.run_with_cache(
+        window[None].to(model.cfg.device), names_filter=[*names], stop_at_layer=n_layers, return_cache_object=False
+    )
+    return [cache[name].float().cpu().flatten(0, -2) for name in names]  # some see no windows, only tokens
+
+
+def take_apart(
+    ffn: FFN, channel: int, pairs: Eigenpairs, h: Float[Tensor, "token d_model"]
+) -> dict[str, Float[Tensor, " token"]]:
+    """What a block does to tokens, by the names of `Reading`."""
     gate, up = functional.linear(h, ffn.gate, ffn.gate_bias), functional.linear(h, ffn.up, ffn.up_bias)
-    active = ffn.activation(gate)
-    out = functional.linear(active * up, ffn.down, ffn.down_bias)
+    out = functional.linear(ffn.activation(gate) * up, ffn.down, ffn.down_bias)
     along = h @ pairs.vectors[:, 0].float()
     return {
         "write": out[:, channel],
         "quadratic": quadratic(ffn, h, channel),
         "rank_one": float(pairs.values[0]) * along**2,
         "cosine": along / h.norm(dim=-1),
-        "silu_cosine": functional.cosine_similarity(active, gate, dim=-1),
-        "silu_ratio": active.norm(dim=-1) / gate.norm(dim=-1),
-        "weighted_cosine": _weighted_cosine(active, gate, ffn.down[channel] * up),
         "largest": out.abs().amax(-1),
         "size": out.norm(dim=-1),
+        **_compare_gates(ffn, gate, ffn.down[channel] * up),
     }
 
 
-def _weighted_cosine(
-    active: Float[Tensor, "token d_mlp"], gate: Float[Tensor, "token d_mlp"], rest: Float[Tensor, "token d_mlp"]
-) -> Float[Tensor, " token"]:
-    """Cosine of act(g) and g, each neuron weighted by |what it adds to the channel|, which is active times the rest."""
+def _compare_gates(
+    ffn: FFN, gate: Float[Tensor, "token d_mlp"], rest: Float[Tensor, "token d_mlp"]
+) -> dict[str, Float[Tensor, " token"]]:
+    """How act(g) and g compare: their cosine, plain and with each neuron's weight, and the ratio of their norms.
+
+    A neuron's weight is |what it adds to the channel|: act(g) times the `rest`.
+    """
+    active = ffn.activation(gate)
     weight = (active * rest).abs().sqrt()
-    return functional.cosine_similarity(weight * active, weight * gate, dim=-1, eps=1e-30)
+    return {
+        "silu_cosine": functional.cosine_similarity(active, gate, dim=-1),
+        "silu_ratio": active.norm(dim=-1) / gate.norm(dim=-1),
+        "weighted_cosine": functional.cosine_similarity(weight * active, weight * gate, dim=-1, eps=1e-30),
+    }
+
+
+def draw_gates(reading: Reading) -> dict[str, Float[Tensor, " spike"]]:
+    """What gates drawn at random, as large as the spike tokens' own, give in `silu_cosine` and its like.
+
+    Half of them are negative, and the activation drops those; the weighting drops them too.
+    """
+    ffn = reading.ffn
+    gate = functional.linear(reading.h, ffn.gate, ffn.gate_bias)
+    random = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * gate.square().mean().sqrt()
+    return _compare_gates(ffn, random, ffn.down[reading.channel] * functional.linear(reading.h, ffn.up, ffn.up_bias))
+
+
+def predict_alone(reading: Reading, channels: Sequence[int]) -> Float[Tensor, " channel"]:
+    """For each channel, s*'S_k s* (s*.h~)^2 over the write, with s* of the first: median over spike tokens."""
+    s, ffn = reading.spike.vectors[0], reading.ffn
+    along = ((ffn.gate @ s) * (ffn.up @ s)) @ ffn.down[list(channels)].T  # s*' S_k s* of each
+    predicted = along * (reading.h @ s)[:, None] ** 2
+    return (predicted / compute_write(ffn, reading.h)[:, list(channels)]).quantile(0.5, dim=0)
 
 
 STEPS = {  # of the derivation: in words, and where a reading has it
@@ -373,15 +356,11 @@ STEPS = {  # of the derivation: in words, and where a reading has it
 
 
 @measure
-def step(reading: Reading, name: str) -> pd.DataFrame | NotApplicable:
-    """One step of the derivation: how far it is from what the block writes, on spike tokens and on others.
+def compare_step(reading: Reading, name: str) -> pd.DataFrame:
+    """One of STEPS: how far it is from what the block writes, on spike tokens and on others.
 
     The error, median over tokens, over the token's own write, and over the typical write on spike tokens (on other
     tokens the write is nearly nothing, and an error over nearly nothing says little).
-
-    Args:
-        reading: as `read_block` returns it.
-        name: one of STEPS: "exact", "identity", "rank one", "closed form".
     """
     words, field = STEPS[name]
     value = getattr(reading, field)
@@ -395,28 +374,10 @@ def step(reading: Reading, name: str) -> pd.DataFrame | NotApplicable:
 
 
 @measure
-def facts(reading: Reading) -> dict[str, int] | NotApplicable:
-    """What was read: block, channel, number of hidden neurons, of spike tokens and of others."""
-    n_spike = int(reading.is_spike.sum())
-    return {
-        "block": reading.block,
-        "channel": reading.channel,
-        "neurons": len(reading.ffn.gate),
-        "n_spike": n_spike,
-        "n_other": reading.is_spike.numel() - n_spike,
-    }
-
-
-@measure
-def spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float[Tensor, " pair"]] | NotApplicable:
-    """The n eigenvalues of S_k of largest size over ||S_k||_F, the largest first: of the first channel and of others.
+def find_spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float[Tensor, " pair"]]:
+    """The n eigenvalues of S_k of largest size over ||S_k||_F: of the first channel and of some ordinary ones.
 
     The squares of all of them would add up to 1.
-
-    Args:
-        reading: as `read_block` returns it.
-        n: how many eigenvalues.
-        ordinary: of how many ordinary channels besides.
     """
     exact = reading.ffn.to(torch.float64)
     channels = (reading.channel, *reading.ordinary.channels[:ordinary])
@@ -425,66 +386,44 @@ def spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float
     return dict(zip(channels, torch.stack(values) / form_norms(exact, channels)[:, None], strict=True))
 
 
+@measure
 def census_on_text(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
-    life: Lifecycle,
-    census: Census | NotApplicable,
-    n: int = 10,
-) -> pd.DataFrame | NotApplicable:
-    """The census's largest pairs, and what becomes of them on text.
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, census: Census, n: int = 10
+) -> pd.DataFrame:
+    """The census's n largest pairs, and what becomes of them on text.
 
-    Args:
-        tokens: the windows that `life` was found in, or the first of them.
-        life: as `find_lifecycle` returns it.
-        census: as the function of this name returns it.
-        n: how many pairs.
-
-    Returns:
-        For each pair its block, channel, gain, the gain over the block's median, what step of the main cycle it is; and
-        on spike tokens and on all others, the largest |cos(s*, h~)|, |h~' S_k h~| and |write|. Where the form is small,
-        no token points that way; where the form is large and the write small, the gates are shut. (All are before any
-        norm of the block's output.)
+    For each pair its gain, that over the block's median, and what step of the main cycle it is; and on spike tokens and
+    on all others, the largest |cos(s*, h~)|, |h~' S_k h~| and |write|. Where the form is small, no token points that
+    way; where the form is large and the write small, the gates are shut.
 
     Raises:
         ValueError: these are not the windows that `life` was found in, nor the first of them.
     """
-    if isinstance(census, NotApplicable):
-        return census
     check_windows(life, tokens, part=True)
-    weights = weights_of(model)
-    top = census.top(n)
-    spiking = torch.zeros(tokens.shape, dtype=torch.bool)
-    if life.main is not None:
-        spiking = is_spike(life, life.main)[: len(tokens)]
+    weights, top, main = weights_of(model), census.top(n), life.main
+    spiking = is_spike(life, main)[: len(tokens)] if main else torch.zeros(tokens.shape, dtype=torch.bool)
+    steps = {pair: "up" for pair in product(main.step_up, main.channels)} if main else {}
+    steps |= {pair: "down" for pair in product(main.step_down, main.channels)} if main else {}
     blocks = sorted({block for block, _, _ in top})
-    layers = [block.layer for block in blocks]
-    each = [
-        [h for h, _ in _passing(model, weights.anatomy.ffn_norm, layers, window)]
-        for window in progress(tokens, "reading the census's blocks", "window")
-    ]
-    passed = {block: torch.stack(h) for block, h in zip(blocks, zip(*each, strict=True), strict=True)}
-    main = () if life.main is None else (("up", life.main.step_up), ("down", life.main.step_down))
-    rows = {}
-    for block, h in passed.items():
-        ffn, unit = weights.ffn(block.layer), functional.normalize(h, dim=-1)
-        for _, channel, gain in (pair for pair in top if pair[0] == block):
-            row = {
-                "block": str(block),
-                "channel": channel,
-                "gain": gain,
-                "÷ block's median": census.over_median(block, channel),
-                "step": next((s for s, blocks in main if block in blocks and channel in life.main.channels), ""),
-            }
-            sizes = {
+    hooks = [ffn_hooks(model.anatomy, block.layer)[0] for block in blocks]
+    passed = [cache_hooks(model, w, hooks) for w in progress(tokens, "reading the census's blocks", "window")]
+    sizes = {}
+    for block, h in zip(blocks, map(torch.stack, zip(*passed, strict=True)), strict=True):
+        ffn, unit = weights.ffn(block.layer), functional.normalize(h, dim=-1)  # one block's weights at a time
+        for channel in [channel for of, channel, _ in top if of == block]:
+            sizes[block, channel] = {
                 "cos": unit @ eigenpairs(ffn, channel, 1).vectors[:, 0].float(),
                 "form": quadratic(ffn, h, channel),
-                "write": write(ffn, h)[..., channel],
+                "write": compute_write(ffn, h)[..., channel],
             }
-            for who, where in (("spike", spiking), ("other", ~spiking)):
-                row |= {f"{name}, {who}": largest(size.abs()[where]) for name, size in sizes.items()}
-            rows[block, channel] = row
-    return pd.DataFrame([rows[block, channel] for block, channel, _ in top])
+    rows = []
+    for block, channel, gain in top:
+        row = {"block": str(block), "channel": channel, "gain": gain}
+        row |= {"÷ block's median": census.over_median(block, channel), "step": steps.get((block, channel), "")}
+        for who, where in (("spike", spiking), ("other", ~spiking)):
+            row |= {f"{name}, {who}": largest(size.abs()[where]) for name, size in sizes[block, channel].items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def largest(values: Tensor) -> float:

@@ -1,23 +1,24 @@
-"""TODO."""
+"""AM1 to AM7 and X-AM8: the step-up block as a directional quadratic amplifier; X-MX1 and X-MX2: where experts write.
+
+Values of spike tokens are medians over them.
+"""
 
 import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional
 
-from spikesink.chain import trace
 from spikesink.chain.amplifier import (
     Census,
     Reading,
-    _weighted_cosine,
+    compute_write,
+    draw_gates,
     largest,
     pair_cosines,
+    predict_alone,
     r_squared,
     relative_error,
-    write,
 )
 from spikesink.chain.experts import Routing
 from spikesink.chain.lifecycle import Lifecycle
@@ -27,55 +28,38 @@ from spikesink.ledger.claims import Evidence, make_evidence
 
 
 @measure
-def am1_near_identity(reading: Reading) -> Evidence | NotApplicable:
-    """AM1: is the activation close to the identity on spike tokens? Cosine and norm ratio of act(g) and g, medians.
+def am1_near_identity(reading: Reading) -> Evidence:
+    """AM1: is the activation close to the identity on spike tokens? Cosine and norm ratio of act(g) and g.
 
     The plain cosine counts every neuron alike; the weighted one counts each by what it adds to the spike channel.
-    Controls: other tokens; and gates drawn at random, as large as the spike tokens' own, which say what a cosine is
-    worth (half of their entries are negative, and the activation drops those; the weighting drops them too).
+    Controls: other tokens; and gates drawn at random, which say what a cosine is worth.
     """
-    ffn = reading.ffn
-    gate = functional.linear(reading.h, ffn.gate, ffn.gate_bias)
-    up = functional.linear(reading.h, ffn.up, ffn.up_bias)
-    random = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * gate.square().mean().sqrt()
-    active = ffn.activation(random)
-    values = {
-        f"{name}_{who}": median(getattr(reading, field)[where])
-        for name, field in (
-            ("silu_cosine", "silu_cosine"),
-            ("norm_ratio", "silu_ratio"),
-            ("weighted_cosine", "weighted_cosine"),
-        )
-        for who, where in (("spike", reading.is_spike), ("other", ~reading.is_spike))
-    }
+    fields = {"silu_cosine": "silu_cosine", "norm_ratio": "silu_ratio", "weighted_cosine": "weighted_cosine"}
+    random, values = draw_gates(reading), {"block": reading.block, "channel": reading.channel}
+    for name, field in fields.items():
+        values[f"{name}_spike"] = median(getattr(reading, field)[reading.is_spike])
+        values[f"{name}_other"] = median(getattr(reading, field)[~reading.is_spike])
     return make_evidence(
-        measured={**values, "block": reading.block, "channel": reading.channel},
-        control={
-            "silu_cosine_random_gates": median(functional.cosine_similarity(active, random, dim=-1)),
-            "norm_ratio_random_gates": median(active.norm(dim=-1) / random.norm(dim=-1)),
-            "weighted_cosine_random_gates": median(_weighted_cosine(active, random, ffn.down[reading.channel] * up)),
-        },
+        measured=values,
+        control={f"{name}_random_gates": median(random[field]) for name, field in fields.items()},
     )
 
 
 @measure
-def am2_high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence | NotApplicable:
+def am2_high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence:
     """AM2: the spike channel's ||U_k||_F among all channels of its block.
 
     Controls: ordinary channels of the same block, and the same channel in FFN blocks that are no step (medians).
     """
     steps = {*life.main.step_up, *life.main.step_down}
-    other_blocks = [b for b in census.blocks if b not in steps]
-
-    def typical(pairs: Sequence[tuple[int, int]]) -> tuple[float, float]:
-        ranks = torch.tensor([census.rank_in_block(*pair) for pair in pairs], dtype=torch.float)
-        return median(ranks), median(torch.tensor([census.over_median(*pair) for pair in pairs]))
-
-    rank, over = typical([(reading.block, channel) for channel in reading.ordinary.channels])
-    control = {"gain_rank_ordinary_channels": rank, "gain_over_median_ordinary_channels": over}
-    if other_blocks:
-        rank, over = typical([(block, reading.channel) for block in other_blocks])
-        control |= {"gain_rank_other_blocks": rank, "gain_over_median_other_blocks": over}
+    controls = {
+        "ordinary_channels": [(reading.block, channel) for channel in reading.ordinary.channels],
+        "other_blocks": [(block, reading.channel) for block in census.blocks if block not in steps],
+    }
+    control = {}
+    for name, pairs in controls.items():
+        control[f"gain_rank_{name}"] = _median([census.rank_in_block(*pair) for pair in pairs])
+        control[f"gain_over_median_{name}"] = _median([census.over_median(*pair) for pair in pairs])
     return make_evidence(
         measured={
             "gain_rank": census.rank_in_block(reading.block, reading.channel),
@@ -88,11 +72,10 @@ def am2_high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence
 
 
 @measure
-def am3_rank_one(reading: Reading) -> Evidence | NotApplicable:
+def am3_rank_one(reading: Reading) -> Evidence:
     """AM3: the top eigenvalue of S_k, the next, and the top one's share of the sum of squares of all.
 
-    Controls: the same share of ordinary channels of the block; and of the other spike channels, which are no control
-    but the same question put to them (medians).
+    Control: the same share of ordinary channels of the block (median). Beside it, of the other spike channels.
     """
     first, second = reading.pairs.values.tolist()
     measured = {
@@ -107,19 +90,17 @@ def am3_rank_one(reading: Reading) -> Evidence | NotApplicable:
 
 
 @measure
-def am4_shared_direction(reading: Reading) -> Evidence | NotApplicable:
+def am4_shared_direction(reading: Reading) -> Evidence:
     """AM4: do the spike channels share s*? |cos| of their top eigenvectors, over pairs.
 
-    Beside the smallest over all pairs: the median, and the smallest among the three largest channels. And since a
-    channel can be written along s* without s* being its *top* eigenvector: what s* alone, by s*'S_k s* (s*.h~)^2,
-    predicts of the write into each spike channel, over the write (median over spike tokens): how far the typical
-    channel is from 1, and the smallest and the largest. Control: pairs of ordinary channels (median and largest), and
-    the same ratios for them.
+    A channel can be written along s* without s* being its *top* eigenvector. So beside it, what s* alone predicts of
+    the write into each spike channel, over that write: how far the typical channel is from 1, the smallest and the
+    largest. Control: pairs of ordinary channels (median and largest), and the same predictions for them.
     """
     if len(reading.spike.channels) < 2:
-        return NotApplicable("only one channel spikes, so there is no direction to share")
+        raise NotApplicable("only one channel spikes, so there is no direction to share")
     spikes, others = pair_cosines(reading.spike.vectors), pair_cosines(reading.ordinary.vectors)
-    ours, theirs = _along(reading, reading.spike.channels), _along(reading, reading.ordinary.channels)
+    ours, theirs = (predict_alone(reading, found.channels) for found in (reading.spike, reading.ordinary))
     return make_evidence(
         measured={
             "cosine_min": float(spikes.min()),
@@ -139,14 +120,14 @@ def am4_shared_direction(reading: Reading) -> Evidence | NotApplicable:
 
 
 @measure
-def am5_quadratic_form(reading: Reading) -> Evidence | NotApplicable:
+def am5_quadratic_form(reading: Reading) -> Evidence:
     """AM5: lambda (s*.h~)^2 against what the block writes: median relative error over spike tokens, R^2 over all.
 
     Controls: the same for ordinary channels, each by its own top eigenpair, on the spike tokens (median over channels);
     and the error on other tokens.
     """
     spikes, written, ordinary = reading.is_spike, reading.write, reading.ordinary
-    theirs = write(reading.ffn, reading.h)[:, list(ordinary.channels)]
+    into_ordinary = compute_write(reading.ffn, reading.h)[:, list(ordinary.channels)]
     predicted = ordinary.values.float() * (reading.h @ ordinary.vectors.T) ** 2
     measured = {
         "median_relative_error": relative_error(reading.rank_one[spikes], written[spikes]),
@@ -159,20 +140,19 @@ def am5_quadratic_form(reading: Reading) -> Evidence | NotApplicable:
     return make_evidence(
         measured=measured,
         control={
-            "median_relative_error_ordinary_channels": relative_error(predicted, theirs),
+            "median_relative_error_ordinary_channels": relative_error(predicted, into_ordinary),
             "median_relative_error_other_tokens": relative_error(reading.rank_one[~spikes], written[~spikes]),
         },
     )
 
 
 @measure
-def am6_alignment(reading: Reading) -> Evidence | NotApplicable:
+def am6_alignment(reading: Reading) -> Evidence:
     """AM6: |cos(s*, h~)| of spike tokens and of all others, medians.
 
     A quadratic form does not know a vector from its opposite, but the gates do: beside it, the share of other tokens
-    that lie on the spike tokens' side at all.
-    Control: of the spike tokens with the top eigenvectors of ordinary channels; and 1/sqrt(d), what a random direction
-    would give.
+    that lie on the spike tokens' side at all. Control: spike tokens with the top eigenvectors of ordinary channels; and
+    1/sqrt(d), what a random direction would give.
     """
     with_others = (functional.normalize(reading.h, dim=-1) @ reading.ordinary.vectors.T).abs()
     spike, other = reading.cosine[reading.is_spike], reading.cosine[~reading.is_spike]
@@ -191,46 +171,40 @@ def am6_alignment(reading: Reading) -> Evidence | NotApplicable:
     )
 
 
-def am7_weights_alone(life: Lifecycle, found: Census | NotApplicable, n: int = 10) -> Evidence | NotApplicable:
+@measure
+def am7_weights_alone(life: Lifecycle, census: Census, n: int = 10) -> Evidence:
     """AM7: where the census ranks the first channel in its step-up and step-down FFN blocks (the worst of each).
 
-    How much that list finds is another matter than whether it misses them: beside it, how many of the top 1% of pairs
-    are a spike channel in a step block. Controls: the median rank of that channel in the other FFN blocks, and of
-    ordinary channels in the step blocks.
+    Beside it, how much that list finds: how many of the top 1% of pairs are a spike channel in a step block. Controls:
+    the median rank of that channel in the other FFN blocks, and of ordinary channels in the step blocks.
     """
-    if isinstance(found, NotApplicable):
-        return found
-    if life.main is None:
-        return NotApplicable(life.reason)
-    channel = life.main.channel
-    up, down = ([b for b in blocks if not b.is_attention] for blocks in (life.main.step_up, life.main.step_down))
+    main = life.require_main()
+    up, down = ([b for b in blocks if not b.is_attention] for blocks in (main.step_up, main.step_down))
     if not up or not down:
-        return NotApplicable(f"no FFN block is step-{'down' if up else 'up'}, so there is no pair to look for")
-    ranks = {block: found.rank(block, channel) for block in found.blocks}
+        raise NotApplicable(f"no FFN block is step-{'down' if up else 'up'}, so there is no pair to look for")
+    ranks = {block: census.rank(block, main.channel) for block in census.blocks}
     ordinary = life.trace.channels[life.trace.ordinary].tolist()
-    others = [found.rank(block, c) for block in (*up, *down) for c in ordinary]
-    elsewhere = [rank for block, rank in ranks.items() if block not in (*up, *down)]
-    top = found.top(found.gain.numel() // 100)
+    top = census.top(census.gain.numel() // 100)
     return make_evidence(
         measured={
-            "census_top": [list(pair) for pair in found.top(n)],
+            "census_top": [list(pair) for pair in census.top(n)],
             "step_up_rank": max(ranks[b] for b in up),
             "step_down_rank": max(ranks[b] for b in down),
             "step_up_ranks": [[b, ranks[b]] for b in up],
             "step_down_ranks": [[b, ranks[b]] for b in down],
-            "n_pairs": found.gain.numel(),
+            "n_pairs": census.gain.numel(),
             "top_pairs": len(top),
-            "step_pairs_among_them": sum(b in (*up, *down) and c in life.main.channels for b, c, _ in top),
+            "step_pairs_among_them": sum(b in (*up, *down) and c in main.channels for b, c, _ in top),
         },
         control={
-            "rank_same_channel_other_blocks": median(torch.tensor(elsewhere, dtype=torch.float)),
-            "rank_ordinary_channels": median(torch.tensor(others, dtype=torch.float)),
+            "rank_same_channel_other_blocks": _median([ranks[b] for b in ranks if b not in (*up, *down)]),
+            "rank_ordinary_channels": _median([census.rank(b, c) for b in (*up, *down) for c in ordinary]),
         },
     )
 
 
 @measure
-def x_am8_output_norm(reading: Reading) -> Evidence | NotApplicable:
+def x_am8_output_norm(reading: Reading) -> Evidence:
     """X-AM8: where a norm follows the block, whether its scale makes the spike rather than the block's own gain.
 
     After that norm the channel holds sqrt(d) scale_k F_k / |F|: the size of F is gone, its direction is left. Measured:
@@ -239,7 +213,7 @@ def x_am8_output_norm(reading: Reading) -> Evidence | NotApplicable:
     """
     scale = reading.ffn.post_scale
     if scale is None:
-        return NotApplicable("no norm stands between the block and the stream")
+        raise NotApplicable("no norm stands between the block and the stream")
     size = scale.abs() / scale.abs().median()
     share = reading.write.abs() / reading.size
     return make_evidence(
@@ -258,46 +232,35 @@ def x_am8_output_norm(reading: Reading) -> Evidence | NotApplicable:
     )
 
 
-def _along(reading: Reading, channels: Sequence[int]) -> Float[Tensor, " channel"]:
-    """For each channel, what s* alone predicts of a write, over the write: median over spike tokens."""
-    s, ffn, at = reading.spike.vectors[0], reading.ffn, list(channels)
-    along = ((ffn.gate @ s) * (ffn.up @ s)) @ ffn.down[at].T  # s*' S_k s* of each
-    predicted = along * (reading.h @ s)[:, None] ** 2
-    return (predicted / write(ffn, reading.h)[:, at]).quantile(0.5, dim=0)
-
-
 @measure
-def x_mx1_same_choice(routing: Routing) -> Evidence | NotApplicable:
+def x_mx1_same_choice(routing: Routing) -> Evidence:
     """X-MX1: whether the router sends all spike tokens to the same expert first, and other tokens elsewhere.
 
     Controls: what an even choice would give, and the expert's mean weight on other tokens.
     """
-    first, n = routing.first_choice, len(routing.experts)
-    counts = torch.bincount(first[routing.is_spike], minlength=n)
-    expert = int(counts.argmax())
-    spike, other = (float(routing.weight[where, expert].mean()) for where in (routing.is_spike, ~routing.is_spike))
+    first, spikes, n = routing.first_choice, routing.is_spike, len(routing.experts)
+    expert = int(first[spikes].mode().values)
     return make_evidence(
         measured={
             "expert": routing.experts[expert],
             "block": routing.block,
-            "share_of_spike_tokens": float(counts[expert] / counts.sum()),
-            "share_of_other_tokens": float((first[~routing.is_spike] == expert).double().mean()),
-            "weight": spike,
+            "share_of_spike_tokens": float((first[spikes] == expert).double().mean()),
+            "share_of_other_tokens": float((first[~spikes] == expert).double().mean()),
+            "weight": float(routing.weight[spikes, expert].mean()),
             "n_experts": n,
             "n_chosen": int((routing.weight > 0).sum(1).max()),
-            "n_spike_tokens": int(routing.is_spike.sum()),
+            "n_spike_tokens": int(spikes.sum()),
         },
-        control={"share_if_even": 1 / n, "weight_other_tokens": other},
+        control={"share_if_even": 1 / n, "weight_other_tokens": float(routing.weight[~spikes, expert].mean())},
     )
 
 
 @measure
-def x_mx2_one_writer(routing: Routing) -> Evidence | NotApplicable:
+def x_mx2_one_writer(routing: Routing) -> Evidence:
     """X-MX2: whether one expert writes the spike, and whether it is the one of largest gain in the spike's channel.
 
     `share_written` is of the block's own write. `share_of_all_experts` is what the experts that the router chooses from
-    write together: 1 where there are no others, which checks that they were read as the model runs them. Control: the
-    same expert's rank by gain in ordinary channels (median).
+    write together: 1 where there are no others. Control: the same expert's rank by gain in ordinary channels (median).
     """
     expert = routing.writer
     rank_ordinary = (routing.gain_ordinary > routing.gain_ordinary[:, [expert]]).sum(1) + 1
@@ -312,13 +275,9 @@ def x_mx2_one_writer(routing: Routing) -> Evidence | NotApplicable:
             "gain_over_median": float(routing.gain[expert] / routing.gain.median()),
             "experts_every_token_passes": routing.shares,
         },
-        control={"gain_rank_ordinary_channels": trace.median(rank_ordinary.float())},
+        control={"gain_rank_ordinary_channels": median(rank_ordinary.float())},
     )
 
 
-def experts_together(chosen: Evidence | NotApplicable, writer: Evidence | NotApplicable) -> Evidence | NotApplicable:
-    """What both say, for one paragraph; the expert that writes is `writer_expert`."""
-    if isinstance(chosen, NotApplicable) or isinstance(writer, NotApplicable):
-        return chosen if isinstance(chosen, NotApplicable) else writer
-    renamed = {"writer_expert" if key == "expert" else key: value for key, value in writer.measured.items()}
-    return Evidence({**renamed, **chosen.measured}, {**writer.control, **chosen.control})
+def _median(values: Sequence[float]) -> float:
+    return median(torch.tensor(values, dtype=torch.float))
