@@ -132,7 +132,7 @@ def test_the_census_lists_the_planted_pairs_first(grown):
     steps = (*grown.step_up_blocks, *grown.step_down_blocks)
     meant = {(block, c) for block in steps for c in (grown.plant.channel, grown.plant.side_channel)}
     if grown.weights.anatomy.n_experts:
-        top = experts.census(grown.weights).top(len(meant))
+        top = experts.census_experts(grown.weights).top(len(meant))
         assert {(block, channel) for block, _, channel, _ in top} == meant
         assert {expert for _, expert, _, _ in top} == {str(grown.plant.expert)}
         assert isinstance(amplifier.census(grown.weights), NotApplicable)

@@ -34,7 +34,7 @@ def test_figures_of_the_amplifier_say_what_they_show(parts, planted_model):
     text = f"channel {reading.channel} of the step blocks ranks {min(ranks)} to {max(ranks)} of 384 pairs"
     assert text in title(plots.gains(census, life))
     share = float(reading.spike.shares[0])
-    spectrum = plots.spectra(reading, amplifier.spectra(reading, n=5))
+    spectrum = plots.spectra(reading, amplifier.find_spectra(reading, n=5))
     assert title(spectrum) == f"One direction holds {share:.0%} of the spike channel's form in L1 MLP (block 4)"
     assert "Spike tokens point along s*" in title(plots.alignment(reading))
     assert title(plots.gates(reading), 1) == "Those that write the spike: 1.00"

@@ -73,7 +73,7 @@ def test_gains_are_the_norms_of_the_forms_however_they_are_cut(ffn, held):
 @given(ffns(), SEEDS)
 def test_the_form_is_what_an_identity_would_make_the_block_write(ffn, seed):
     h = normal(seed, 5, ffn.gate.shape[1])
-    written = amplifier.write(FFN(**vars(ffn) | {"activation": IDENTITY}), h)
+    written = amplifier.compute_write(FFN(**vars(ffn) | {"activation": IDENTITY}), h)
     for channel in range(len(ffn.down)):
         s = amplifier.form(ffn, channel)
         assert torch.equal(s, s.T)

@@ -25,7 +25,7 @@ from spikesink.model import gguf, paths
 from spikesink.model.errors import LoadError
 from spikesink.model.weights import open_weights, weights_of
 from tests import planted
-from tests.test_experts import moe
+from tests.test_experts import make_moe
 from tests.test_families import FAMILIES, tiny
 from tests.test_models import tiny_gguf
 
@@ -277,7 +277,7 @@ def test_every_family_can_be_planned_and_scanned(family, tmp_path):
 
 
 def test_each_channel_is_that_of_the_expert_where_its_gain_is_largest(tmp_path):
-    moe("Qwen3Moe", tmp_path)
+    planted.save(make_moe("Qwen3Moe"), tmp_path / "Qwen3Moe")
     found, weights = scan.scan(tmp_path / "Qwen3Moe", 40), open_weights(tmp_path / "Qwen3Moe")
     gains = torch.stack([torch.stack([amplifier.gains(f) for f in weights.experts(i).values()]) for i in range(3)])
     torch.testing.assert_close(found.block_gain, gains.amax(1).float())
@@ -292,7 +292,7 @@ def test_each_channel_is_that_of_the_expert_where_its_gain_is_largest(tmp_path):
 
 
 def test_an_expert_that_every_token_passes_is_named_as_the_model_names_it(tmp_path):
-    moe("Qwen2Moe", tmp_path, shared_expert_intermediate_size=56)
+    planted.save(make_moe("Qwen2Moe"), tmp_path / "Qwen2Moe")
     file = tmp_path / "Qwen2Moe" / "model.safetensors"
     tensors = scan.load_file(file)
     tensors["model.layers.1.mlp.shared_expert.down_proj.weight"][7] *= 1000
@@ -301,9 +301,10 @@ def test_an_expert_that_every_token_passes_is_named_as_the_model_names_it(tmp_pa
     first = done.suspects[0]
     assert (first.block, first.expert, first.channel) == (4, "shared_expert", 7)
     assert done.summary()["suspects"][0]["expert"] == "shared_expert"
-    census = experts.census(open_weights(tmp_path / "Qwen2Moe"))
+    census = experts.census_experts(open_weights(tmp_path / "Qwen2Moe"))
     for one in done.suspects:
-        of_each = census.of(one.block, one.channel)
+        rows = zip(census.blocks, census.experts, census.gain[:, one.channel].tolist(), strict=True)
+        of_each = {expert: gain for block, expert, gain in rows if block == one.block}
         assert of_each[one.expert] == max(of_each.values()) == pytest.approx(one.gain)
 
 

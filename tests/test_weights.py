@@ -39,7 +39,7 @@ def test_the_weights_give_what_the_block_writes_in_every_gated_family(family, tm
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     h, raw, added = normalised(model, 1, spikesink.windows(model, "house", 2, 16))
     ffn = weights_of(model).ffn(1)
-    torch.testing.assert_close(amplifier.write(ffn, h), raw, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(amplifier.compute_write(ffn, h), raw, rtol=1e-4, atol=1e-6)
     if ffn.post_scale is not None:
         eps = model.original_model.config.get_text_config().rms_norm_eps
         normed = raw * (raw.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * ffn.post_scale
@@ -106,7 +106,7 @@ def test_biases_of_all_three_matrices_count(tmp_path):
     model = spikesink.load(planted.save(hf_model, tmp_path / "model"))
     h, raw, _ = normalised(model, 1, spikesink.windows(model, "house", 2, 16))
     loaded, read = weights_of(model).ffn(1), open_weights(tmp_path / "model").ffn(1)
-    torch.testing.assert_close(amplifier.write(loaded, h), raw, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(amplifier.compute_write(loaded, h), raw, rtol=1e-4, atol=1e-6)
     assert torch.equal(read.down_bias, loaded.down_bias)
     assert read.down_bias.abs().min() > 0
 

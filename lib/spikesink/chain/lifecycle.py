@@ -320,7 +320,7 @@ def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"], part: bool =
 
 
 @measure
-def table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
+def writes_table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
     """Every block that writes at least `least` of the main cycle's value: its write, its share, its step."""
     cycle = life.require_main()
     steps = dict.fromkeys(cycle.step_up, "up") | dict.fromkeys(cycle.step_down, "down")

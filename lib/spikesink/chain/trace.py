@@ -140,6 +140,7 @@ def trace_windows(
             not above 1.
         FloatingPointError: as `follow` does.
     """
+    anatomy(model)  # what is no model is refused here
     check_tokens(model, tokens)
     check_length(model, tokens.shape[1])
     check_not_padding(model, tokens)

@@ -7,7 +7,6 @@ from .amplifier import am4_shared_direction as am4_shared_direction
 from .amplifier import am5_quadratic_form as am5_quadratic_form
 from .amplifier import am6_alignment as am6_alignment
 from .amplifier import am7_weights_alone as am7_weights_alone
-from .amplifier import experts_together as experts_together
 from .amplifier import x_am8_output_norm as x_am8_output_norm
 from .amplifier import x_mx1_same_choice as x_mx1_same_choice
 from .amplifier import x_mx2_one_writer as x_mx2_one_writer

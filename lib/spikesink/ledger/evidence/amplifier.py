@@ -239,7 +239,7 @@ def x_mx1_same_choice(routing: Routing) -> Evidence:
     Controls: what an even choice would give, and the expert's mean weight on other tokens.
     """
     first, spikes, n = routing.first_choice, routing.is_spike, len(routing.experts)
-    expert = int(first[spikes].mode().values)
+    expert = int(torch.bincount(first[spikes]).argmax())
     return make_evidence(
         measured={
             "expert": routing.experts[expert],
