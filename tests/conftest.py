@@ -2,6 +2,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -108,3 +109,11 @@ def sunk(sinking_model, trigger_tokens):
 def _no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="module")
+def any_types():
+    """Let arguments of wrong types through to the library's own checks, where annotations are checked as well."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -24,6 +24,7 @@ from spikesink.model.anatomy import Block, attn, mlp
 from spikesink.model.weights import FFN
 from spikesink.patching import interventions
 
+pytestmark = pytest.mark.usefixtures("any_types")  # stand-ins for models and cycles
 settings.register_profile("repeatable", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 

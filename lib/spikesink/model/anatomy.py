@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -69,6 +69,13 @@ class Anatomy:
         return 2 * self.n_layers
 
 
+@runtime_checkable
+class Model(Protocol):
+    """Whatever has an anatomy: what `load` returns, a model of the lab, or the weights of either."""
+
+    anatomy: Anatomy
+
+
 class Block(int):
     """A block by the paper's count: one write to the stream, from 1, attention odd and FFN even; 0 is the embedding.
 
@@ -122,12 +129,12 @@ def normalise(x: Float[Tensor, "*batch d_model"], anatomy: Anatomy) -> Float[Ten
     return x * size.square_().div_(x.shape[-1]).add_(anatomy.norm_eps).rsqrt_()
 
 
-def body_of(model: TransformerBridge) -> torch.nn.Module:
+def body_of(model: Model) -> torch.nn.Module:
     """What runs all layers: the transformers model under its head; a model that is none of transformers', itself."""
     return getattr(getattr(model, "original_model", None), "base_model", model)
 
 
-def run_layers(model: TransformerBridge, tokens: Int[Tensor, "window position"]) -> None:
+def run_layers(model: Model, tokens: Int[Tensor, "window position"]) -> None:
     """Run a model for what its hooks see; of a bridge without the head, which can cost as much as all layers."""
     body = body_of(model)
     body(tokens.to(model.cfg.device), **({} if body is model else {"use_cache": False}))
@@ -139,16 +146,16 @@ def check_ids(tokens: Tensor) -> None:
         raise ValueError("tokens must be a tensor of token ids; of a text, model.to_tokens(text) makes them.")
 
 
-def check_vocabulary(model: TransformerBridge, tokens: Tensor) -> None:
+def check_vocabulary(model: Model, tokens: Tensor) -> None:
     """Raise ValueError where an id, of one or more, is not in the vocabulary of a model (or of its weights)."""
-    d_vocab = model.anatomy.d_vocab
+    d_vocab = anatomy(model).d_vocab
     least, most = int(tokens.min()), int(tokens.max())
     if not 0 <= least <= most < d_vocab:
         wrong = least if least < 0 else most
         raise ValueError(f"token {wrong} does not exist; this model's vocabulary has ids 0 to {d_vocab - 1}.")
 
 
-def check_tokens(model: TransformerBridge, tokens: Tensor) -> None:
+def check_tokens(model: Model, tokens: Tensor) -> None:
     """Raise ValueError unless these are windows [n, length] of a model's own tokens."""
     check_ids(tokens)
     if tokens.ndim != 2 or 0 in tokens.shape:
@@ -156,13 +163,13 @@ def check_tokens(model: TransformerBridge, tokens: Tensor) -> None:
     check_vocabulary(model, tokens)
 
 
-def check_length(model: TransformerBridge, length: int) -> None:
+def check_length(model: Model, length: int) -> None:
     """Raise ValueError where windows are longer than the context that a model was made for."""
-    if length > model.anatomy.context:
-        raise ValueError(f"{length} tokens are longer than the model's context of {model.anatomy.context}.")
+    if length > (context := anatomy(model).context):
+        raise ValueError(f"{length} tokens are longer than the model's context of {context}.")
 
 
-def check_not_padding(model: TransformerBridge, tokens: Tensor) -> None:
+def check_not_padding(model: Model, tokens: Tensor) -> None:
     """Raise ValueError where a window [n, length] of two tokens or more holds nothing but the tokenizer's padding."""
     padding = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
     if padding is None or tokens.shape[1] < 2:
@@ -173,7 +180,7 @@ def check_not_padding(model: TransformerBridge, tokens: Tensor) -> None:
         )
 
 
-def anatomy(model: TransformerBridge) -> Anatomy:
+def anatomy(model: Model | TransformerBridge) -> Anatomy:
     """Describe a model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by.
 
     It is kept as `model.anatomy`: `load` sees to that, a bridge of your own gets it here.
@@ -279,7 +286,7 @@ def _name_hooks(model: TransformerBridge) -> dict[str, tuple[str | None, ...]]:
     }
 
 
-def not_finite(model: TransformerBridge, what: str) -> str:
+def not_finite(model: Model, what: str) -> str:
     """A sentence that says why something is not finite: a weight that is not, or else an overflow."""
     narrow = model.cfg.dtype != torch.float32  # where rounding a weight or adding up can already overflow
     whole = getattr(model, "original_model", model)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.model.anatomy import Anatomy, Model, anatomy
 from spikesink.model.errors import first_line
 from spikesink.model.load import Prepared
 
@@ -69,7 +68,7 @@ def read(source: str | os.PathLike = "house") -> Text:
 
 
 def windows(
-    model: TransformerBridge | Prepared, source: str | Text = "house", n: int = 16, length: int = 256, seed: int = 0
+    model: Model | Prepared, source: str | Text = "house", n: int = 16, length: int = 256, seed: int = 0
 ) -> Int[Tensor, "n length"]:
     """Cut `n` windows of `length` tokens out of a text, none overlapping another, at places drawn by `seed`.
 
@@ -98,12 +97,12 @@ def windows(
     return torch.tensor([begin + ids[i * body : (i + 1) * body] for i in chosen.tolist()])
 
 
-def bos(model: TransformerBridge | Prepared) -> list[int]:
+def bos(model: Model | Prepared) -> list[int]:
     """What `windows` begin with: BOS where the tokenizer adds one of its own accord, else nothing."""
     return [model.tokenizer.bos_token_id] if _shape(model).prepends_bos else []
 
 
-def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " token"]:
+def all_ids(model: Model, source: str | Text = "house") -> Int[Tensor, " token"]:
     """A whole text's tokens, without BOS.
 
     Raises:
@@ -112,17 +111,17 @@ def all_ids(model: TransformerBridge, source: str | Text = "house") -> Int[Tenso
     return torch.tensor(_encode(model, source if isinstance(source, Text) else read(source)))
 
 
-def token_counts(model: TransformerBridge, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
+def token_counts(model: Model, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
     """How often each vocabulary entry occurs in a text; raises what `all_ids` does."""
     return torch.bincount(all_ids(model, source), minlength=anatomy(model).d_vocab)
 
 
-def _shape(model: TransformerBridge | Prepared) -> Anatomy | Prepared:
+def _shape(model: Model | Prepared) -> Anatomy | Prepared:
     """What tells a model's context, its vocabulary and whether it begins with BOS."""
     return model if isinstance(model, Prepared) else anatomy(model)
 
 
-def _encode(model: TransformerBridge | Prepared, text: Text) -> list[int]:
+def _encode(model: Model | Prepared, text: Text) -> list[int]:
     """A text's token ids, without BOS."""
     ids = model.tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     d_vocab = _shape(model).d_vocab

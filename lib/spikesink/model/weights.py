@@ -17,12 +17,11 @@ import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from spikesink.common import NotApplicable
-from spikesink.model.anatomy import Anatomy, anatomy
+from spikesink.model.anatomy import Anatomy, Model, anatomy
 from spikesink.model.load import DEFAULT_MODEL, load
 
 
@@ -211,7 +210,7 @@ def require_separate_ffn(anatomy: Anatomy) -> None:
         raise NotApplicable(f"the FFN of this {anatomy.family} model is no module of its own")
 
 
-def weights_of(model: TransformerBridge) -> Weights:
+def weights_of(model: Model) -> Weights:
     """The weights of a loaded model; of an offloaded one, each layer is read when it is asked for."""
     return Weights(
         anatomy(model), lambda layer, *parts: _present(model.blocks[layer], *parts), lambda ids: _embed(model, ids)
@@ -277,7 +276,7 @@ def _require_finite(matrices: Matrices, what: str) -> Matrices:
 
 
 @torch.no_grad()
-def _embed(model: TransformerBridge, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+def _embed(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
     """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
     entering = _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
     if len(wrong := ids[~entering.isfinite().all(-1).to(ids.device)]):
