@@ -90,10 +90,10 @@ def test_what_costs_is_named_whatever_its_diagnosis():
     techniques = {"harmless": (1.01, 1.01), "useless": (2.2, 2.3), "one window": (1.0, 2.3)}
     with_it = {name: {UNCHANGED: outcome(*losses)} for name, losses in techniques.items()}
     section = report._costs_section("cache", Crossed({UNCHANGED: outcome(1.0, 1.0)}, with_it), None)
-    failures, not_significant = section.prose.split(report.NOT_SIGNIFICANT)
-    assert f"useless (3.49 times: {NOT_TESTED})" in failures
+    failure, not_significant = report.in_short({"cache": section})
+    assert failure.startswith(f"{report.ADVICE[NOT_TESTED][0]}: useless (3.49 times, 1.8")
     assert re.search(r"one window \(1.92 times, 0.00 to \d+\.\d\d\)", not_significant)
-    assert "harmless" not in section.prose
+    assert "harmless" not in failure + not_significant
     alone = Crossed({UNCHANGED: outcome(1.0)}, {"it": {UNCHANGED: outcome(2.0)}})
     fact = report._costs_section("cache", alone, None).facts["it"]
     assert (fact["interval"], fact["verdict"], fact["left_with_sink"]) == (None, NOT_SIGNIFICANT, None)
@@ -101,7 +101,7 @@ def test_what_costs_is_named_whatever_its_diagnosis():
 
 @pytest.mark.parametrize("verdict", [UNCLEAR, NOT_TESTED, ROUTING, f"{PARTLY}{OUTLIERS} and {ROUTING}"])
 def test_what_costs_is_never_left_out_of_the_short(verdict):
-    section = report.Section("cache", "", {"it": {"cost": 3.5, "verdict": verdict}})
+    section = report.Section("cache", "", {"it": {"cost": 3.5, "interval": None, "verdict": verdict}})
     lines = report.in_short({"cache": section})
     causes = [cause for cause in report.ADVICE if cause in verdict]
     assert len(lines) == len(causes), "both causes, where there are two"
@@ -115,7 +115,7 @@ def test_controls_are_no_failures_and_remedies_stand_apart():
     names = (cache.WINDOW, cache.OTHERS, cache.HEAVY, cache.WITH_1, cache.FIRST[8])
     facts = {name: {"cost": 3.0, "interval": [2.0, 4.0], "verdict": NOT_TESTED} for name in names}
     failures, remedies = report.in_short({"cache": report.Section("cache", "", facts)})
-    assert [name for name in names if f"{name} (3.00 times)" in failures] == [cache.WINDOW, cache.HEAVY]
+    assert [name for name in names if f"{name} (3.00 times, 2.00 to 4.00)" in failures] == [cache.WINDOW, cache.HEAVY]
     assert [name for name in names if f"{name} (3.00 times, 2.00 to 4.00)" in remedies] == [cache.WITH_1]
     fine = {"it": {"cost": 1.5, "interval": [0.9, 2.5], "verdict": NOT_SIGNIFICANT}}
     nothing, not_significant = report.in_short({"cache": report.Section("cache", "", fine)})

@@ -195,37 +195,27 @@ def in_short(finished: Mapping[str, Section]) -> list[str]:
         for name, fact in section.facts.items()
         if isinstance(fact, dict) and "verdict" in fact
     }
-    tried = _without(judged, REMEDIES + CONTROLS)
+    tried = {name: fact for name, fact in judged.items() if name not in REMEDIES + CONTROLS}
     failures = {name: fact for name, fact in tried.items() if diagnosis.is_failure(fact["verdict"])}
+    unsure = {name: fact for name, fact in tried.items() if fact["verdict"] == diagnosis.NOT_SIGNIFICANT}
     for cause, (title, advice) in ADVICE.items():
-        if costs := [_cost(name, fact) for name, fact in failures.items() if cause in fact["verdict"]]:
-            lines.append(f"{title}: {'; '.join(costs)}. {advice}".rstrip())
+        if of_cause := {name: fact for name, fact in failures.items() if cause in fact["verdict"]}:
+            lines.append(f"{_list_costs(title, of_cause)} {advice}".rstrip())
     if tried and not failures:
         lines.append("Nothing that was tried significantly costs more than 2% of perplexity.")
     else:
         lines.append(_list_costs(WITH_REMEDY, {name: judged[name] for name in REMEDIES[:2] if name in judged}))
-    lines.append(_list_costs(NOT_SIGNIFICANT, _not_significant(tried)))
+    lines.append(_list_costs(NOT_SIGNIFICANT, unsure))
     return [line for line in lines if line]
-
-
-def _without(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if name not in names}
-
-
-def _not_significant(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fact for name, fact in facts.items() if fact["verdict"] == diagnosis.NOT_SIGNIFICANT}
-
-
-def _cost(name: str, fact: Mapping[str, Any], more: str = "") -> str:
-    """What a technique costs; a cache's name is that of a row in a table of caches."""
-    called = f"KV cache, {name}" if name.startswith("window") else name
-    return f"{called} ({fact['cost']:.2f} times{more})"
 
 
 def _list_costs(title: str, facts: Mapping[str, Any]) -> str:
     """What each costs, with its interval where there is one; nothing where there is none to list."""
-    ends = {name: ", {:.2f} to {:.2f}".format(*fact["interval"]) for name, fact in facts.items() if fact["interval"]}
-    costs = [_cost(name, fact, ends.get(name, "")) for name, fact in facts.items()]
+    costs = []
+    for name, fact in facts.items():
+        called = f"KV cache, {name}" if name.startswith("window") else name  # a row in a table of caches
+        ends = ", {:.2f} to {:.2f}".format(*fact["interval"]) if fact["interval"] else ""
+        costs.append(f"{called} ({fact['cost']:.2f} times{ends})")
     return f"{title}: {'; '.join(costs)}." if costs else ""
 
 
@@ -346,19 +336,11 @@ def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Fi
         }
         for name, one in diagnoses.items()
     }
-    tried = _without(facts, REMEDIES + CONTROLS)
-    failures = [_cost(name, tried[name], f": {tried[name]['verdict']}") for name in tried if diagnoses[name].is_failure]
-    prose = [
-        f"Tried in the unchanged model alone: {crossed.reason}." if crossed.reason else "",
-        f"Unchanged, perplexity is {brief(crossed.perplexity(crossed.plain[cells.UNCHANGED]))}.",
-        f"What costs more than 2%: {'; '.join(failures)}."
-        if failures
-        else "Nothing that was tried significantly costs more than 2%.",
-        _list_costs(NOT_SIGNIFICANT, _not_significant(tried)),
-        _list_costs(WITH_REMEDY, {name: facts[name] for name in facts if name in REMEDIES}),
-    ]
+    prose = f"Unchanged, perplexity is {brief(crossed.perplexity(crossed.plain[cells.UNCHANGED]))}."
+    if crossed.reason:
+        prose = f"Tried in the unchanged model alone: {crossed.reason}. {prose}"
     narrow = ("perplexity ratio", "diagnosis")
-    return Section(key, " ".join(filter(None, prose)), facts, diagnosis.diagnosis_table(diagnoses), picture, narrow)
+    return Section(key, prose, facts, diagnosis.diagnosis_table(diagnoses), picture, narrow)
 
 
 def _long(subject: Subject) -> Section:
@@ -371,7 +353,10 @@ def _long(subject: Subject) -> Section:
     prose = [
         _say("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.", found),
         f"Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,}).",
-        _list_costs(f"Over all of it, with {context.BUDGET} keys", _without(costs, CONTROLS)),
+        _list_costs(
+            f"Over all of it, with {context.BUDGET} keys",
+            {name: one for name, one in costs.items() if name not in CONTROLS},
+        ),
     ]
     streams = {name: [one["cost"], *(one["interval"] or (None, None))] for name, one in costs.items()}
     facts = {"SV3": _facts(found), "streams": streams}

@@ -1,9 +1,9 @@
 """The figures of notebook 10: what serving does, with and without spike and sink."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -25,7 +25,7 @@ from spikesink.plots.style import (
 from spikesink.serving import cache, context
 from spikesink.serving.cells import NEITHER, NO_SINK, NO_SPIKE, SINK_EXEMPT, SINK_HELD, UNCHANGED, Crossed
 from spikesink.serving.context import OTHER, Lengths, LongRun, Recall
-from spikesink.serving.diagnosis import NOT_TESTED, Diagnosis
+from spikesink.serving.diagnosis import NOT_TESTED, Diagnosis, is_failure
 from spikesink.serving.quantize import INPUTS, Range
 
 # Colour, marker, whether it is filled, and where in its row it is drawn: cells often coincide.
@@ -103,7 +103,7 @@ def costs(crossed: Crossed, diagnoses: Mapping[str, Diagnosis]) -> Figure:
     ax.invert_yaxis()
     log_ticks(ax.xaxis)
     ax.legend(fontsize=8.5, ncols=len(CELL_MARKS), loc="lower left", bbox_to_anchor=(0, 1))
-    told = [name for name, one in diagnoses.items() if one.is_failure and one.verdict != NOT_TESTED]
+    told = [name for name, one in diagnoses.items() if is_failure(one.verdict) and one.verdict != NOT_TESTED]
     if told:
         worst = max(told, key=crossed.cost)
         one = diagnoses[worst]
@@ -118,16 +118,13 @@ def costs(crossed: Crossed, diagnoses: Mapping[str, Diagnosis]) -> Figure:
 def streaming(run: LongRun) -> Figure:
     """10: along a text that runs through bounded caches, how many times the full cache's perplexity it is."""
     fig, ax = figure(size=(11, 4.2))
-    ends = []
     for name, loss in run.streams.items():
         colour, style = STREAM_LINES[name]
-        more = (loss - run.lengths.loss).mean(0).double().numpy()
+        more = pd.Series((loss - run.lengths.loss).mean(0).double().numpy())
         width = min(SMOOTHED, max(1, len(more) // 8))
-        running = np.exp(np.convolve(more, np.ones(width) / width, "valid"))
-        at = slice(None, None, max(1, width // 16))  # a running mean is smooth: a few points of it are enough
-        ax.plot(np.arange(width - 1, len(more))[at], running[at], color=colour, ls=style, lw=1.4)
+        running = np.exp(more.rolling(width).mean())[width - 1 :: max(1, width // 16)]  # it is smooth: a few points do
         times, low, high = run.times(name)
-        ends.append((float(running[-1]), f"{name}: {times:.2f} ({low:.2f} to {high:.2f})", colour))
+        ax.plot(running, color=colour, ls=style, lw=1.4, label=f"{name}: {times:.2f} ({low:.2f} to {high:.2f})")
     ax.axhline(1, color="black", lw=0.8, ls=":")
     limit = run.lengths.limit
     if limit < run.lengths.lengths[-1]:
@@ -137,7 +134,7 @@ def streaming(run: LongRun) -> Figure:
     ax.set_ylabel(f"perplexity over the full cache's\n(mean of {SMOOTHED} predictions)")
     thousands(ax, "x")
     log_ticks(ax.yaxis)
-    _label_ends(ax, ends)
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     if cache.WINDOW in run.streams:
         window, with_first = (run.times(name)[0] for name in (cache.WINDOW, cache.WITH_FIRST))
         above(
@@ -146,15 +143,6 @@ def streaming(run: LongRun) -> Figure:
             f"with the first four among them {with_first:.2f} times",
         )
     return fig
-
-
-def _label_ends(ax, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Label curves at their last values, moved apart where they would overlap."""
-    low, high = np.log(ax.get_ylim())
-    placed = -math.inf
-    for value, name, colour in sorted(ends):
-        placed = max((math.log(value) - low) / (high - low), placed + 0.06)
-        ax.text(1.01, placed, name, color=colour, transform=ax.transAxes, va="center", fontsize=9)
 
 
 @drawn_where_applicable

@@ -8,7 +8,6 @@ lets go of them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -305,41 +304,13 @@ def run_bounded(
 
 
 def generate(
-    model: TransformerBridge,
-    prompt: Int[Tensor, " length"],
-    policy: Policy,
-    n: int,
-    cuts: Sequence[Intervention] = (),
-    chunk: int = CHUNK,
+    model: TransformerBridge, prompt: Int[Tensor, " length"], policy: Policy, n: int, cuts: Sequence[Intervention] = ()
 ) -> Int[Tensor, " n"]:
     """Write n tokens greedily from a bounded cache; raises what `run_bounded` does."""
     bounded, written = BoundedCache(model, policy, cuts), []
-    for start in range(0, len(prompt), chunk):
-        logits = bounded(prompt[None, start : start + chunk])
+    for part in prompt.split(CHUNK):
+        logits = bounded(part[None])
     for _ in progress(range(n), str(policy), "token"):
         written.append(int(logits[0, -1].argmax()))
         logits = bounded(torch.tensor([written[-1:]]))
     return torch.tensor(written)
-
-
-@measure
-def generate_per_cache(
-    model: TransformerBridge, prompt: Int[Tensor, " length"], budget: int, n: int, sink: Cuts = ()
-) -> pd.DataFrame:
-    """What the model writes from caches of `budget` keys, and its perplexity as the full cache judges it.
-
-    `sink` is a constant key and value in the first token's place, as `sink_held` returns them.
-    """
-    policies = cache_policies(budget)
-    check_editable(model.anatomy)
-    n = min(n, model.anatomy.context - len(prompt))
-    runs: dict[str, tuple[Policy, Cuts]] = {name: (policies[name], ()) for name in (FULL, WINDOW, WITH_FIRST, SHIFTED)}
-    if sink:
-        runs[CONSTANT] = policies[WITH_1], sink
-    rows = []
-    for name, (policy, cuts) in runs.items():
-        written = generate(model, prompt, policy, n, cuts)
-        losses = run_bounded(model, torch.cat([prompt, written])[None], Policy())[:, len(prompt) - 1 :]
-        text = model.tokenizer.decode(written).replace("\n", "\\n")
-        rows.append({"cache": name, "judged perplexity": float(losses.mean().exp()), "writes": f"`{text}`"})
-    return pd.DataFrame(rows).set_index("cache")

@@ -53,7 +53,7 @@ POLICIES = {name: cache_policies(BUDGET)[name] for name in (WINDOW, WITH_FIRST, 
 POLICIES[OTHERS] = Policy(BUDGET - 4, (97, 98, 99, 100))
 RECOMPUTED = "window recomputed"
 FILE = "10-long.safetensors"
-MEASURES = "3"  # of what a file holds, to be raised when that changes; one of other measures is not read
+MEASURES = 3  # of what a file holds, to be raised when that changes; one of other measures is not read
 
 
 def perplexity_interval(loss: Float[Tensor, "window prediction"], block: int = BLOCK) -> tuple[float, float]:
@@ -244,14 +244,8 @@ def load_or_measure(
 ) -> LongRun:
     """`measure_long`, out of `folder` or one of `others` where that was done before; else it is kept in `folder`."""
     text = texts.read(source)
-    key = {
-        "model": model.source.sha256,
-        "dtype": str(model.cfg.dtype),
-        "text": text.sha256,
-        "most": f"{most:g}",
-        "measures": MEASURES,
-        "policies": json.dumps({name: repr(policy) for name, policy in POLICIES.items()}),
-    }
+    policies = {name: repr(policy) for name, policy in POLICIES.items()}
+    key = json.dumps([MEASURES, model.source.sha256, str(model.cfg.dtype), text.sha256, f"{most:g}", policies])
     for place in (folder, *others):
         if (kept := _load(place / FILE, key)) is not None:
             return kept
@@ -261,24 +255,24 @@ def load_or_measure(
     tensors = {name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}
     tensors |= {f"stream {name}": loss.contiguous() for name, loss in made.streams.items()}
     with writing_to(folder):
-        write_atomically(folder / FILE, save(tensors, {**key, "numbers": json.dumps(numbers)}))
+        write_atomically(folder / FILE, save(tensors, {"key": key, "numbers": json.dumps(numbers)}))
     return made
 
 
-def _load(path: Path, key: Mapping[str, str]) -> LongRun | None:
+def _load(path: Path, key: str) -> LongRun | None:
     """What a file holds, if it is of this key; a damaged one counts as none."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            if any(metadata.get(name) != value for name, value in key.items()):
+            if metadata.get("key") != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError:
         return None
-    names = [*POLICIES, RECOMPUTED]
-    streams = {name: tensors.pop(f"stream {name}") for name in names if f"stream {name}" in tensors}
+    names = [name for name in (*POLICIES, RECOMPUTED) if f"stream {name}" in tensors]
+    streams = {name: tensors.pop(f"stream {name}") for name in names}
     numbers = json.loads(metadata["numbers"])
     numbers |= {name: tuple(numbers[name]) for name in ("lengths", "sight")}
     return LongRun(Lengths(**numbers, **tensors), streams)

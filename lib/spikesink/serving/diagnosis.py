@@ -75,11 +75,6 @@ class Diagnosis:
         useless = len(ends) == len(shares) and all(low > PART for low, _ in ends.values())
         return NEITHER_HELPS if useless else UNCLEAR
 
-    @property
-    def is_failure(self) -> bool:
-        """Whether the technique costs something, at both ends of the interval."""
-        return is_failure(self.verdict)
-
 
 def is_failure(verdict: str) -> bool:
     """Whether this verdict is one of a technique that costs something, at both ends of the interval."""
@@ -149,15 +144,10 @@ def diagnosis_table(diagnoses: Mapping[str, Diagnosis]) -> pd.DataFrame:
     rows = []
     for name, one in diagnoses.items():
         low, high = one.interval
-        shares = AS_HELD if one.as_held else one.without_spike, one.with_sink
-        rows.append(
-            {
-                "technique": name,
-                "perplexity ratio": f"{one.cost:.2f}",
-                "diagnosis": one.verdict,
-                "95% interval": f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–",
-                "left with spike removed": str(shares[0]) if one.is_failure and shares[0] else "–",
-                "left with sink exempt or held": str(shares[1]) if one.is_failure and shares[1] else "–",
-            }
-        )
-    return pd.DataFrame(rows).set_index("technique")
+        interval = f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "–"
+        shares = (AS_HELD if one.as_held else one.without_spike, one.with_sink)
+        left = [str(share) if share and is_failure(one.verdict) else "–" for share in shares]
+        rows.append((name, f"{one.cost:.2f}", one.verdict, interval, *left))
+    columns = ["technique", "perplexity ratio", "diagnosis", "95% interval"]
+    columns += ["left with spike removed", "left with sink exempt or held"]
+    return pd.DataFrame(rows, columns=columns).set_index("technique")

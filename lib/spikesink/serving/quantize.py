@@ -4,27 +4,18 @@ A quantizer's *step* is the distance between two of its values: in int8, the lar
 Where one entry is thousands of times the others, they are smaller than half a step and become zero.
 """
 
-import copy
-import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.ao import quantization
-from torch.ao.nn.quantized import dynamic
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.common import NotApplicable, measure, progress
-from spikesink.patching import Intervention, apply, compare, evaluate, hook
+from spikesink.common import measure, progress
+from spikesink.patching import Intervention, apply, compare, hook
 from spikesink.patching.interventions import batches
-from spikesink.serving.cache import token_losses
 from spikesink.serving.cells import HIDDEN, UNCHANGED, Cells, Crossed, Technique, shows_ffn
 
 # What can be rounded: its role, and by which hooks it is read in each layer. The stream is met where it enters a layer.
@@ -156,48 +147,37 @@ def measure_ranges(
 
     The windows must be others than will be judged, where channels are chosen by them; `where` are their spike tokens.
     """
-    shown, batched = shown_sites(model), defaultdict(list)
-
-    def watch(value, hook, key, spike):
-        batched[key].append(_summarize(value.flatten(2), spike.to(value.device)))
-
+    shown = shown_sites(model)
+    hooks = [names[0] for layers in shown.values() for names in layers]
+    entries = {name: [] for name in hooks}
     for rows in progress(batches(model.anatomy, tokens), "ranges", "batch"):
-        spike = where[rows.start : rows.stop]
-        watches = [
-            (names[0], partial(watch, key=(site, layer), spike=spike))
-            for site, layers in shown.items()
-            for layer, names in enumerate(layers)
-        ]
-        with model.hooks(fwd_hooks=watches):
-            model(tokens[rows.start : rows.stop].to(model.cfg.device))
-    layers = range(model.anatomy.n_layers)
-    return {site: Range(*_join([batched[site, layer] for layer in layers])) for site in shown}
+        batch, spike = (of[rows.start : rows.stop] for of in (tokens, where))
+        _, activations = model.run_with_cache(batch.to(model.cfg.device), names_filter=hooks)
+        for name in hooks:
+            entries[name].append(_measure_entries(activations[name].flatten(2).cpu(), spike))
+    ranges = {}
+    for site, layers in shown.items():
+        *numbers, outliers, others = zip(*(_join(entries[names[0]]) for names in layers), strict=True)
+        ranges[site] = Range(*map(torch.tensor, numbers), outliers, others)
+    return ranges
 
 
-def _summarize(x: Float[Tensor, "window position channel"], spike: Bool[Tensor, "window position"]) -> tuple:
-    """The largest entry by channel of spike tokens and of others; the others' median, and their share rounded to 0."""
+def _measure_entries(x: Float[Tensor, "window position channel"], spike: Bool[Tensor, "window position"]) -> tuple:
+    """The largest entry by channel of spike tokens and of others; the others' median, and their share of zeros."""
     size = x.abs().float()
-    largest = torch.where(spike[..., None], size, 0).amax((0, 1)).cpu()
+    largest = torch.where(spike[..., None], size, 0).amax((0, 1))
     zeroed = (Quantizer()(x)[~spike] == 0).float().mean()
-    return largest, size[~spike].amax(0).cpu(), size[~spike].median().cpu(), zeroed.cpu()
+    return largest, size[~spike].amax(0), size[~spike].median(), zeroed
 
 
-def _join(layers: Sequence[Sequence[tuple]]) -> Iterator[Tensor | tuple[tuple[int, ...], ...]]:
-    """The fields of a Range, from each layer's batches."""
-    columns = [[torch.stack(column) for column in zip(*batches, strict=True)] for batches in layers]
-    spikes = [spike.amax(0) for spike, *_ in columns]  # by layer: [channel]
-    others = [other.amax(0) for _, other, *_ in columns]
-    apart = [spike > other.max() for spike, other in zip(spikes, others, strict=True)]
-    yield torch.stack([spike.max() for spike in spikes])
-    yield torch.stack([other.max() for other in others])
-    yield torch.stack([median.mean() for *_, median, _ in columns])
-    yield torch.stack([zeroed.mean() for *_, zeroed in columns])
-    yield tuple(tuple(mask.nonzero()[:, 0].tolist()) for mask in apart)
-    strongest = [
-        other.masked_fill(mask, -1).topk(min(int(mask.sum()), int((~mask).sum()))).indices
-        for other, mask in zip(others, apart, strict=True)
-    ]
-    yield tuple(tuple(sorted(channels.tolist())) for channels in strongest)
+def _join(batched: list[tuple]) -> tuple:
+    """What a Range holds of one layer, from its batches."""
+    spike, other, median, zeroed = (torch.stack(column) for column in zip(*batched, strict=True))
+    spike, other = spike.amax(0), other.amax(0)  # by channel
+    apart = spike > other.max()
+    controls = other.masked_fill(apart, -1).argsort(descending=True)[: min(int(apart.sum()), int((~apart).sum()))]
+    numbers = (float(x) for x in (spike.max(), other.max(), median.mean(), zeroed.mean()))
+    return *numbers, tuple(apart.nonzero()[:, 0].tolist()), tuple(sorted(controls.tolist()))
 
 
 def round_activations(
@@ -293,44 +273,3 @@ def cross_weights(
             outcomes = compare(model, tokens, cells.cuts)
         with_it[name] = {cell: outcomes[cell] for cell in cells.cuts}
     return replace(crossed, with_it=with_it)
-
-
-@measure
-def integer_table(model: TransformerBridge, tokens: Int[Tensor, "window position"], crossed: Crossed) -> pd.DataFrame:
-    """Perplexity with int8 matrices and inputs, as simulated here and as torch computes it with integers."""
-    rows = {UNCHANGED: 2 * [crossed.plain[UNCHANGED].perplexity]}
-    for per in ("tensor", "channel"):
-        with rounded_weights(model, 8, per):
-            simulated = evaluate(model, tokens, *round_activations(model, Quantizer()))
-        integers = float(integer_losses(model, tokens, per).mean().exp())
-        rows[f"int8 weights per-{per}, inputs per-tensor"] = [simulated.perplexity, integers]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["simulated", "torch"]).rename_axis("perplexity")
-
-
-@measure
-@torch.no_grad()
-def integer_losses(
-    model: TransformerBridge, tokens: Int[Tensor, "window position"], per: str = "tensor"
-) -> Float[Tensor, "window prediction"]:
-    """Losses, in nats, where the layers multiply integers: torch's dynamic quantization, one range for all inputs.
-
-    A copy of the model is rounded; `per` says what of a matrix shares a step, "tensor" or "channel".
-    """
-    matrices = [module for module in _matrices(model) if type(module) is nn.Linear]
-    if {(one.weight.dtype, one.weight.device.type) for one in matrices} != {(torch.float32, "cpu")}:
-        raise NotApplicable("torch multiplies integers in place of float32 matrices on the CPU only")
-    qconfig = {"tensor": quantization.default_dynamic_qconfig, "channel": quantization.per_channel_dynamic_qconfig}[per]
-    copies: dict[int, Any] = {}
-    rounded, integers = copy.deepcopy(model.original_model, copies), {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao is to take its place
-        for matrix in matrices:
-            copied = copies[id(matrix)]
-            copied.qconfig = qconfig
-            integers[id(copied)] = dynamic.Linear.from_float(copied)
-    for module in list(rounded.modules()):  # the bridge has each matrix in several places
-        for name, child in list(module.named_children()):
-            if id(child) in integers:
-                setattr(module, name, integers[id(child)])
-    # A window at a time, so that a tensor is a window's, as it is in the simulation.
-    return torch.cat([token_losses(rounded(window[None]).logits, window[None, 1:]) for window in tokens])
