@@ -21,6 +21,7 @@ CELLS = (
 )
 
 
+@pytest.mark.slow
 def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):
     notebook = new_notebook(cells=[new_code_cell(source) for source in CELLS])
     NotebookClient(notebook).execute()
