@@ -225,7 +225,7 @@ class Stamp:
         self.notebook, self.figures = notebook, figures
         self.path = build / f"{notebook.stem}.json"
         cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-        library = sorted(p for p in Path(__file__).parents[1].rglob("*") if p.suffix in (".py", ".txt"))
+        library = sorted(p for p in Path(__file__).parents[1].rglob("*") if p.suffix in (".py", ".toml", ".txt"))
         versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
         versions.append(platform.python_version())
         named = [str(parameters[key]) for key in ("MODEL", "TEXT") if key in parameters]
