@@ -308,7 +308,7 @@ WRONG_ARGUMENTS = {
     "floats": (lambda w: spikesink.trace_windows(w.model, w.tokens.float()), IDS),
     "truth values": (lambda w: sinks.score(w.model, w.tokens > 3), IDS),
     "nothing": (lambda w: spikesink.find_spikes(w.model, w.life, None), IDS),
-    "an array": (lambda w: firsttoken.compare_static_map(w.model, w.tokens.numpy()), IDS),
+    "an array": (lambda w: paths.compare_static_map(w.model, w.tokens.numpy()), IDS),
     "one window without a batch": (lambda w: spikesink.trace_windows(w.model, w.tokens[0]), r"length\].*are \[32\]"),
     "a token beyond the vocabulary": (lambda w: spikesink.trace_windows(w.model, w.tokens + 400), r"\d+ .*0 to 399"),
     "a token below zero": (lambda w: spikesink.profile(w.model, w.tokens[0] - 400), r"-\d+ .*0 to 399"),
@@ -343,7 +343,7 @@ WRONG_ARGUMENTS = {
     "attention in the census": (lambda w: amplifier.census(w.weights).rank_in_block(3, 9), "block 3.*9 .*block 12"),
     "a block in words": (lambda w: paths.static_path(w.weights, torch.tensor([7]), "4"), "'4'"),
     "a list to probe": (lambda w: firsttoken.probe(w.weights, w.life, [7, 8]), "one-dimensional tensor"),
-    "half a position": (lambda w: firsttoken.prefixes(w.tokens, 2, 1.5), r"1\.5 .*windows of 32"),
+    "half a position": (lambda w: paths.prefixes(w.tokens, 2, 1.5), r"1\.5 .*windows of 32"),
     "yes as an epsilon": (lambda w: sinks.score(w.model, w.tokens, epsilon=True), "0 and 1.*True"),
     "yes as a length": (lambda w: sinks.score(w.model, w.tokens, length=True), "whole number.*True"),
     "a set of floats": (

@@ -111,7 +111,7 @@ def test_a_residual_multiplier_counts_for_biases_and_for_any_ffn(bias, tmp_path)
 def test_first_token_attention_is_static(family, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     shake(model)
-    result = evidence.tk2_static_map(firsttoken.compare_static_map(model, spikesink.windows(model, "house", 3, 24)))
+    result = evidence.tk2_static_map(paths.compare_static_map(model, spikesink.windows(model, "house", 3, 24)))
     assert result.measured["max_relative_error"] < 1e-5
     assert result.control["median_relative_error_later_positions"] > 100 * result.measured["max_relative_error"]
     assert (result.measured["layers"], result.measured["windows"]) == (3, 3)
@@ -123,14 +123,14 @@ def test_the_largest_error_of_all_windows_counts(planted_model, trigger_tokens, 
     maps = [weights.attention(layer) for layer in range(6)]
     maps[0] = replace(maps[0], value=maps[0].value.index_add(1, torch.tensor([0]), torch.ones(len(maps[0].value), 1)))
     monkeypatch.setattr(type(weights), "attention", lambda self, layer: maps[layer])
-    static_map = firsttoken.compare_static_map(planted_model, trigger_tokens)
+    static_map = paths.compare_static_map(planted_model, trigger_tokens)
     assert (static_map.at_first[0] > 0.1).tolist() == [False, True, False, False, False, True]
     assert evidence.tk2_static_map(static_map).measured["max_relative_error"] > 0.1
 
 
 def test_rounding_is_no_finding(planted_directory):
     model = spikesink.load(planted_directory, dtype="bfloat16")
-    static_map = firsttoken.compare_static_map(model, spikesink.windows(model, "house", 2, 16))
+    static_map = paths.compare_static_map(model, spikesink.windows(model, "house", 2, 16))
     assert "float32" in evidence.tk2_static_map(static_map).reason
 
 
@@ -235,7 +235,6 @@ def test_where_the_paths_part_is_told():
     assert facts["disjoint"] == 3  # after block 1 they are apart too, but not for good
     assert (facts["first"], facts["later"]) == pytest.approx((0.85, 0.1))
     assert facts["rising_blocks"] == [1, 3]
-    assert facts["rises"] == pytest.approx([0.2, 0.6])
     assert (facts["alike_embedded"], facts["alike_first"], facts["alike_later"]) == pytest.approx((0.1, 0.4, -0.4))
     assert firsttoken.describe_fork(replace(fork, first=later, later=first))["disjoint"] == "no block"
 

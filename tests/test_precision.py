@@ -8,6 +8,7 @@ import torch
 import spikesink
 from spikesink import patching
 from spikesink.chain import amplifier, collapse, firsttoken, sinks
+from spikesink.model import paths
 from spikesink.model.weights import weights_of
 
 # Half a unit in the last place, relative: 8 and 11 bits of mantissa.
@@ -67,5 +68,5 @@ def test_counts_stay_and_numbers_keep_the_digits_of_their_precision(dtype, exact
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_what_is_about_rounding_itself_is_not_asked_in_half_precision(dtype):
     model = spikesink.load(dtype=dtype)
-    found = firsttoken.compare_static_map(model, spikesink.windows(model, "house", 2, 16))
+    found = paths.compare_static_map(model, spikesink.windows(model, "house", 2, 16))
     assert "float32" in found.reason

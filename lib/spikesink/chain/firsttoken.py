@@ -19,57 +19,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.chain.amplifier import step_up_direction
 from spikesink.chain.lifecycle import STEP, Cycle, Lifecycle, check_model, check_windows, first_step_up, is_spike
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import (
-    Block,
-    block,
-    check_tokens,
-    normalise,
-    not_finite,
-    run_layers,
-)
-from spikesink.model.paths import after_text, attend_alone, check_flat_ids, prefixes, static_path
-from spikesink.model.weights import Weights, require_linear_attention, require_static_map, weights_of
+from spikesink.model.anatomy import Block, block, check_tokens, normalise
+from spikesink.model.paths import after_text, prefixes, static_path
+from spikesink.model.weights import Weights, weights_of
 
 Decode = Callable[[list[int]], str]
-
-
-@dataclass(frozen=True)
-class StaticMap:
-    """Attention's write against W_O W_V h~ and the biases: largest difference over the write's largest entry."""
-
-    at_first: Float[Tensor, "layer window"]  # at position 0
-    later: Float[Tensor, "layer window position"]
-
-
-@measure
-@torch.inference_mode()
-def compare_static_map(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int = 16) -> StaticMap:
-    """Compare what attention writes in the first `length` positions with the map that holds at position 0.
-
-    In bfloat16 and float16 rounding alone is larger than the tolerance, so they are not asked.
-
-    Raises:
-        FloatingPointError: a weight or an activation is not finite.
-    """
-    weights, anatomy = weights_of(model), model.anatomy
-    check_tokens(model, tokens)
-    require_linear_attention(anatomy)
-    if model.cfg.dtype != torch.float32:
-        raise NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
-    passed: dict[str, Tensor] = {}
-    names = (*anatomy.layer_hooks[:-1], *anatomy.write_hooks[::2])
-    with model.hooks(fwd_hooks=[(n, lambda v, hook: passed.update({hook.name: v.float().cpu()})) for n in names]):
-        run_layers(model, tokens[:, :length])
-    if not all(values.isfinite().all() for values in passed.values()):
-        raise FloatingPointError(not_finite(model, "the residual stream or what attention adds to it"))
-    errors = []
-    for layer in range(anatomy.n_layers):
-        entered, wrote = passed[anatomy.layer_hooks[layer]], passed[anatomy.write_hooks[2 * layer]]
-        mapped = torch.zeros_like(entered)
-        attend_alone(weights, layer, torch.float32, "cpu")(entered.flatten(0, 1), mapped.view(-1, anatomy.d_model))
-        errors.append((mapped - wrote).abs().amax(-1) / wrote.abs().amax(-1))  # window, position
-    error = torch.stack(errors)
-    return StaticMap(error[..., 0], error[..., 1:])
 
 
 @dataclass(frozen=True)
@@ -101,7 +55,7 @@ class Probe:
 
     def read(self, stream: Float[Tensor, "token d_model"]) -> Float[Tensor, " token"]:
         """The channel of a stream after the block, with the sign that makes a spike positive."""
-        return self.sign * stream[:, self.channel].cpu()
+        return self.sign * stream[:, self.channel]
 
 
 @measure
@@ -110,28 +64,24 @@ def probe(
     life: Lifecycle,
     tokens: Int[Tensor, " token"] | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
 ) -> Probe:
     """Put every entry of the vocabulary (or these) at position 0 and see whether it spikes, by `static_path`.
 
     Raises:
-        ValueError: a token that the vocabulary does not have, or `life` was found in another model.
-        FloatingPointError: as `static_path` does.
+        ValueError: as `static_path` does, or `life` was found in another model.
     """
     check_model(weights, life)
     cycle = life.require_main()
     if not cycle.step_up:
         raise NotApplicable("no block is step-up, so there is no place to look for the spike")
-    require_static_map(weights.anatomy)
     tokens = torch.arange(weights.anatomy.d_vocab) if tokens is None else tokens
-    check_flat_ids(weights, tokens)
     sign, before = math.copysign(1, cycle.value), torch.zeros(len(tokens))
 
     def watch(point: int, part: slice, stream: Float[Tensor, "token d_model"]) -> None:
         if point == cycle.step_up[0] - 1:
-            before[part] = sign * stream[:, cycle.channel].cpu()
+            before[part] = sign * stream[:, cycle.channel]
 
-    value = sign * static_path(weights, tokens, cycle.step_up[-1], dtype, device, watch)[:, cycle.channel].cpu()
+    value = sign * static_path(weights, tokens, cycle.step_up[-1], dtype, watch)[:, cycle.channel]
     threshold = STEP * abs(cycle.value)
     return Probe(cycle.step_up[-1], cycle.channel, sign, threshold, tokens, value, before)
 
@@ -183,48 +133,40 @@ def trace_fork(
 ) -> Fork:
     """Follow n tokens drawn from the probed ones block by block towards s*, at position 0 and after a text.
 
-    Up to eight exceptions are followed at position 0 besides. Fewer than `position` tokens stand before the others
-    where windows are shorter.
+    Up to eight exceptions are followed at position 0 besides.
     """
     weights = weights_of(model)
     direction = step_up_direction(weights, life)
     last, position = life.main.step_up[-1], min(position, tokens.shape[1] - 1)
     drawn, exceptions = _shuffled(probe.tokens, seed)[:n], probe.exceptions()[:8]
 
-    def alone(some: Int[Tensor, " token"]) -> Float[Tensor, "point token d_model"]:
-        points = torch.zeros(last + 1, len(some), weights.anatomy.d_model)
+    alone = torch.zeros(last + 1, len(drawn) + len(exceptions), weights.anatomy.d_model)
 
-        def watch(point: int, part: slice, stream: Float[Tensor, "token d_model"]) -> None:
-            points[point, part] = stream.cpu()
+    def watch(point: int, part: slice, stream: Float[Tensor, "token d_model"]) -> None:
+        alone[point, part] = stream
 
-        if len(some):
-            static_path(weights, some, last, watch=watch)
-        return points
-
+    static_path(weights, torch.cat([drawn, exceptions]), last, watch=watch)
     later = after_text(model, drawn, prefixes(tokens, len(drawn), position), last)
-    unit = [
-        functional.normalize(normalise(points, weights.anatomy), dim=-1)
-        for points in (alone(drawn), later, alone(exceptions))
-    ]
+    unit = functional.normalize(normalise(torch.cat([alone, later], dim=1), weights.anatomy), dim=-1)
+    first, others, later = unit.split([len(drawn), len(exceptions), len(drawn)], dim=1)
     reader = first_step_up(life)
-    sign = (unit[0][reader - 1] @ direction).median().sign()
-    alike = [mean_cosine(points.sum(1), len(drawn)) for points in unit[:2]]
-    return Fork(reader, position, drawn, *(sign * (points @ direction) for points in unit), *alike)
+    sign = (first[reader - 1] @ direction).median().sign()
+    alike = [mean_cosine(points.sum(1), len(drawn)) for points in (first, later)]
+    return Fork(reader, position, drawn, *(sign * (points @ direction) for points in (first, later, others)), *alike)
 
 
 @measure
 def describe_fork(fork: Fork) -> dict[str, object]:
     """Where the two paths part: medians of the cosine at the point that the block reads, and what leads there.
 
-    `disjoint`: from after which block on every first token is above every later one; `rising_blocks`, `rises`: the two
-    blocks that raise the first path's median most, and by how much; `alike_*`: mean cosine over pairs of tokens.
+    `disjoint`: after which block every first token is above every later one for good; `rising_blocks`: the two that
+    raise the first path's median most; `alike_*`: mean cosine over pairs of tokens.
     """
     end = fork.block - 1
     first, later = (path[: end + 1].quantile(0.5, dim=1) for path in (fork.first, fork.later))
     together = (fork.first.amin(1) <= fork.later.amax(1))[: end + 1].nonzero()
     disjoint = int(together[-1]) + 1 if len(together) else 0
-    rise = first.diff()
-    blocks = (rise.argsort(descending=True)[:2] + 1).sort().values.tolist()
+    rising = (first.diff().argsort(descending=True)[:2] + 1).sort().values.tolist()
     return {
         "n": fork.first.shape[1],
         "position": fork.position,
@@ -232,8 +174,7 @@ def describe_fork(fork: Fork) -> dict[str, object]:
         "first": float(first[end]),
         "later": float(later[end]),
         "disjoint": block(disjoint) if disjoint <= end else "no block",
-        "rising_blocks": [block(b) for b in blocks],
-        "rises": [float(rise[b - 1]) for b in blocks],
+        "rising_blocks": list(map(block, rising)),
         "alike_embedded": float(fork.alike_first[0]),
         "alike_first": float(fork.alike_first[end]),
         "alike_later": float(fork.alike_later[end]),
@@ -274,13 +215,19 @@ def place_elsewhere(
     drawn = _shuffled(spiking, seed)[:n]
 
     def share(some: Int[Tensor, " token"], position: int) -> float:
-        stream = after_text(model, some, prefixes(tokens, len(some), position), probe.block)[-1]
-        return float((probe.read(stream) >= probe.threshold).double().mean())
+        return float((_values_after(model, tokens, probe, some, position) >= probe.threshold).double().mean())
 
     shares = {p: share(drawn, p) for p in (0, *positions) if p < tokens.shape[1]}
     special = sorted(set(model.tokenizer.all_special_ids) & set(spiking.tolist()))
     anywhere = [t for t in special if share(torch.tensor([t] * len(tokens)), max(shares)) > 0.5]
     return Elsewhere(len(drawn), shares, len(special), tuple(model.tokenizer.decode([t]) for t in anywhere))
+
+
+def _values_after(
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], probe: Probe, some: Int[Tensor, " token"], position: int
+) -> Float[Tensor, " token"]:
+    """What the spike's channel holds of some tokens, each put at a position of another window."""
+    return probe.read(after_text(model, some, prefixes(tokens, len(some), position), probe.block)[-1])
 
 
 @measure
@@ -295,22 +242,17 @@ def try_word(
     ids = model.tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
         raise ValueError(f"{word!r} has no tokens; give a word.")
-    position = min(position, tokens.shape[1] - 1)
-    rows = []
+    position, rows = min(position, tokens.shape[1] - 1), []
     for token in ids:
         first = float(probe.read(static_path(weights_of(model), torch.tensor([token]), probe.block)))
-        many = torch.full((len(tokens),), token)
-        later = probe.read(after_text(model, many, prefixes(tokens, len(tokens), position), probe.block)[-1])
-        rows.append(
-            {
-                "token": repr(model.tokenizer.decode([token])),
-                "first": first,
-                "spikes there": "yes" if first >= probe.threshold else "no",
-                f"at position {position} (median)": float(later.median()),
-                "spikes there, windows": f"{int((later >= probe.threshold).sum())} of {len(tokens)}",
-            }
-        )
-    return pd.DataFrame(rows)
+        later = _values_after(model, tokens, probe, torch.full((len(tokens),), token), position)
+        in_windows = f"{int((later >= probe.threshold).sum())} of {len(tokens)}"
+        there = "yes" if first >= probe.threshold else "no"
+        rows.append((repr(model.tokenizer.decode([token])), first, there, float(later.median()), in_windows))
+    there = "spikes there"
+    return pd.DataFrame(
+        rows, columns=["token", "first", there, f"at position {position} (median)", f"{there}, windows"]
+    )
 
 
 @dataclass(frozen=True)

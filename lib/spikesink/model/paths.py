@@ -5,6 +5,7 @@ it from the weights, without attention scores. After a text it takes whole forwa
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.common import measure, progress
-from spikesink.model.anatomy import Anatomy, check_vocabulary, normalise
-from spikesink.model.weights import Weights, require_static_map
+from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.anatomy import Anatomy, Model, check_tokens, check_vocabulary, normalise, not_finite, run_layers
+from spikesink.model.weights import Weights, require_linear_attention, require_static_map, weights_of
 
 BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
 
 Watch = Callable[[int, slice, Float[Tensor, "token d_model"]], None]  # point, which tokens, their stream
+Write = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]  # of the stream, what a block adds
 
 
 @measure
@@ -29,13 +31,12 @@ def static_path(
     tokens: Int[Tensor, " token"],
     last: int,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
     watch: Watch | None = None,
 ) -> Float[Tensor, "token d_model"]:
     """The residual stream after block `last` (0: the embedding), of tokens that each stand at position 0 of a window.
 
-    Each layer's weights are needed once. Products are computed in `dtype` on `device`; the stream stays in float32.
-    `watch` is called as watch(point, which tokens, their stream) at the embedding and after every block.
+    Each layer's weights are needed once. Products are computed in `dtype`, the stream stays in float32. `watch` is
+    called as watch(point, which tokens, their stream) at the embedding and after every block.
 
     Raises:
         ValueError: the model has no such block, or no such token.
@@ -45,19 +46,18 @@ def static_path(
         raise ValueError(f"a static path is one of weights, not of a {type(weights).__name__}; give weights_of(model).")
     require_static_map(weights.anatomy)
     if last != 0:
-        check_block(last, weights.anatomy)
+        _check_block(weights.anatomy, last)
     check_flat_ids(weights, tokens)
-    x = weights.embed(tokens).to(device)  # all at once: an embedding that is on disk is read for every call
-    for part in batches(len(tokens)) if watch else ():
+    x = weights.embed(tokens)  # all at once: an embedding that is on disk is read for every call
+    for part in _batches(x) if watch else ():
         watch(0, part, x[part])
     for layer in progress(range((last + 1) // 2), "following the static path", "layer"):
         through_layer(weights, layer, x, last, dtype, watch)
     return x
 
 
-def batches(n: int) -> list[slice]:
-    """BATCH tokens at a time."""
-    return [slice(i, i + BATCH) for i in range(0, n, BATCH)]
+def _batches(x: Tensor) -> list[slice]:
+    return [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
 
 
 @torch.inference_mode()
@@ -74,15 +74,16 @@ def through_layer(
     `last` is the last block to run, by default the layer's FFN; `dtype` and `watch` as for `static_path`.
     """
     watch = watch or (lambda point, part, stream: None)
-    attend = attend_alone(weights, layer, dtype, x.device)
-    feed = _feed(weights, layer, dtype, x.device) if last is None or 2 * layer + 2 <= last else None
-    for part in batches(len(x)):
+    attend = attend_alone(weights, layer, dtype)
+    feed = _feed(weights, layer, dtype) if last is None or 2 * layer + 2 <= last else None
+    scale = weights.anatomy.residual_multiplier
+    for part in _batches(x):
         here = x[part]
         entered = here.clone() if weights.anatomy.parallel else here
-        attend(here, here)
+        here.add_(attend(here), alpha=scale)
         watch(2 * layer + 1, part, here)
         if feed is not None:
-            feed(entered, here)
+            here.add_(feed(entered), alpha=scale)
             watch(2 * layer + 2, part, here)
     if not x.isfinite().all():
         name = str(dtype).removeprefix("torch.")
@@ -90,73 +91,109 @@ def through_layer(
         raise FloatingPointError(f"the static path is not finite after layer {layer} in {name}; {advice}.")
 
 
-def check_block(number: int, anatomy: Anatomy) -> None:
-    """Raise ValueError unless the model has this block, counted from 1."""
+def _check_block(anatomy: Anatomy, number: int) -> None:
     if not isinstance(number, Integral) or not 0 < number <= anatomy.n_blocks:
         raise ValueError(f"block {number!r} does not exist; this model has blocks 1 to {anatomy.n_blocks}.")
 
 
-def check_flat_ids(model: TransformerBridge | Weights, tokens: Int[Tensor, " token"]) -> None:
+def check_flat_ids(model: Model, tokens: Int[Tensor, " token"]) -> None:
     """Raise ValueError unless these are ids [n] of a model's own tokens."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError("tokens must be a one-dimensional tensor of token ids, and not empty.")
     check_vocabulary(model, tokens)
 
 
-def attend_alone(weights: Weights, layer: int, dtype: torch.dtype, device) -> Callable[[Tensor, Tensor], None]:
-    """A function of (x, into) that adds W_O W_V h~ and the biases, h~ of the stream x, to the stream `into`."""
-    attention, norm = weights.attention(layer), weights.anatomy.attention_norm
-    value, out = (t.to(device, dtype) for t in (attention.value, attention.out))
-    bias = attention.bias.to(device)
+def attend_alone(weights: Weights, layer: int, dtype: torch.dtype = torch.float32) -> Write:
+    """What a layer's attention computes of a stream whose tokens each see themselves alone: W_O W_V h~ and the biases.
 
-    def attend(x: Tensor, into: Tensor) -> None:
-        h = x if norm is None else normalise(x, weights.anatomy)
-        _add(into, functional.linear(h.to(dtype), value), out, bias, attention.post_scale, weights.anatomy)
+    Before the residual multiplier, where a family has one.
+    """
+    attention, anatomy = weights.attention(layer), weights.anatomy
+    value, out = attention.value.to(dtype), attention.out.to(dtype)
+
+    def attend(x: Tensor) -> Tensor:
+        h = x if anatomy.attention_norm is None else normalise(x, anatomy)
+        write = functional.linear(functional.linear(h.to(dtype), value), out).float() + attention.bias
+        return _through_norm(write, attention.post_scale, anatomy)
 
     return attend
 
 
-def _feed(weights: Weights, layer: int, dtype: torch.dtype, device) -> Callable[[Tensor, Tensor], None]:
+def _feed(weights: Weights, layer: int, dtype: torch.dtype) -> Write:
     """The same of a layer's FFN."""
-    if not weights.anatomy.one_gated_ffn:
-        return _feed_through(weights, layer)
-    ffn, norm = weights.ffn(layer), weights.anatomy.ffn_norm
-    gate, up, down = (t.to(device, dtype) for t in (ffn.gate, ffn.up, ffn.down))
-    gate_bias, up_bias = (t.to(device, dtype) if t.any() else None for t in (ffn.gate_bias, ffn.up_bias))
-    bias = (torch.zeros(len(down)) if ffn.down_bias is None else ffn.down_bias).to(device)
+    anatomy = weights.anatomy
+    if not anatomy.one_gated_ffn:
+        return _feed_by_modules(weights, layer)
+    ffn = weights.ffn(layer)
+    low = ffn.to(dtype)
 
-    def feed(x: Tensor, into: Tensor) -> None:
-        h = (x if norm is None else normalise(x, weights.anatomy)).to(dtype)
-        hidden = ffn.activation(functional.linear(h, gate, gate_bias)).mul_(functional.linear(h, up, up_bias))
-        _add(into, hidden, down, bias, ffn.post_scale, weights.anatomy)
+    def feed(x: Tensor) -> Tensor:
+        h = (x if anatomy.ffn_norm is None else normalise(x, anatomy)).to(dtype)
+        hidden = low.activation(functional.linear(h, low.gate, low.gate_bias))
+        write = functional.linear(hidden.mul_(functional.linear(h, low.up, low.up_bias)), low.down).float()
+        write = write if ffn.down_bias is None else write + ffn.down_bias
+        return _through_norm(write, ffn.post_scale, anatomy)
 
     return feed
 
 
-def _feed_through(weights: Weights, layer: int) -> Callable[[Tensor, Tensor], None]:
+def _feed_by_modules(weights: Weights, layer: int) -> Write:
     """The same by the model's own modules, where the FFN is not one gated FFN."""
     names = (weights.anatomy.ffn_norm, "mlp", "ln2_post")
 
-    def feed(x: Tensor, into: Tensor) -> None:
+    def feed(x: Tensor) -> Tensor:
         with weights.block(layer, *names) as modules:
             parts, like = dict(modules.named_children()), next(modules.mlp.parameters())
             h = x[:, None].to(like.device, like.dtype)
             for name in filter(parts.__contains__, names):
                 h = parts[name](h)
                 h = h[0] if isinstance(h, tuple) else h  # some experts return their router's choice as well
-        into.add_(h[:, 0].to(into.device, into.dtype), alpha=weights.anatomy.residual_multiplier)
+        return h[:, 0].to(x.device, x.dtype)
 
     return feed
 
 
-def _add(
-    into: Tensor, hidden: Tensor, matrix: Tensor, bias: Tensor, post_scale: Tensor | None, anatomy: Anatomy
-) -> None:
-    """Add matrix @ hidden + bias, through the block's output norm where it has one, to the stream."""
-    write = functional.linear(hidden, matrix).float().add_(bias)
-    if post_scale is not None:
-        write = normalise(write, anatomy) * post_scale.to(write.device)
-    into.add_(write, alpha=anatomy.residual_multiplier)
+def _through_norm(write: Tensor, post_scale: Tensor | None, anatomy: Anatomy) -> Tensor:
+    """What a block writes: through its output norm, where it has one."""
+    return write if post_scale is None else normalise(write, anatomy) * post_scale
+
+
+@dataclass(frozen=True)
+class StaticMap:
+    """Attention's write against W_O W_V h~ and the biases: largest difference over the write's largest entry."""
+
+    at_first: Float[Tensor, "layer window"]  # at position 0
+    later: Float[Tensor, "layer window position"]
+
+
+@measure
+@torch.inference_mode()
+def compare_static_map(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int = 16) -> StaticMap:
+    """Compare what attention writes in the first `length` positions with the map that holds at position 0.
+
+    In bfloat16 and float16 rounding alone is larger than the tolerance, so they are not asked.
+
+    Raises:
+        FloatingPointError: a weight or an activation is not finite.
+    """
+    weights, anatomy = weights_of(model), model.anatomy
+    check_tokens(model, tokens)
+    require_linear_attention(anatomy)
+    if model.cfg.dtype != torch.float32:
+        raise NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
+    passed: dict[str, Tensor] = {}
+    names = (*anatomy.layer_hooks[:-1], *anatomy.write_hooks[::2])
+    with model.hooks(fwd_hooks=[(n, lambda v, hook: passed.update({hook.name: v.float().cpu()})) for n in names]):
+        run_layers(model, tokens[:, :length])
+    if not all(values.isfinite().all() for values in passed.values()):
+        raise FloatingPointError(not_finite(model, "the residual stream or what attention adds to it"))
+    errors = []
+    for layer in range(anatomy.n_layers):
+        entered, wrote = passed[anatomy.layer_hooks[layer]], passed[anatomy.write_hooks[2 * layer]]
+        mapped = attend_alone(weights, layer)(entered) * anatomy.residual_multiplier
+        errors.append((mapped - wrote).abs().amax(-1) / wrote.abs().amax(-1))  # window, position
+    error = torch.stack(errors)
+    return StaticMap(error[..., 0], error[..., 1:])
 
 
 @torch.inference_mode()
@@ -171,7 +208,7 @@ def after_text(
         ValueError: the model has no such block, or no such token.
     """
     anatomy = model.anatomy
-    check_block(last, anatomy)
+    _check_block(anatomy, last)
     check_flat_ids(model, tokens)
     windows, n_layers = torch.cat([before, tokens[:, None]], dim=1), (last + 1) // 2
     entering, writes = anatomy.layer_hooks[:n_layers], anatomy.write_hooks[: 2 * n_layers]

@@ -17,7 +17,7 @@ from spikesink.ledger.evidence import keys as sk
 from spikesink.ledger.evidence import lifecycle as lc
 from spikesink.ledger.evidence import serving as sv
 from spikesink.ledger.evidence import sinks
-from spikesink.model import texts
+from spikesink.model import paths, texts
 from spikesink.model.weights import weights_of
 from spikesink.patching import cuts
 from spikesink.patching.means import spike_means
@@ -96,7 +96,7 @@ def _first_token(
     smaller = life.cycles[1] if len(life.cycles) > 1 else None
     return {
         "TK1": tk.tk1_nearly_any(probe, texts.token_counts(model, text), elsewhere),
-        "TK2": tk.tk2_static_map(firsttoken.compare_static_map(model, tokens)),
+        "TK2": tk.tk2_static_map(paths.compare_static_map(model, tokens)),
         "TK3": tk.tk3_not_elsewhere(elsewhere),
         "TK4": tk.tk4_delimiters(firsttoken.compare_delimiters(model, tokens, life, life.main)),
         "X-TK5": tk.tk4_delimiters(firsttoken.compare_delimiters(model, tokens, life, smaller)),

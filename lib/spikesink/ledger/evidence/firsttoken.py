@@ -5,9 +5,10 @@ import math
 from jaxtyping import Int
 from torch import Tensor
 
-from spikesink.chain.firsttoken import Delimiters, Elsewhere, Probe, StaticMap
+from spikesink.chain.firsttoken import Delimiters, Elsewhere, Probe
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
+from spikesink.model.paths import StaticMap
 
 
 def tk1_nearly_any(
