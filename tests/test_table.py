@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from spikesink import common, paper, plots
+from spikesink import paper, plots
 from spikesink.apps import publish
 from spikesink.common import NotApplicable
 from spikesink.lab.config import LAB
@@ -86,17 +86,6 @@ def test_the_committed_pages_are_made_from_the_committed_ledgers_and_reasons(tmp
     assert len(pages) == 1 + len(committed())
     for page in pages:
         assert (tmp_path / page).read_text() == (FIGURES.parent / page).read_text(), page
-
-
-@pytest.mark.parametrize("name", claims.ledgers(FIGURES))
-def test_a_committed_page_of_pictures_has_all_of_them_and_all_verdicts(name):
-    rows, page = committed()[name]["claims"], (FIGURES / name / "README.md").read_text()
-    shown = re.findall(r"^!\[.*\]\((.*)\)$", page, flags=re.MULTILINE)
-    assert sorted(shown) == sorted(path.name for path in (FIGURES / name).glob("*.png"))
-    verdicts = dict(re.findall(r"^- (\S+) .*?\*\*([a-z/]+)\*\*", page, flags=re.MULTILINE))
-    assert verdicts == {claim_id: row["verdict"] for claim_id, row in rows.items()}
-    reasons = [row["measured"]["reason"] for row in rows.values() if row["verdict"] == "n/a"]
-    assert all(f"**n/a**: {common.escape(reason)}\n" in page for reason in reasons)
 
 
 def test_pictures_stand_under_the_headings_of_their_notebook_in_its_order_with_its_verdicts(figures):
@@ -316,17 +305,6 @@ def test_the_picture_has_a_cell_for_every_verdict_and_counts_them(figures):
         "1 of 4 claims hold on every model they were put to, 0 of them firmly; 1 differs on one|bar"
     )
     assert where == "The other 3 differ: 1 on one|bar alone, 1 on several, X-OWN1 wherever put."
-
-
-def test_the_committed_picture_is_of_the_committed_ledgers():
-    whole = board(FIGURES)
-    cells = drawn(plots.verdicts(whole))
-    rows = [row["verdict"] for data in claims.ledgers(FIGURES).values() for row in data["claims"].values()]
-    judged = 1  # all of the paper's shares are above the rule's
-    assert cells.count("holds") + cells.count("holds*") == rows.count("holds") + judged
-    assert cells.count("holds*") == sum(len(row.of_controls_on) for row in whole.rows)
-    assert [cells.count(verdict) for verdict in ("differs", "n/a")] == [rows.count("differs"), rows.count("n/a")]
-    assert (FIGURES / "claims.png").is_file()
 
 
 def test_nothing_overlaps_in_a_picture_of_twelve_models():

@@ -26,7 +26,7 @@ LINKS = {
 }
 
 
-def largest_step(factors: Sequence[float], values: Sequence[float]) -> float:
+def largest_step(factors: Sequence[float | int], values: Sequence[float | int]) -> float:
     """By how much values change from one factor to the next, at most, up to a factor of 1; of one value, endlessly."""
     dosed = [value for factor, value in zip(factors, values, strict=True) if factor <= 1]
     return max((later - earlier for earlier, later in pairwise(dosed)), default=float("inf"))

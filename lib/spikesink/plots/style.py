@@ -43,7 +43,7 @@ def _style():
         yield
 
 
-def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9.5, 4.2), **options):
+def figure(rows: int = 1, columns: int = 1, size: tuple[float | int, float | int] = (9.5, 4.2), **options):
     """A figure and its axes; `options` as plt.subplots takes them."""
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
     plt.close(fig)  # so that a notebook shows it once, when a cell returns it
