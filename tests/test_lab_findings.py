@@ -193,7 +193,7 @@ def test_a_variant_of_a_variant_is_compared_with_that_one():
     assert compared(rows, "sandwich").title == "sandwich (against embeddings of 1)"
     alone = findings.tabulate_runs(base() + three("sandwich", 0.1, 10.0))
     assert findings.compare_variants(alone) == []
-    assert "make ablations trains them" in findings.tabulate_sinks(alone, "normalization").reason
+    assert "make ablations trains them" in findings.tabulate_family(alone, "normalization").reason
 
 
 def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
@@ -206,12 +206,9 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     assert late.sink_at_loss == (), "curves are of all queries"
     assert late.title == "contexts from 1/2 on (against only the longest, late queries)"
     runs = findings.tabulate_runs(rows)
-    sinks = findings.tabulate_sinks(runs, "context")["sink ratio"]
+    sinks = findings.tabulate_family(runs, "context")["sink ratio"]
     assert sinks["only the longest"] == pytest.approx(0.30)
     assert sinks["only the longest, late queries"] == pytest.approx(0.15), "what it is compared with"
-    assert "only the longest, late queries" not in findings.tabulate_spikes(runs, "context").index
-    assert "only the longest, late queries" in texts(plots.family(findings.select_family(runs, "context"), "context"))
-    assert "contexts from 1/2 on" not in texts(plots.decoupling(findings.average_seeds(runs)))
     more = findings.tabulate_runs([*rows, *three("contexts from 1/2 on", 0.3, 100.0)])
     assert findings.pool_scatter(more, "sink_at_0.2")[1] == 4
     few = [changed(r, late={"loss": 2.5, "sink_ratio": 0.05, "attention": 0.1}) for r in rows]
@@ -225,7 +222,7 @@ def test_the_base_is_seen_at_the_loss_that_a_variant_ends_with():
     late = record(BASE, 3, 0.3, 9.0, loss=3.0)
     assert compared([*base(), late, record("GeLU", 0, 0.1, 100.0, loss=2.4)], "GeLU").sink_at_loss == ()
     rows = [*base(), record("GeLU", 0, 0.1, 100.0, loss=2.5 - ON_CURVES)]
-    table = findings.tabulate_sinks(findings.tabulate_runs(rows), "ffn")
+    table = findings.tabulate_family(findings.tabulate_runs(rows), "ffn")
     assert table.loc["GeLU", "at this loss"] == "0.08 (0.07 to 0.09)"
     rows = [*base(), *three("embeddings of 1", 0.2, 50.0), record("sandwich", 0, 0.1, 9.0)]
     assert compared(rows, "sandwich").sink_at_loss == pytest.approx((0.18, 0.2, 0.22))
@@ -340,6 +337,7 @@ def test_the_corners_hold_what_goes_alone():
     rows += [record("weight decay x 5", 0, 0.3, 10.0), record("GeLU", 0, 0.3, 100.0), record("linear", 0, 0.02, 9.0)]
     corners = findings.find_corners(findings.tabulate_runs(rows))
     assert [entry.split(" (")[0] for entry in corners["spike_alone"]] == ["QK norm"], "the others' spikes went as well"
+    assert set(corners["names"]) == {"QK norm", "weight decay x 5"}
     low, high = (math.exp(end) for end in change(rows, "weight decay x 5", "relative").interval[1:])
     assert corners["sink_alone"] == [f"weight decay x 5 (5; times 0.09, {low:.2f} to {high:.2f})"]
     assert corners["medians"] == pytest.approx(55)
@@ -377,35 +375,27 @@ def test_what_is_known_of_backcopy_is_measured_as_defined():
     assert truth["excess"] == pytest.approx(math.log(64) - entropy[rows[:, 1:-1][others]].mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_familys_picture_names_every_variant_here_and_in_the_paper(family):
-    runs = findings.select_family(findings.tabulate_runs(every_variant()), family)
-    fig = plots.family(runs, family)
-    shown, reported = texts(fig), paper.TRAINED_VARIANTS[family]
-    ticks = [line.get_ydata()[0] for line in fig.axes[1].lines if line.get_marker() == "_"]
-    assert ticks == [sink for sink, spike in reported.values() if isinstance(sink, float) and spike is None]
-    seeds = runs.groupby("name", sort=False).size()
-    assert [len(line.get_xdata()) for line in fig.axes[0].lines] == list(seeds), "a line joins a variant's seeds"
-    for variant in VARIANTS:
-        assert (variant.name in shown) == (variant.family == family)
-    for name, (sink, _) in reported.items():
-        label = f"{name} ({paper.TRAINED_AS[name]})" if name in paper.TRAINED_AS else name
-        assert sink is None or any(label in text for text in shown)
-
-
-def test_pictures_of_all_variants_count_and_name_them():
+def test_the_picture_of_changes_counts_them_and_has_the_papers_beside():
     runs = findings.tabulate_runs(every_variant())
     several = findings.compare_variants(runs)
     outcomes = [c.outcome for one in several for c in (one.sink, one.spike) if c.outcome]
-    title = texts(plots.changes(several))[-1]
+    fig = plots.changes(several)
     numbers = [len(outcomes), *(outcomes.count(what) for what in ("agree", "differ", "undecided"))]
-    assert [int(word) for word in title.split() if word.isdigit()] == numbers
-    plane = plots.decoupling(findings.average_seeds(runs))
-    assert {BASE, *(one.name for one in several if not one.late)} <= set(texts(plane))
-    rows = findings.tabulate_runs([*base(), record("GeLU", 0, 0.3, 90.0, median=3.0)])
-    lines = plots.decoupling(findings.average_seeds(rows)).axes[0].lines
-    points = [line.get_xdata()[0] for line in lines if len(line.get_xdata())]
-    assert {30, 55} <= {round(x) for x in points}, "in medians of the stream"
+    assert [int(word) for word in texts(fig)[-1].split() if word.isdigit()] == numbers
+    theirs = [values for family in paper.TRAINED_VARIANTS.values() for values in family.values()]
+    for i, base_of in enumerate((lambda x: x - paper.TRAINED_BASE[0], lambda x: math.log(x / paper.TRAINED_BASE[1]))):
+        diamonds = [line.get_xdata()[0] for line in fig.axes[i].lines if line.get_marker() == "d"]
+        expected = [base_of(values[i]) for values in theirs if isinstance(values[i], int | float)]
+        assert diamonds == pytest.approx(expected)
+
+
+def test_the_plane_of_all_is_in_medians_of_the_stream_and_names_what_it_is_asked_for():
+    runs = findings.tabulate_runs([*base(), record("GeLU", 0, 0.3, 90.0, median=3.0), *three("linear", 0.2, 50.0)])
+    fig = plots.decoupling(findings.average_seeds(runs), ["GeLU"])
+    points = [x for line in fig.axes[0].lines if line.get_marker() in "sox*D" for x in line.get_xdata()]
+    assert {30, 25, 55} <= {round(x) for x in points}
+    assert "GeLU" in texts(fig)
+    assert "linear" not in texts(fig)
 
 
 def test_pictures_of_curves_show_what_they_were_given():
@@ -430,23 +420,21 @@ def test_pictures_of_curves_show_what_they_were_given():
     assert "gated: 2% at position 0 when idle (1%, 3%)" in texts(plots.dormant(curves, held))
 
 
-def test_the_tables_of_a_family_have_one_row_a_variant():
-    runs = findings.tabulate_runs(every_variant())
-    sinks, spikes = findings.tabulate_sinks(runs, "gates"), findings.tabulate_spikes(runs, "gates")
-    assert list(sinks.index) == list(spikes.index) == [BASE, *(v.name for v in VARIANTS if v.family == "gates")]
-    assert sinks.loc["gate per head", ["seeds", "attention", "paper"]].tolist() == [3, pytest.approx(0.2), "down"]
-    assert sinks.loc[BASE, "sink ratio"] == pytest.approx(0.32)
-    assert sinks.loc[BASE, "change"] == "", "the base is not compared with itself"
-    assert spikes.loc["gate per head", "times elsewhere"] == pytest.approx(10)
-    assert list(spikes["paper"]) == ["", "down", "down", "", ""], "what it says of activations, not of sinks"
+def test_the_table_of_a_family_has_one_row_a_variant():
+    table = findings.tabulate_family(findings.tabulate_runs(every_variant()), "gates")
+    assert list(table.index) == [BASE, *(v.name for v in VARIANTS if v.family == "gates")]
+    assert table.loc["gate per head", ["seeds", "attention"]].tolist() == [3, pytest.approx(0.2)]
+    assert table.loc["gate per head", "times elsewhere"] == pytest.approx(10)
+    assert table.loc[BASE, "sink ratio"] == pytest.approx(0.32)
+    assert table.loc[BASE, "change"] == "", "the base is not compared with itself"
 
 
 def test_where_nothing_was_trained_it_says_so():
     nothing = findings.tabulate_runs([])
     assert "make ablations trains them" in nothing.reason
-    assert findings.tabulate_sinks(nothing, "gates") == nothing
-    for draw in (plots.decoupling, plots.waiting):
-        assert nothing.reason in " ".join(texts(draw(nothing)))
+    assert findings.tabulate_family(nothing, "gates") == nothing
+    for fig in (plots.decoupling(nothing, []), plots.waiting(nothing)):
+        assert nothing.reason in " ".join(texts(fig))
     assert "no variant is trained yet" in " ".join(texts(plots.changes([])))
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from spikesink.chain.trace import EPSILONS
 from spikesink.common import NotApplicable, mean_of, measure
-from spikesink.lab.changes import BANDS, LATE, Change, Compared, direction, title_of
+from spikesink.lab.changes import BANDS, LATE, Change, Compared, direction
 from spikesink.lab.families import AGAINST, BASE, FAMILY, WITHOUT_BOS
 from spikesink.lab.records import Record
 from spikesink.lab.train import Run
@@ -20,7 +20,24 @@ NO_RECORDS = "there are no records of these variants yet; make ablations trains 
 STAYS_LOSS = 0.01  # nats that training may go worse by and count as good as the base's
 SOME_SINKS = 0.1  # sink ratio of a model that has sinks
 STANDS_OUT = 2.0  # times the largest entry elsewhere, of a position 0 that has a spike of its own
-OTHERS = f"change at {', '.join(f'{epsilon:g}' for epsilon in EPSILONS)}"
+SHOWN = {
+    "sink_ratio": "sink ratio",
+    "max_activation": "largest activation",
+    "over_median": "medians",
+    "over_elsewhere": "times elsewhere",
+}
+COLUMNS = [
+    "seeds",
+    "loss",
+    "sink ratio",
+    "change",
+    "at this loss",
+    "attention",
+    "largest activation",
+    "factor",
+    "medians",
+    "times elsewhere",
+]
 
 
 @measure
@@ -162,50 +179,24 @@ def _sink_at_loss(runs: pd.DataFrame, name: str) -> tuple[float, ...]:
 
 
 @measure
-def tabulate_sinks(runs: pd.DataFrame, family: str) -> pd.DataFrame:
-    """A family's sinks: the base, then each variant with its change, and what the paper says."""
-    cells = {
-        one.name: {
-            "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
-            "paper": one.sink.paper or "",
-            OTHERS: ", ".join(f"{other.value:+.2f}" for other in one.sink.others),
-            "at this loss": mean_of(one.sink_at_loss),
-        }
-        for one in compare_variants(runs, family)
-    }
-    table = _tabulate(select_family(runs, family), cells)
-    return table[["seeds", "loss", "sink ratio", "change", "paper", OTHERS, "at this loss", "attention"]]
-
-
-@measure
-def tabulate_spikes(runs: pd.DataFrame, family: str) -> pd.DataFrame:
-    """A family's largest activations: the base, then each variant as a multiple, and what the paper says."""
-    cells = {
-        one.name: {
-            "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
-            "paper": one.spike.paper or "",
-        }
-        for one in compare_variants(runs, family)
-    }
-    # Late queries know of other sinks, not of other activations.
-    table = _tabulate(select_family(runs[~runs["name"].str.endswith(LATE)], family), cells)
-    return table[["seeds", "largest activation", "factor", "paper", "medians", "times elsewhere"]]
-
-
-def _tabulate(runs: pd.DataFrame, cells: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
-    if not cells:
+def tabulate_family(runs: pd.DataFrame, family: str) -> pd.DataFrame:
+    """A family's means, changes and factors with their intervals: what it is compared with, then each variant."""
+    compared = {one.name: one for one in compare_variants(runs, family)}
+    if not compared:
         raise NotApplicable(NO_RECORDS)
-    names = {
-        "sink_ratio": "sink ratio",
-        "max_activation": "largest activation",
-        "over_median": "medians",
-        "over_elsewhere": "times elsewhere",
+    means = average_seeds(select_family(runs, family))
+    means = means[[name in compared or name not in FAMILY for name in means.index]]
+    cells = {
+        name: {
+            "change": "{:+.2f} ({:+.2f} to {:+.2f})".format(*one.sink.interval),
+            "at this loss": mean_of(one.sink_at_loss),
+            "factor": "{:.2f} ({:.2f} to {:.2f})".format(*map(math.exp, one.spike.interval)),
+        }
+        for name, one in compared.items()
     }
-    means = average_seeds(runs)
-    means = means[[name in cells or name not in FAMILY for name in means.index]]
-    titles = [title_of(name, late) if name in cells else name for name, late in means["late"].items()]
-    table = means.join(pd.DataFrame.from_dict(cells, orient="index")).fillna("").rename(columns=names)
-    return table.set_axis(pd.Index(titles, name="variant"))
+    titles = [compared[name].title if name in compared else name for name in means.index]
+    table = means.join(pd.DataFrame.from_dict(cells, orient="index")).fillna("").rename(columns=SHOWN)
+    return table[COLUMNS].set_axis(pd.Index(titles, name="variant"))
 
 
 @measure
@@ -215,9 +206,9 @@ def find_corners(runs: pd.DataFrame) -> dict[str, list[str] | float]:
     By the largest activation in medians of the stream, and without variants that are judged by late queries.
     `spike_alone`: significantly fewer sinks than the base, hardly any by the least epsilon as well; position 0 stands
     out, and its activation is not lower by more than the band. `sink_alone`: a significantly smaller activation, and
-    perhaps as many sinks. Each with the activation, and that over the base's with its interval.
+    perhaps as many sinks. Each with the activation, and that over the base's with its interval; `names`: of all these.
     """
-    corners = {"spike_alone": [], "sink_alone": []}
+    corners = {"spike_alone": [], "sink_alone": [], "names": []}
     seen = runs[~runs["late"]]
     means, least = average_seeds(seen), f"sink_at_{min(EPSILONS):g}"
     for one in compare_variants(seen):
@@ -226,10 +217,14 @@ def find_corners(runs: pd.DataFrame) -> dict[str, list[str] | float]:
         entry = f"{one.name} ({one.over_median:.0f}; times {times})"
         stands_out = one.over_elsewhere >= STANDS_OUT and spike.value >= -BANDS["relative"]
         hardly_any = max(one.sink_ratio, seen[seen["name"] == one.name][least].mean()) < SOME_SINKS
-        if sink.high < 0 and hardly_any and stands_out:
-            corners["spike_alone"].append(entry)
-        if spike.high < 0 <= sink.high and one.sink_ratio >= SOME_SINKS:
-            corners["sink_alone"].append(entry)
+        alone = {
+            "spike_alone": sink.high < 0 and hardly_any and stands_out,
+            "sink_alone": spike.high < 0 <= sink.high and one.sink_ratio >= SOME_SINKS,
+        }
+        for corner in alone:
+            if alone[corner]:
+                corners[corner].append(entry)
+                corners["names"].append(one.name)
     rho = means[["sink_ratio", "over_median", "max_activation"]].corr("spearman")["sink_ratio"]
     return corners | {
         "together": float(rho["over_median"]),
@@ -254,9 +249,7 @@ def tabulate_first_token(records: Sequence[Record]) -> pd.DataFrame:
         "trained without BOS": [record.final for record in records if record.name == WITHOUT_BOS],
     }
     rows = {}
-    for name, finals in ends.items():
-        if not finals:
-            continue
+    for name, finals in ((name, finals) for name, finals in ends.items() if finals):
         rows[name] = {
             "sink ratio": np.mean([final["sink_ratio"] for final in finals]),
             "attention": np.mean([final["attention"] for final in finals]),

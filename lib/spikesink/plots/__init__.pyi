@@ -21,7 +21,6 @@ from .lab import changes as changes
 from .lab import decoupling as decoupling
 from .lab import dormant as dormant
 from .lab import emergence as emergence
-from .lab import family as family
 from .lab import growing as growing
 from .lab import waiting as waiting
 from .lifecycle import across_models as across_models

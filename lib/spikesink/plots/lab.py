@@ -1,22 +1,19 @@
 """The figures of notebook 09: what training does to spike and sink."""
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
-from scipy.optimize import linear_sum_assignment
+from matplotlib.ticker import FixedLocator
 
 from spikesink import paper
 from spikesink.chain.trace import Profile
 from spikesink.common import brief
-from spikesink.lab.changes import AGREES, DIFFERS, LATE, UNDECIDED, Compared, title_of
-from spikesink.lab.families import AGAINST, BASE, FAMILIES, FAMILY
+from spikesink.lab.changes import AGREES, DIFFERS, UNDECIDED, Compared, title_of
+from spikesink.lab.families import BASE, FAMILIES, FAMILY
 from spikesink.plots.style import (
     ORDINARY,
     OTHERS,
@@ -26,164 +23,56 @@ from spikesink.plots.style import (
     absent,
     drawn_where_applicable,
     figure,
+    log_ticks,
     styled,
     thousands,
 )
 
 FAMILY_COLOURS = dict(zip(FAMILIES, (ORDINARY, OTHERS[0], SPIKE, OTHERS[1], SINK, OTHERS[2]), strict=True))
 FAMILY_MARKERS = dict(zip(FAMILIES, "osD^vP", strict=True))
-# Of the variants of one family; but for the yellow, in which a name cannot be read.
-VARIANT_COLOURS = [colour for i, colour in enumerate(sns.color_palette("colorblind").as_hex()) if i != 8]
 MARKS = {"up": "+", "down": "\N{MINUS SIGN}", "stays": "=", paper.AT_LEAST: "\N{GREATER-THAN OR EQUAL TO}"}
 OUTCOME_COLOURS = {AGREES: OTHERS[0], DIFFERS: SPIKE, UNDECIDED: ORDINARY, None: ORDINARY}
-
-Point = tuple[str, float, float, str]  # name, x, y, colour
-
-
-@drawn_where_applicable
-def family(runs: pd.DataFrame, name: str) -> Figure:
-    """09: a family in the plane of largest activation and sink ratio, a point a seed; beside it the paper's models.
-
-    Lines join the seeds of a variant. Squares are what others are compared with (filled: the base), diamonds the same
-    by late queries. Where the paper has a sink ratio alone it is a tick at the left.
-    """
-    fig, (ours, theirs) = figure(1, 2, size=(12, 4.4), width_ratios=(1.2, 1))
-    here = [
-        (row.name, row.max_activation, row.sink_ratio, _colour(row.name))
-        for row in runs[["name", "max_activation", "sink_ratio"]].itertuples(index=False, name="Run")
-    ]
-    reported = {BASE: (*paper.TRAINED_BASE, "black")}
-    for variant, ends in paper.TRAINED_VARIANTS[name].items():
-        model = f"{variant} ({paper.TRAINED_AS[variant]})" if variant in paper.TRAINED_AS else variant
-        reported[model] = (*ends, _colour(variant))
-    numbers = {model: ends for model, ends in reported.items() if isinstance(ends[0], float)}
-    there = [(model, spike, sink, colour) for model, (sink, spike, colour) in numbers.items() if spike is not None]
-    ticks = [(model, sink, colour) for model, (sink, spike, colour) in numbers.items() if spike is None]
-    worded = [f"{model}: {sink}" for model, (sink, *_) in reported.items() if isinstance(sink, str)]
-    for ax, points, title in ((ours, here, "Here, 1 million parameters"), (theirs, there, "In the paper, 7B")):
-        for variant in dict.fromkeys(point[0] for point in points):
-            x, y, (colour, *_) = zip(*sorted(point[1:] for point in points if point[0] == variant), strict=True)
-            looks = {"mfc": "white", "mew": 1.5} if _is_compared_with(variant) and variant != BASE else {"mec": "white"}
-            marker = "o" if not _is_compared_with(variant) else "D" if variant.endswith(LATE) else "s"
-            ax.plot(x, y, marker=marker, color=colour, lw=0.5, ms=7, **looks)
-        _plane(ax)
-        ax.set_title(title, fontsize=11)
-        _leaders(ax, points)
-    for model, sink, colour in ticks:
-        theirs.plot(0, sink, marker="_", color=colour, ms=14, mew=2, transform=theirs.get_yaxis_transform())
-        theirs.text(0.03, sink, model, color=colour, fontsize=8.5, va="center", transform=theirs.get_yaxis_transform())
-    notes = ["at the left: a sink ratio alone"] if ticks else []
-    notes += [f"sink ratio, {'; '.join(worded)}"] if worded else []
-    if notes:
-        theirs.set_xlabel("largest activation\n" + textwrap.fill(f"({'; '.join(notes)})", 60))
-    return fig
-
-
-def _is_compared_with(variant: str) -> bool:
-    """Whether other variants are compared with it."""
-    return variant.removesuffix(LATE) in AGAINST.values()
-
-
-def _colour(variant: str) -> str:
-    """Black for what others are compared with, and within a family one of its own for each of the others."""
-    if _is_compared_with(variant):
-        return "black"
-    return VARIANT_COLOURS[[name for name in FAMILY if FAMILY[name] == FAMILY[variant]].index(variant)]
-
-
-def _plane(ax) -> None:
-    """The axes of largest activation and sink ratio."""
-    ax.set(xscale="log", xlabel="largest activation", ylabel="sink ratio")
-    ax.margins(x=0.12, y=0.12)
-    low, high = ax.get_ylim()
-    low = min(-0.02, low)
-    ax.set_ylim(low, high + 0.08 * (high - low))
-    _written_out(ax, "x")
-
-
-def _written_out(ax, which: str) -> None:
-    """A logarithmic axis whose ticks read 1, 2, 5, 10 and so on, for values that span less than a few decades."""
-    axis = getattr(ax, f"{which}axis")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_formatter(NullFormatter())
-    thousands(ax, which)
-
-
-def _leaders(ax, points: Sequence[Point], side: str = "right", fontsize: float = 8.5) -> None:
-    """Name points in a column beside the axes, each name once and on a line to the middle one of its points."""
-    named: dict[str, list[Point]] = {}
-    for point in points:
-        named.setdefault(point[0], []).append(point)
-    # The point whose activation is the middle one's: a mean could lie where there is none.
-    middles = [sorted(of, key=lambda point: point[1])[len(of) // 2] for of in named.values()]
-    middles.sort(key=lambda middle: middle[2])
-    ax.autoscale_view()  # what is drawn so far sets the limits that places are read off
-    ends = (ax.transData - ax.transAxes).transform([(x, y) for _, x, y, _ in middles])
-    heights = ends[:, 1].tolist()
-    step = min(0.065 * fontsize / 8.5 * 4.4 / ax.figure.get_figheight(), 1 / max(1, len(middles)))
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + step)
-    heights[-1] = min(heights[-1], 0.97)
-    for i in reversed(range(len(heights) - 1)):
-        heights[i] = min(heights[i], heights[i + 1] - step)
-    right = side == "right"
-    column = 1.02 if right else -0.1
-    # Lines of the least length together do not cross.
-    _, order = linear_sum_assignment(np.hypot(ends[:, :1] - column, ends[:, 1:] - heights))
-    for (name, x, y, colour), place in zip(middles, order, strict=True):
-        ax.annotate(
-            name,
-            (x, y),
-            (column, heights[place]),
-            textcoords="axes fraction",
-            ha="left" if right else "right",
-            va="center",
-            fontsize=fontsize,
-            color=colour,
-            arrowprops={
-                "arrowstyle": "-",
-                "lw": 0.4,
-                "color": colour,
-                "alpha": 0.6,
-                "relpos": (0 if right else 1, 0.5),  # a line from its middle would cross other names
-                "shrinkB": 4,
-            },
-        )
+FACTORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
 @drawn_where_applicable
 def changes(compared: Sequence[Compared]) -> Figure:
-    """09: how each variant differs from the base, with its interval over seeds, and which way the paper's goes."""
+    """09: how each variant differs from what it is compared with, with its interval over seeds, and the paper's model.
+
+    Open circles are variants of one seed, diamonds the paper's change; signs at the right its way.
+    """
     if not compared:
         return absent("no variant is trained yet")
-    fig, axes = figure(1, 2, size=(11, 0.34 * len(compared) + 1.6), sharey=True)
+    fig, axes = figure(1, 2, size=(11, 0.34 * len(compared) + 1.9), sharey=True)
     rows = range(len(compared))
-    for ax, measure in zip(axes, ("sink", "spike"), strict=True):
+    for i, (ax, quantity) in enumerate(zip(axes, ("sink", "spike"), strict=True)):
         ax.axvline(0, color="black", lw=0.8)
         for row, one in zip(rows, compared, strict=True):
-            change = getattr(one, measure)
+            change = getattr(one, quantity)
             colour = OUTCOME_COLOURS[change.outcome]
             width = 2 if change.outcome else 0.8  # where the paper says nothing, there is nothing to judge
             ax.plot([change.low, change.high], [row, row], color=colour, lw=width, solid_capstyle="butt")
             ax.plot(change.value, row, marker="o", color=colour, mfc=colour if one.seeds > 1 else "white", ms=6)
-            mark = MARKS.get(change.paper, "")
-            ax.annotate(mark, (1.02, row), xycoords=("axes fraction", "data"), ha="center", va="center", fontsize=11)
+            theirs = paper.TRAINED_VARIANTS[FAMILY[one.name]].get(one.name, (None, None))[i]
+            if isinstance(theirs, int | float):
+                base = paper.TRAINED_BASE[i]
+                moved = theirs - base if quantity == "sink" else math.log(theirs / base)
+                ax.plot(moved, row + 0.28, marker="d", color="black", mfc="none", ms=5)
+            at = {"xycoords": ("axes fraction", "data"), "ha": "center", "va": "center"}
+            ax.annotate(MARKS.get(change.paper, ""), (1.02, row), fontsize=11, **at)
         ax.annotate("paper", (1.02, 1.005), xycoords="axes fraction", ha="center", va="bottom", fontsize=8)
         ax.grid(axis="x", lw=0.4)
-    for row in _family_starts([one.name for one in compared]):
-        for ax in axes:
+        for row in _family_starts([one.name for one in compared]):
             ax.axhline(row - 0.5, color=ORDINARY, lw=0.5)
     axes[0].set_yticks(rows, [one.title for one in compared], fontsize=9)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("change of the sink ratio\n(thin: the paper says nothing)")
-    axes[1].set_xlabel("largest activation, times the base's\n(or that of what a variant is set against)")
-    ticks = [
-        t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if axes[1].get_xlim()[0] < math.log(t) < axes[1].get_xlim()[1]
-    ]
-    axes[1].xaxis.set_major_locator(FixedLocator([math.log(t) for t in ticks]))
-    axes[1].set_xticklabels([f"{t:g}" for t in ticks])
-    outcomes = [change.outcome for one in compared for change in (one.sink, one.spike)]
-    count = Counter(outcome for outcome in outcomes if outcome)
+    axes[0].set_xlabel("change of the sink ratio\n(diamonds: the paper's, at 7B; thin: it says nothing)")
+    axes[1].set_xlabel("largest activation, times the base's\n(or that of what a variant is compared with)")
+    low, high = axes[1].get_xlim()
+    ticks = [factor for factor in FACTORS if low < math.log(factor) < high]
+    axes[1].xaxis.set_major_locator(FixedLocator([math.log(factor) for factor in ticks]))
+    axes[1].set_xticklabels([f"{factor:g}" for factor in ticks])
+    count = Counter(change.outcome for one in compared for change in (one.sink, one.spike) if change.outcome)
     above(
         fig,
         f"Of {count.total()} changes that the paper reports, {count[AGREES]} go its way here, "
@@ -198,46 +87,35 @@ def _family_starts(names: Sequence[str]) -> list[int]:
 
 
 @drawn_where_applicable
-def decoupling(means: pd.DataFrame) -> Figure:
+def decoupling(means: pd.DataFrame, named: Sequence[str]) -> Figure:
     """09: all variants in one plane, but those judged by late queries; the base's values divide it into four.
 
-    Sizes are in medians of the stream. `means` are as `findings.average_seeds` gives them.
+    Sizes are in medians of the stream. `means` are as `findings.average_seeds` gives them; some variants are `named`.
     """
-    fig, ax = figure(size=(12, 6.4))
+    fig, ax = figure(size=(9.5, 5.4))
     means = means[~means["late"]]
     base = means.loc[BASE]
-    ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     ax.axvline(base["over_median"], color="black", lw=0.6, ls=":")
     ax.axhline(base["sink_ratio"], color="black", lw=0.6, ls=":")
-    points = [
-        (name, x, y, FAMILY_COLOURS[FAMILY[name]] if name in FAMILY else "black")
-        for name, x, y in means[["over_median", "sink_ratio"]].itertuples()
-    ]
     for name, colour in FAMILY_COLOURS.items():
         ours = means[means.index.map(FAMILY) == name]
         style = {"color": colour, "marker": FAMILY_MARKERS[name], "lw": 0, "ms": 8, "mfc": "none", "mew": 1.6}
         ax.plot(ours["over_median"], ours["sink_ratio"], label=name, **style)
-    ax.plot(base["over_median"], base["sink_ratio"], marker="*", color="black", ms=15, lw=0, mec="white")
-    _plane(ax)
+    ax.plot(base["over_median"], base["sink_ratio"], marker="*", color="black", ms=15, lw=0, mec="white", label=BASE)
+    for name in named:
+        at = (means.loc[name, "over_median"], means.loc[name, "sink_ratio"])
+        ax.annotate(name, at, (7, 5), textcoords="offset points", fontsize=9, color=FAMILY_COLOURS[FAMILY[name]])
+    ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
+    ax.set(xscale="log", xlabel="largest activation, in medians of the stream", ylabel="sink ratio")
     ax.set_ylim(bottom=-0.004)
-    corners = {
-        (0.01, 0.99): "more sink, less spike",
-        (0.99, 0.99): "more of both",
-        (0.01, 0.01): "less of both",
-        (0.99, 0.01): "more spike, less sink",
-    }
-    for (x, y), text in corners.items():
-        sides = {"ha": "left" if x < 0.5 else "right", "va": "top" if y > 0.5 else "bottom"}
-        ax.text(x, y, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
-    points.sort(key=lambda point: point[1])
-    ax.set(xlabel="largest activation, in medians of the stream", ylabel="")
-    ax.text(0, 1.01, "sink ratio", transform=ax.transAxes, ha="right")  # clear of the lines on the left
-    ax.yaxis.set_zorder(4)  # numbers over the lines to names on the left
-    for number in ax.get_yticklabels():
-        number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
-    _leaders(ax, points[: len(points) // 2], "left", 9)
-    _leaders(ax, points[len(points) // 2 :], "right", 9)
-    ax.legend(fontsize=9, loc="upper center", ncols=6, bbox_to_anchor=(0.5, 1.08))
+    ax.margins(x=0.12)
+    log_ticks(ax.xaxis)
+    corners = ("less of both", "more spike, less sink", "more sink, less spike", "more of both")
+    for i, text in enumerate(corners):
+        x, y, sides = i % 2, i // 2, {"ha": ("left", "right")[i % 2], "va": ("bottom", "top")[i // 2]}
+        place = (0.01 + 0.98 * x, 0.01 + 0.98 * y)
+        ax.text(*place, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
+    ax.legend(fontsize=9, loc="upper center", ncols=7, bbox_to_anchor=(0.5, 1.1))
     return fig
 
 
