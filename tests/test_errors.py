@@ -462,7 +462,7 @@ def test_one_token_of_padding_is_no_window_of_it(world):
 )
 def test_make_says_it_before_a_kernel_starts(option, value, words, world, tmp_path, monkeypatch, capfd):
     """As `make` passes its variables on; more of them are in test_reproduce."""
-    monkeypatch.setattr(reproduce, "_execute", lambda *_: pytest.fail("a notebook was started"))
+    monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("a notebook was started"))
     broken = {
         "other": world.other(vocabulary=100).source.directory,
         "damaged": world.copy("a damaged tokenizer", write("tokenizer.json", "{}")),

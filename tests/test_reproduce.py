@@ -3,13 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from rich.console import Console
 
 from spikesink import common
 from spikesink.__main__ import main
@@ -27,116 +24,96 @@ folder.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, capsys):
     """A project of one notebook that writes one picture, and a function that runs it and tells what was said."""
-    cells = [nbformat.v4.new_code_cell("MODEL = 'none'\nSEED = 0\nFIGURES = None"), nbformat.v4.new_code_cell(NOTEBOOK)]
-    cells[0].metadata["tags"] = ["parameters"]
     (tmp_path / "notebooks").mkdir()
-    python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=python)
-    nbformat.write(notebook, tmp_path / "notebooks" / "01_one.ipynb")
-
+    write(tmp_path / "notebooks" / "01_one.ipynb", "MODEL = 'none'\nSEED = 0\nFIGURES = None", NOTEBOOK)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "check", lambda parameters: None)  # its model is only a name
 
-    def run(**parameters):
-        console = Console(record=True, width=200)
-        given = {"MODEL": "tiny", "TEXT": "house", "SEED": 0, "FIGURES": str(tmp_path / "figures")} | parameters
-        notebooks = sorted((tmp_path / "notebooks").glob("*.ipynb"))
-        code = reproduce.run(notebooks, given, tmp_path / "figures", tmp_path / "build", console)
-        return code, console.export_text()
+    def run(*options):
+        code = main(["figures", *(() if "--model" in options else ("--model", "tiny")), *map(str, options)])
+        return code, capsys.readouterr().out
 
-    run.root = tmp_path
     return run
 
 
+def write(path, *sources):
+    """A notebook whose first cell holds the parameters."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[0].metadata["tags"] = ["parameters"]
+    python = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=python), path)
+
+
+def change(old, new):
+    notebook = Path("notebooks/01_one.ipynb")
+    notebook.write_text(notebook.read_text().replace(old, new))
+
+
 def test_only_what_changed_runs_again(project):
+    picture = Path("figures/tiny/01-picture.png")
     code, said = project()
     assert code == 0
-    assert "[1/1] 01_one: running on tiny, 0 more after it" in said
-    assert "done in" in said
+    assert "[1/1] 01_one: running on tiny" in said
     assert "up to date" in project()[1]
-    assert "running" in project(SEED=1)[1]
-    assert (project.root / "figures" / "tiny" / "01-picture.png").read_text() == "1"
-    assert "up to date" in project(SEED=1)[1]
-    (project.root / "figures" / "tiny" / "01-picture.png").unlink()
-    assert "running" in project(SEED=1)[1]
+    assert "running" in project("--seed", 1)[1]
+    assert picture.read_text() == "1"
+    picture.unlink()
+    assert "running" in project("--seed", 1)[1]
+    change("import json", "import json  # changed")
+    assert "running" in project("--seed", 1)[1]
+    assert "up to date" in project("--seed", 1)[1]
 
 
-def test_a_changed_notebook_or_library_runs_again(project, monkeypatch):
+@pytest.mark.parametrize("changed", ["library", "version"])
+def test_a_changed_library_or_version_runs_again(changed, project, monkeypatch):
     project()
-    notebook = project.root / "notebooks" / "01_one.ipynb"
-    notebook.write_text(notebook.read_text().replace("import json", "import json  # changed"))
+    if changed == "library":
+        Path("library").mkdir()
+        Path("library/measure.py").write_text("changed")
+        monkeypatch.setattr(reproduce, "LIBRARY", Path("library"))
+    else:
+        monkeypatch.setattr(reproduce.importlib.metadata, "version", lambda name: "0")
     assert "running" in project()[1]
-    assert "up to date" in project()[1]
-    monkeypatch.setattr(reproduce, "__file__", str(project.root / "library" / "apps" / "reproduce.py"))
-    (project.root / "library" / "apps").mkdir(parents=True)
-    (project.root / "library" / "apps" / "reproduce.py").write_text("changed")
-    assert "running" in project()[1]
-
-
-def test_another_version_of_a_library_runs_again(project, monkeypatch):
-    project()
-    assert "up to date" in project()[1]
-    monkeypatch.setattr(reproduce.importlib.metadata, "version", lambda name: "0")
-    assert "running" in project()[1]
-
-
-def test_a_failure_in_between_is_not_forgotten(project):
-    """What a failed run left behind must not pass for what an earlier, whole run had written."""
-    project()
-    notebook = project.root / "notebooks" / "01_one.ipynb"
-    whole = notebook.read_text()
-    notebook.write_text(whole.replace(".write_text(str(SEED))", ".write_text(str(SEED)); 1 / 0"))
-    assert project(SEED=1)[0] == 1
-    notebook.write_text(whole)
-    assert "running" in project()[1]
-    assert (project.root / "figures" / "tiny" / "01-picture.png").read_text() == "0"
 
 
 def test_a_model_directory_that_changed_runs_again(project, random_directory, tmp_path):
     shutil.copytree(random_directory, tmp_path / "other")
-    given = {"MODEL": str(tmp_path / "other")}
-    assert "running" in project(**given)[1]
-    assert "up to date" in project(**given)[1]
+    given = ("--model", tmp_path / "other")
+    assert "running" in project(*given)[1]
+    assert "up to date" in project(*given)[1]
     (tmp_path / "other" / "model.safetensors").touch()
-    assert "running" in project(**given)[1]
+    assert "running" in project(*given)[1]
 
 
-def test_a_failing_notebook_is_named_with_its_error(project):
-    notebook = project.root / "notebooks" / "01_one.ipynb"
-    notebook.write_text(notebook.read_text().replace("import json", "1 / 0"))
-    code, said = project()
+def test_a_failing_notebook_is_named_with_its_error_and_what_it_left_is_not_taken_for_whole(project):
+    build = Path("build/figures/tiny")
+    project()
+    change(".write_text(str(SEED))", ".write_text(str(SEED)); 1 / 0")
+    code, said = project("--seed", 1)
     assert code == 1
-    assert "01_one: failed. ZeroDivisionError: division by zero" in said.replace("\n", " ")
-    assert (project.root / "build" / "tiny" / "01_one.failed.ipynb").is_file()
-    assert not (project.root / "build" / "tiny" / "01_one.ipynb").exists()
-    notebook.write_text(notebook.read_text().replace("1 / 0", "import json"))
-    assert "done in" in project()[1]
-    assert not (project.root / "build" / "tiny" / "01_one.failed.ipynb").exists()
+    assert "01_one: failed. ZeroDivisionError: division by zero" in said
+    assert (build / "01_one.failed.ipynb").is_file()
+    change("; 1 / 0", "")
+    assert "running" in project()[1]
+    assert Path("figures/tiny/01-picture.png").read_text() == "0"
+    assert not (build / "01_one.failed.ipynb").exists()
 
 
-def test_an_interrupted_run_leaves_no_half_notebook(project, monkeypatch):
+def test_an_interrupted_run_leaves_no_half_notebook_and_stops_the_models_after_it(project, monkeypatch):
     import papermill
 
-    def interrupted(notebook, partial, *args, **options):
-        Path(partial).write_text("{")
+    def interrupted(notebook, unfinished, *args, **options):
+        Path(unfinished).write_text("{")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(papermill, "execute_notebook", interrupted)
-    code, said = project()
+    code, said = project("--model", "tiny,other")
     assert code == common.INTERRUPTED
     assert "what was finished is kept" in said
-    assert list((project.root / "build" / "tiny").iterdir()) == []
-
-
-def test_an_interrupted_preparation_changes_nothing(project, monkeypatch):
-    def interrupted(parameters):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(reproduce, "check", interrupted)
-    code, said = project()
-    assert (code, "nothing was changed" in said) == (common.INTERRUPTED, True)
-    assert not (project.root / "build").exists()
+    assert "running on other" not in said
+    assert list(Path("build/figures/tiny").iterdir()) == []
 
 
 def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, monkeypatch):
@@ -147,80 +124,45 @@ def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, m
             raise common.CommandError("there is no model nosuch")
 
     monkeypatch.setattr(reproduce, "check", check)
-    notebook = project.root / "notebooks" / "01_one.ipynb"
-    notebook.write_text(notebook.read_text().replace("import json", "assert MODEL != 'bad'"))
-    console = Console(record=True, width=200)
-    figures = project.root / "figures"
-    models = [
-        {"MODEL": name, "TEXT": "house", "SEED": 0, "FIGURES": str(figures)} for name in ("nosuch", "bad", "tiny")
-    ]
-    code = reproduce.run_each([notebook], models, figures, project.root / "build", console)
-    said = console.export_text().splitlines()
+    change("import json", "assert MODEL != 'bad'")
+    code, said = project("--model", "nosuch,bad,tiny")
+    lines = said.splitlines()
     assert code == 1
-    assert said.index("there is no model nosuch") < next(i for i, line in enumerate(said) if "running on" in line)
-    assert said[-3:-1] == ["1 of 3 models done: tiny", "nosuch not done: there is no model nosuch"]
-    assert said[-1].startswith("bad not done: [1/1] 01_one: failed. AssertionError")
-    assert [path.name for path in figures.iterdir() if path.is_dir()] == ["tiny"]
-    assert (figures / "claims.svg").is_file()
+    assert lines.index("there is no model nosuch") < next(i for i, line in enumerate(lines) if "running on" in line)
+    assert lines[-3:-1] == ["1 of 3 models done: tiny", "nosuch not done: there is no model nosuch"]
+    assert lines[-1].startswith("bad not done: [1/1] 01_one: failed. AssertionError")
+    assert [path.name for path in Path("figures").iterdir() if path.is_dir()] == ["tiny"]
+    assert Path("figures/claims.svg").is_file()
 
 
 def test_a_notebook_that_asks_for_no_model_runs_once_and_into_the_labs_folder(project):
-    notebook = project.root / "notebooks" / "02_lab.ipynb"
-    content = nbformat.read(project.root / "notebooks" / "01_one.ipynb", as_version=4)
-    content.cells[0].source = "SEED = 0\nFIGURES = None"
-    content.cells[1].source = NOTEBOOK.replace("Path(MODEL).name", '"lab"').replace("01-", "02-")
-    nbformat.write(content, notebook)
-    assert reproduce.asks_for_a_model(project.root / "notebooks" / "01_one.ipynb")
-    assert not reproduce.asks_for_a_model(notebook)
-    figures, build, console = project.root / "figures", project.root / "build", Console(record=True, width=200)
+    write("notebooks/02_lab.ipynb", "SEED = 0\nFIGURES = None", NOTEBOOK.replace("Path(MODEL).name", '"lab"'))
     for said in ("02_lab: running on lab", "02_lab: up to date"):
-        given = {"SEED": 3, "FIGURES": str(figures), "TEXT": "house"}
-        assert reproduce.run_lab([notebook], given, figures, build, console) == 0
-        assert said in console.export_text()
-    assert (figures / "lab" / "02-picture.png").read_text() == "3"
+        code, told = project("--model", "tiny,other", "--seed", 3)
+        assert code == 0
+        assert told.count(said) == 1
+    assert Path("figures/lab/01-picture.png").read_text() == "3"
 
 
-def test_an_interrupted_model_stops_those_after_it(project, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(reproduce, "_execute", interrupted)
-    console = Console(record=True, width=200)
-    models = [{"MODEL": name, "TEXT": "house", "SEED": 0} for name in ("tiny", "other")]
-    notebooks = sorted((project.root / "notebooks").glob("*.ipynb"))
-    code = reproduce.run_each(notebooks, models, project.root / "figures", project.root / "build", console)
-    assert code == common.INTERRUPTED
-    assert "running on other" not in console.export_text()
-
-
-def test_models_are_told_apart_by_commas_unless_a_path_has_them(random_directory, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        reproduce, "run_each", lambda notebooks, models, *_: asked.append([m["MODEL"] for m in models]) or 0
-    )
-    monkeypatch.setattr(reproduce, "run_lab", lambda *_: 0)
-    with_comma = tmp_path / "a,b"
-    shutil.copytree(random_directory, with_comma)
-    for given in ("smollm2-135m", f"smollm2-135m, {random_directory},smollm2-135m,", str(with_comma), "a/b,c/d"):
-        main(["figures", "--notebooks", str(ROOT / "notebooks"), "--model", given])
-    assert asked == [["smollm2-135m"], ["smollm2-135m", str(random_directory)], [str(with_comma)], ["a/b", "c/d"]]
-
-
-@pytest.mark.parametrize(("given", "said"), [(" , ", "names no model"), ("a/b,A/B", "would share the folder a--b")])
-def test_models_that_cannot_be_told_apart_are_one_sentence(given, said, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["figures", "--model", given])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+@pytest.mark.slow
+def test_two_at_a_time_give_what_one_after_the_other_does(project):
+    for name in ("02_two", "03_three"):
+        write(f"notebooks/{name}.ipynb", "MODEL = 'none'\nSEED = 0\nFIGURES = None", "print(SEED)")
+    change("import json", "assert SEED != 1")
+    code, said = project("--jobs", 2)
+    assert code == 0
+    assert re.search(r"01_one: running.*02_two: running.*01_one: done.*02_two: done.*03_three: run", said, re.DOTALL)
+    code, said = project("--jobs", 2, "--seed", 1)
+    assert code == 1
+    assert "[1/3] 01_one: failed. AssertionError" in said
+    assert "[2/3] 02_two: done" in said
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["--model", "nosuch.gguf"], "there is no file or directory nosuch.gguf"),
-        (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--device", "abacus"], "is not one that torch knows"),
         (["--dtype", "int8"], "is not one that models run in"),
         (["--text", "nosuch.txt"], "there is no text 'nosuch.txt'"),
         (["--n-prompts", "100000"], "ask for fewer or shorter ones"),
@@ -228,9 +170,10 @@ def test_models_that_cannot_be_told_apart_are_one_sentence(given, said, capsys):
     ],
 )
 def test_what_is_wrong_is_said_before_a_kernel_starts(given, said, random_directory, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(reproduce, "_execute", lambda *_: pytest.fail("a notebook was started"))
+    monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("a notebook was started"))
     arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
     arguments += ["--build", str(tmp_path / "build"), "--model", str(random_directory), *given]
+    monkeypatch.setattr(reproduce, "asks_for_a_model", lambda notebook: True)
     assert main(["figures", *arguments]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 2
@@ -238,33 +181,17 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(given, said, random_direct
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("option", "value"), [("--n-prompts", "abc"), ("--n-prompts", "0"), ("--seq-len", "1.5")])
-def test_a_number_that_is_none_is_one_sentence(option, value, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["figures", option, value])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert f"{value!r} is not a whole number of at least" in said
-    assert said.count("\n") == 1
-
-
-def test_the_package_is_there_at_once_and_torch_comes_when_it_is_asked_for():
-    script = "import sys, spikesink; print('torch' in sys.modules, callable(spikesink.load), 'torch' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["False", "True", "True"]
-
-
+@pytest.mark.slow
 def test_the_notebooks_run_on_another_model(planted_directory, tmp_path, capfd):
     """A tiny model with a planted spike, through kernels and files; test_every_measure runs all of them without."""
-    chosen = ("01_step_up", "03_step_down")
-    for name in chosen:
-        (tmp_path / "notebooks").mkdir(exist_ok=True)
+    (tmp_path / "notebooks").mkdir()
+    for name in ("01_step_up", "03_step_down"):
         shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "notebooks")
-    arguments = ["--notebooks", str(tmp_path / "notebooks"), "--figures", str(tmp_path / "figures")]
-    arguments += ["--build", str(tmp_path / "build"), "--model", str(planted_directory)]
     text = tmp_path / "text.txt"
     text.write_text("The<spike> river runs<spike> to the sea, and the mill stands<spike> by the weir.\n" * 40)
-    code = main(["figures", *arguments, "--text", str(text), "--n-prompts", "3", "--seq-len", "48"])
+    options = {"model": planted_directory, "text": text, "n-prompts": 3, "seq-len": 48}
+    options |= {folder: tmp_path / folder for folder in ("notebooks", "figures", "build")}
+    code = main(["figures", *(str(part) for name, value in options.items() for part in (f"--{name}", value))])
     assert code == 0, capfd.readouterr().out
     data = claims.ledgers(tmp_path / "figures")["planted-llama"]
     assert set(data["claims"]) == {"LC1", "LC3", "LC4", "LC7"}
@@ -274,10 +201,8 @@ def test_the_notebooks_run_on_another_model(planted_directory, tmp_path, capfd):
     committed = sorted(p.name for p in (ROOT / "figures" / "smollm2-135m").glob("*.png"))
     assert pictures == [name for name in committed if name.startswith(("01-", "03-"))]
     for notebook in (tmp_path / "build" / "figures" / "planted-llama").glob("*.ipynb"):
-        content = notebook.read_text()
-        assert str(tmp_path) not in "".join(
-            str(output) for cell in json.loads(content)["cells"] for output in cell.get("outputs", [])
-        )
+        cells = json.loads(notebook.read_text())["cells"]
+        assert str(tmp_path) not in "".join(str(output) for cell in cells for output in cell.get("outputs", []))
 
 
 def test_notebooks_are_stored_without_traces_of_a_run():
@@ -333,10 +258,5 @@ def test_figures_are_the_same_files_when_drawn_again(tmp_path):
 def test_to_look_whether_a_folder_can_be_written_leaves_what_was_there(tmp_path):
     common.check_writable(tmp_path / "new" / "deep", keep=False)
     assert not any(tmp_path.iterdir()), "what was made is gone"
-    there = tmp_path / "there"
-    there.mkdir()
-    common.check_writable(there, keep=False)
-    assert there.is_dir()
-    assert not any(there.iterdir())
     common.check_writable(tmp_path / "kept" / "deep")
     assert (tmp_path / "kept" / "deep").is_dir()

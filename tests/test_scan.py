@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
@@ -20,7 +19,6 @@ import spikesink
 from spikesink.__main__ import main
 from spikesink.apps import scan
 from spikesink.chain import amplifier, experts
-from spikesink.common import progress
 from spikesink.model import gguf, paths
 from spikesink.model.errors import LoadError
 from spikesink.model.weights import open_weights, weights_of
@@ -33,72 +31,45 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def found(planted_directory):
+def measured(planted_directory):
     return scan.scan(planted_directory, entries=400)
 
 
-def test_the_planted_spike_is_found_without_any_text(found):
+def test_the_planted_spike_is_measured_without_any_text(measured):
     """One entry of 400 spikes, to 1000: in the mean it still stands out."""
-    point, channel = found.peak
+    point, channel = measured.peak
     assert channel == planted.Plant.channel
-    assert float(found.mean[point, channel]) == pytest.approx(1000 / 400, rel=0.05)
-    assert float(found.share[point, channel]) == pytest.approx(1 / 400)
-    assert found.steps() == ([4], [10])
-    two = found.suspects[:2]
+    assert float(measured.mean[point, channel]) == pytest.approx(1000 / 400, rel=0.05)
+    assert float(measured.share[point, channel]) == pytest.approx(1 / 400)
+    assert measured.steps() == ([4], [10])
+    two = measured.suspects[:2]
     assert {(one.block, one.expert, one.channel) for one in two} == {(4, None, channel), (10, None, channel)}
     assert all(one.over_median > 50 and one.rank_one > 0.9 for one in two)
-    assert len(found.suspects) == scan.SUSPECTS
-    assert "Blocks that write it: 4; that take it back: 10." in found.sentence()
+    assert len(measured.suspects) == scan.SUSPECTS
+    assert "Blocks that write it: L1 MLP (block 4); that take it back: L4 MLP (block 10)." in measured.sentence()
 
 
-def test_the_spike_is_where_it_is_largest_though_the_median_grows(found):
+def test_the_spike_is_where_it_is_largest_though_the_median_grows(measured):
     """A ramp in channel 3, written by blocks 2, 4 and 6; largest in medians after block 2."""
     mean = torch.ones(13, 8)
     mean[:, 3] = torch.tensor([1, 1, 400, 400, 700, 700, 1000, 1000, 1000, 400, 700, 700, -100])
     median = torch.tensor([1.0, 1, 1, 1, 4, 4, 8, 8, 8, 8, 8, 8, 100])
     mean[12, 5] = 2000  # the largest of all, and 20 medians of its point
-    ramp = replace(found, mean=mean, median=median)
+    ramp = replace(measured, mean=mean, median=median)
     assert ramp.peak == (6, 3)
     assert ramp.steps() == ([2, 4, 6], [9, 12])
     turned = replace(ramp, mean=-mean)
     assert (turned.peak, turned.steps()) == (ramp.peak, ramp.steps())
 
 
-def test_a_share_is_of_what_exceeds_a_hundred_medians():
-    h = torch.ones(4, 8)
-    h[:, 2] = torch.tensor([99.0, 101, -101, 60])
-    assert scan._at_a_point(h)["share"].tolist() == [0, 0, 0.5, 0, 0, 0, 0, 0]
-
-
-def test_entries_are_spread_over_the_vocabulary(planted_directory, found, planted_model):
+def test_entries_are_spread_over_the_vocabulary(planted_directory, measured, planted_model):
     some = scan.scan(planted_directory, entries=7)
     chosen = torch.tensor([0, 57, 114, 171, 228, 285, 342])
     stream = paths.static_path(weights_of(planted_model), chosen, 4)
     torch.testing.assert_close(some.mean[4], stream.mean(0))
     share = (stream.abs() > 100 * stream.abs().median()).float().mean(0)
     assert torch.equal(some.share[4], share)
-    assert (found.share[4] > 0).any()
-
-
-@pytest.mark.parametrize("changed", ["config", "weights", "versions"])
-def test_layers_of_another_model_or_library_are_not_gone_on_from(changed, planted_directory, tmp_path, monkeypatch):
-    model = tmp_path / "model"
-    shutil.copytree(planted_directory, model)
-    said = []
-    first = scan.scan(model, 40, tmp_path / "kept")
-    if changed == "config":
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    elif changed == "weights":
-        [file] = model.glob("*.safetensors")
-        values = load_file(file)
-        save_file({name: value * 1.5 for name, value in values.items()}, file, {"format": "pt"})
-    else:
-        monkeypatch.setattr(scan.importlib.metadata, "version", lambda name: f"{name} of tomorrow")
-    second = scan.scan(model, 40, tmp_path / "kept", said.append)
-    assert said == []
-    assert first.kept != second.kept
-    assert torch.equal(first.mean, second.mean) == (changed == "versions")
+    assert (measured.share[4] > 0).any()
 
 
 def test_a_plan_counts_an_embedding_that_outweighs_a_layer(tmp_path):
@@ -109,19 +80,19 @@ def test_a_plan_counts_an_embedding_that_outweighs_a_layer(tmp_path):
     assert embedding <= scan.plan(tmp_path / "wide").peak < 1.1 * embedding
 
 
-def test_it_is_the_census_and_the_static_path(found, planted_model):
+def test_it_is_the_census_and_the_static_path(measured, planted_model):
     weights = weights_of(planted_model)
-    torch.testing.assert_close(found.block_gain, amplifier.census(weights).gain)
+    torch.testing.assert_close(measured.block_gain, amplifier.census(weights).gain)
     seen = {}
     paths.static_path(weights, torch.arange(400), 12, watch=lambda p, part, x: seen.update({p: x.clone()}))
-    assert len(found.mean) == len(seen) == 13
-    torch.testing.assert_close(found.mean, torch.stack([seen[p].mean(0) for p in range(13)]))
-    torch.testing.assert_close(found.median, torch.stack([seen[p].abs().median() for p in range(13)]))
-    ratio = found.block_gain / found.block_gain.median(dim=1, keepdim=True).values
-    assert [one.over_median for one in found.suspects] == ratio.flatten().topk(scan.SUSPECTS).values.tolist()
-    for one in found.suspects:
+    assert len(measured.mean) == len(seen) == 13
+    torch.testing.assert_close(measured.mean, torch.stack([seen[p].mean(0) for p in range(13)]))
+    torch.testing.assert_close(measured.median, torch.stack([seen[p].abs().median() for p in range(13)]))
+    ratio = measured.block_gain / measured.block_gain.median(dim=1, keepdim=True).values
+    assert [one.over_median for one in measured.suspects] == ratio.flatten().topk(scan.SUSPECTS).values.tolist()
+    for one in measured.suspects:
         layer = one.block // 2 - 1
-        assert one.gain == float(found.block_gain[layer, one.channel])
+        assert one.gain == float(measured.block_gain[layer, one.channel])
         shares = amplifier.directions(weights.ffn(layer), [one.channel]).shares
         assert one.rank_one == pytest.approx(float(shares[0]), rel=1e-4)
 
@@ -131,115 +102,39 @@ def test_a_channel_that_nothing_writes_into_has_no_share(planted_model):
     assert scan._rank_one(replace(ffn, down=torch.zeros_like(ffn.down)), 3) == 0
 
 
-@pytest.mark.parametrize("lost", [None, "layer-002.safetensors", "stream-003.safetensors"])
-def test_an_interrupted_scan_goes_on_where_it_was(lost, found, planted_directory, tmp_path, monkeypatch):
-    """Interrupted at layer 3; or killed between the two files that a layer leaves."""
-    one_layer, began = scan._one_layer, []
+@pytest.mark.parametrize("changed", [None, "config", "weights"])
+def test_an_interrupted_scan_goes_on_where_it_was_unless_the_model_changed(
+    changed, measured, planted_directory, tmp_path
+):
+    model = tmp_path / "model"
+    shutil.copytree(planted_directory, model)
+    scan_layer, scanned = scan._scan_layer, []
 
     def interrupted(weights, layer, x):
         if layer == 3:
             raise KeyboardInterrupt
-        return one_layer(weights, layer, x)
+        return scan_layer(weights, layer, x)
 
-    monkeypatch.setattr(scan, "_one_layer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        scan.scan(planted_directory, 400, tmp_path)
-    [place] = tmp_path.glob("planted-llama-*")
-    assert len(list(place.iterdir())) == 4  # three layers and the stream that leaves the last
-    if lost:
-        (place / lost).unlink()
-    monkeypatch.setattr(
-        scan, "_one_layer", lambda weights, layer, x: began.append(layer) or one_layer(weights, layer, x)
-    )
-    said, counted = [], []
-    monkeypatch.setattr(scan, "progress", lambda items, *more: counted.append((list(items), *more)) or items)
-    resumed = scan.scan(planted_directory, 400, tmp_path, said.append)
-    assert began[0] == (0 if lost else 3)
-    assert said == ([] if lost else ["3 of 6 layers are kept from an earlier run."])
-    assert counted[0] == (list(range(began[0], 6)), "scanning", "layer", began[0])
-    assert resumed.kept == place
-    for name, value in vars(replace(resumed, kept=None)).items():
-        same = torch.equal(value, vars(found)[name]) if isinstance(value, torch.Tensor) else value == vars(found)[name]
-        assert same, name
-    began.clear()
-    assert scan.scan(planted_directory, 400, tmp_path).suspects == found.suspects
-    assert began == []
-    scan.scan(planted_directory, 200, tmp_path)  # another question
-    assert began == list(range(6))
+    def counted(weights, layer, x):
+        scanned.append(layer)
+        return scan_layer(weights, layer, x)
 
-
-def test_a_kept_layer_that_is_damaged_is_done_again(planted_directory, found, tmp_path):
-    kept = scan.scan(planted_directory, 400, tmp_path).kept
-    (kept / "layer-003.safetensors").write_bytes(b"damaged")
-    again = scan.scan(planted_directory, 400, tmp_path)
-    assert torch.equal(again.mean, found.mean)
-    assert again.suspects == found.suspects
-
-
-def test_a_finished_scan_leaves_its_own_layers_and_those_of_other_models(planted_directory, random_directory, tmp_path):
-    other = scan.scan(random_directory, 40, tmp_path).kept
-    longer = tmp_path / f"planted-llama-2-{'0' * scan.KEY}"  # of a model whose name begins alike
-    longer.mkdir()
-    first, second = (scan.scan(planted_directory, entries, tmp_path).kept for entries in (40, 50))
-    assert first != second
-    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {other, longer, second}
-
-
-def test_a_second_scan_of_a_model_is_refused_while_one_is_at_work(planted_directory, random_directory, tmp_path):
-    with FileLock(tmp_path / "planted-llama.lock"):
-        with pytest.raises(BlockingIOError, match=r"another scan of this model is at work in .*; wait for it, or "):
-            scan.scan(planted_directory, 40, tmp_path)
-        assert not list(tmp_path.glob("planted-llama-*"))
-        assert scan.scan(random_directory, 40, tmp_path).kept.is_dir()  # another model
-        assert scan.scan(planted_directory, 40).kept is None  # nothing is kept
-    assert scan.scan(planted_directory, 40, tmp_path).kept.is_dir()
-
-
-def test_a_full_disk_ends_a_scan_with_a_sentence_and_it_goes_on_later(planted_directory, tmp_path, capsys, monkeypatch):
-    save_file, saved = scan.save_file, []
-
-    def full(values, file):
-        if len(saved) == 5:
-            raise scan.SafetensorError("I/O error: No space left on device (os error 28)")
-        saved.append(file)
-        save_file(values, file)
-
-    monkeypatch.setattr(scan, "save_file", full)
-    places = ["--figures", str(tmp_path / "figures"), "--build", str(tmp_path / "build")]
-    command = ["scan", str(planted_directory), "--entries", "40", *places]
-    assert main(command) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"the layers cannot be kept in .* \(.*No space left on device.*\); make room .*", said[-1])
-    monkeypatch.undo()
-    assert main(command) == 0
-    assert "2 of 6 layers are kept from an earlier run." in capsys.readouterr().out
-
-
-def test_a_bar_counts_what_was_done_before():
-    bar = progress(range(12, 30), "scanning", "layer", 12)
-    assert (bar.n, bar.total) == (12, 30)
-    assert list(bar) == list(range(12, 30))
-
-
-def test_a_layer_that_was_kept_before_its_stream_is_done_again(planted_directory, found, tmp_path, monkeypatch):
-    one_layer, began = scan._one_layer, []
-    scan.scan(planted_directory, 400, tmp_path)
-    [place] = tmp_path.glob("planted-llama-*")
-    kept = scan._stream(place, 6)
-    for layer in (4, 5):
-        (place / f"layer-{layer:03d}.safetensors").unlink()
-    (place / "stream-006.safetensors").unlink()
-    # Killed after layer 3 was kept and before the stream that leaves it was: the one that enters it is there.
-    weights = weights_of(spikesink.load(planted_directory))
-    x = paths.static_path(weights, torch.arange(400), 6)
-    scan.save_file({"stream": x}, place / "stream-003.safetensors")
-    monkeypatch.setattr(
-        scan, "_one_layer", lambda weights, layer, x: began.append(layer) or one_layer(weights, layer, x)
-    )
-    again = scan.scan(planted_directory, 400, tmp_path)
-    assert began == [3, 4, 5]
-    assert torch.equal(again.mean, found.mean)
-    assert torch.equal(scan._stream(place, 6), kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "_scan_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scan.scan(model, 400, tmp_path / "kept")
+        if changed == "config":
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+        elif changed == "weights":
+            (model / "model.safetensors").touch()
+        patch.setattr(scan, "_scan_layer", counted)
+        resumed = scan.scan(model, 400, tmp_path / "kept")
+    assert scanned == list(range(0 if changed else 3, 6))
+    assert torch.equal(resumed.mean, measured.mean)
+    assert torch.equal(resumed.block_gain, measured.block_gain)
+    assert resumed.suspects == measured.suspects
+    assert len(list((tmp_path / "kept").iterdir())) == (1 if changed else 0), "only what another model left"
 
 
 def test_where_bos_always_stands_first_it_alone_is_sent_through(planted_directory, tmp_path):
@@ -255,7 +150,10 @@ def test_where_bos_always_stands_first_it_alone_is_sent_through(planted_director
     assert (done.entries, done.only_bos) == (1, True)
     assert float(done.mean[4, planted.Plant.channel]) == pytest.approx(1000, rel=0.05)
     assert done.steps() == ([4], [10])
-    assert "the stream of BOS (which always stands there) is largest in channel 9 after block" in done.sentence()
+    assert (
+        "the stream of BOS (which always stands there) is largest in channel 9 after L1 MLP (block 4)"
+        in done.sentence()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,12 +176,12 @@ def test_every_family_can_be_planned_and_scanned(family, tmp_path):
 
 def test_each_channel_is_that_of_the_expert_where_its_gain_is_largest(tmp_path):
     planted.save(make_moe("Qwen3Moe"), tmp_path / "Qwen3Moe")
-    found, weights = scan.scan(tmp_path / "Qwen3Moe", 40), open_weights(tmp_path / "Qwen3Moe")
+    measured, weights = scan.scan(tmp_path / "Qwen3Moe", 40), open_weights(tmp_path / "Qwen3Moe")
     gains = torch.stack([torch.stack([amplifier.gains(f) for f in weights.experts(i).values()]) for i in range(3)])
-    torch.testing.assert_close(found.block_gain, gains.amax(1).float())
-    assert torch.equal(found.expert, gains.argmax(1))
-    assert len({one.expert for one in found.suspects}) > 1
-    for one in found.suspects:
+    torch.testing.assert_close(measured.block_gain, gains.amax(1).float())
+    assert torch.equal(measured.expert, gains.argmax(1))
+    assert len({one.expert for one in measured.suspects}) > 1
+    for one in measured.suspects:
         layer = one.block // 2 - 1
         assert one.expert == str(int(gains[layer, :, one.channel].argmax()))
         ffn = weights.experts(layer)[one.expert]
@@ -294,9 +192,9 @@ def test_each_channel_is_that_of_the_expert_where_its_gain_is_largest(tmp_path):
 def test_an_expert_that_every_token_passes_is_named_as_the_model_names_it(tmp_path):
     planted.save(make_moe("Qwen2Moe"), tmp_path / "Qwen2Moe")
     file = tmp_path / "Qwen2Moe" / "model.safetensors"
-    tensors = scan.load_file(file)
+    tensors = load_file(file)
     tensors["model.layers.1.mlp.shared_expert.down_proj.weight"][7] *= 1000
-    scan.save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt"})
     done = scan.scan(tmp_path / "Qwen2Moe", 40)
     first = done.suspects[0]
     assert (first.block, first.expert, first.channel) == (4, "shared_expert", 7)
@@ -321,7 +219,7 @@ def test_the_plan_is_counted(planted_directory):
     assert planned.operations == 6 * (2 * 100 * layer + 6 * 96 * 96 * 64) + scan.SUSPECTS * 2 * 96 * 64 * 64
     assert planned.read == 4 * (2 * planned.parameters + 6 * 3 * 96 * 64)
     assert (planned.first, planned.disk, planned.unpacked) == ("", 0, 0)
-    assert planned.seconds(planned.operations / 5) == 5
+    assert "operations, about 5 s here" in planned.sentences(planned.operations / 5)
 
 
 def test_seventy_billion_parameters_are_planned_from_a_configuration_alone(tmp_path):
@@ -356,7 +254,6 @@ def test_a_plan_of_the_builtin_is_the_same_from_its_header_as_from_its_twin(defa
     assert (header.first, header.disk) == ("dequantize", 4 * header.parameters)
     assert replace(header, first="", disk=0) == scan.plan()
     assert header.parameters == default_model.original_model.num_parameters()
-    assert header.dtype == "float32"
 
 
 def test_a_plan_of_a_gguf_file_says_that_it_is_dequantized_first(tmp_path, cache):
@@ -398,6 +295,7 @@ def test_what_can_be_no_causal_model_is_not_planned_either(tmp_path, cache):
         scan.plan(file)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_resident_memory_of_a_scan_is_as_planned_and_far_below_the_model(default_model, tmp_path):
     whole = transformers.AutoModelForCausalLM.from_pretrained(default_model.source.directory)
@@ -411,14 +309,18 @@ def peak():  # MB
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 weights = scan.open_weights({str(tmp_path / "shards")!r})
 before = peak()
-found = scan.scan({str(tmp_path / "shards")!r}, 64)
-print(before, peak(), *map(str, found.steps()), sep="|")
+measured = scan.scan({str(tmp_path / "shards")!r}, 64)
+print(before, peak(), *map(str, measured.steps()), sep="|")
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     before, after, up, down = ran.stdout.strip().split("|")
-    assert (up, down) == ("[24]", "[58, 60]")
+    assert (up, down) == ("[L11 MLP (block 24)]", "[L28 MLP (block 58), L29 MLP (block 60)]")
     took, size = (float(after) - float(before)) * 2**20, 4 * whole.num_parameters()
     assert took < scan.plan(tmp_path / "shards", 64).peak < size / 2
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
 
 
 def test_the_command_plans_scans_and_names_what_is_wrong(planted_directory, tmp_path, capsys, monkeypatch):
@@ -429,49 +331,16 @@ def test_the_command_plans_scans_and_names_what_is_wrong(planted_directory, tmp_
     assert list(tmp_path.iterdir()) == []
     assert main(command) == 0
     said = capsys.readouterr().out
-    [kept] = (tmp_path / "build" / "scan").glob("planted-llama-*")
-    last = f"Written to {tmp_path / 'figures' / 'planted-llama' / 'scan.json'}; the layers are kept in {kept}, for the"
-    assert last in said
-    assert "earlier run" not in said
-    assert main(command) == 0
-    assert "6 of 6 layers are kept from an earlier run." in capsys.readouterr().out
+    assert f"Written to {tmp_path / 'figures' / 'planted-llama' / 'scan.json'}" in said
     assert json.loads((tmp_path / "figures" / "planted-llama" / "scan.json").read_text())["entries"] == 40
-    assert main(["scan", str(planted_directory), "--entries", "500", *places]) == 1
-    too_many = "500 entries were asked for, and this model's vocabulary has 400; ask for 1 to 400.\n"
-    assert capsys.readouterr().out == too_many
-    assert main(["scan", str(planted_directory), "--entries", "500", "--plan"]) == 1
-    assert capsys.readouterr().out == too_many
-    assert main(["scan", "./nowhere", *places]) == 1
-    assert "there is no file or directory ./nowhere" in capsys.readouterr().out
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
+    for plan in ([], ["--plan"]):
+        assert main(["scan", str(planted_directory), "--entries", "500", *places, *plan]) == 1
+        assert "ask for 1 to 400" in capsys.readouterr().out
+    assert main([*command[:-1], str(tmp_path / "figures" / "planted-llama" / "scan.json")]) == 1
+    assert re.search("is a file|cannot be written", capsys.readouterr().out)
     monkeypatch.setattr(scan, "scan", interrupted)
     assert main(command) == 130
     assert "run the same command to go on" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("entries", ["0", "-5", "x", ""])
-@pytest.mark.parametrize("plan", [[], ["--plan"]])
-def test_what_is_no_number_of_entries_is_said_in_one_sentence(entries, plan, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["scan", "smollm2-135m", f"--entries={entries}", *plan])
-    said = f"argument --entries: {entries!r} is not a whole number of at least 1 (see --help)\n"
-    assert (left.value.code, *capsys.readouterr()) == (2, "", said)
-
-
-@pytest.mark.parametrize("place", ["figures", "build"])
-def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(
-    place, planted_directory, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(scan, "scan", lambda *_: pytest.fail("a scan was started"))
-    (tmp_path / "file").touch()
-    places = {"figures": tmp_path / "figures", "build": tmp_path / "build"} | {place: tmp_path / "file" / "below"}
-    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
-    assert main(["scan", str(planted_directory), "--entries", "40", *arguments]) == 1
-    said = capsys.readouterr().out
-    assert re.fullmatch(r"the folder .* cannot be written \(Not a directory\); make it writable, .*\n", said)
 
 
 def test_several_models_are_scanned_in_turn(planted_directory, random_directory, tmp_path, capsys):
@@ -484,6 +353,7 @@ def test_several_models_are_scanned_in_turn(planted_directory, random_directory,
         assert json.loads((tmp_path / "figures" / name / "scan.json").read_text())["model"] == name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 @pytest.mark.parametrize("target", ["scan", "plan"])
 @pytest.mark.parametrize("variable", ["DEVICE=cuda", "DTYPE=bfloat16"])

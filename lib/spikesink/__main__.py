@@ -86,7 +86,7 @@ def probe(chosen: argparse.Namespace, console: Console) -> None:
     """Say where the first token spikes."""
     from spikesink.apps import scan
 
-    console.print(scan.scan(chosen.model, chosen.entries, None, console.print).sentence())
+    console.print(scan.scan(chosen.model, chosen.entries).sentence())
 
 
 def scan(chosen: argparse.Namespace, console: Console) -> int:

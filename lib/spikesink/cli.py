@@ -90,6 +90,7 @@ def _figures(commands) -> None:
     )
     command.add_argument("--model", type=model_names, default=DEFAULT_MODEL, dest="models", help=SEVERAL)
     _add_measuring(command, least_windows=1, least_tokens=2)
+    command.add_argument("--jobs", type=at_least(1), default=1, help="notebooks at a time (default: %(default)s)")
     command.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="their folder")
     command.add_argument("--store", action="store_true", help="run as the notebooks are, keep outputs in them")
     _add_folders(command)

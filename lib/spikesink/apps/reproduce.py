@@ -11,40 +11,45 @@ import json
 import os
 import platform
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from spikesink import common
 from spikesink.apps import publish
 from spikesink.apps.once import FOLDER
 from spikesink.cli import absolute
-from spikesink.common import INTERRUPTED, CommandError, check_writable
-from spikesink.lab import config
+from spikesink.common import CommandError, check_writable, write_atomically
+from spikesink.lab.config import LAB
 from spikesink.model.names import local, slug
 
+LIBRARY = Path(__file__).parents[1]
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at each start, and tells how it was stopped
+VERSIONS = ("torch", "transformers", "transformer-lens", "matplotlib")
 
 
 def command(chosen: argparse.Namespace, console: Console) -> int:
-    """Run what the arguments of `spikesink figures` ask for; returns the exit code, 0 when all notebooks ran."""
+    """Run what the arguments of `spikesink figures` ask for; returns 0 when all notebooks ran, else 1."""
     notebooks = sorted(chosen.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
         raise CommandError(f"there are no notebooks in {chosen.notebooks}; run this from the project's root.")
     os.environ["TQDM_DISABLE"] = "1"  # progress bars have no place in a notebook that is stored
-    if chosen.store:
-        from spikesink.model.load import prepare
+    code = store_all(notebooks, console) if chosen.store else run_all(plan(chosen, notebooks), console, chosen.jobs)
+    if chosen.figures.is_dir():
+        publish.render(chosen.figures)
+        publish.draw(chosen.figures)
+    return code
 
-        prepare()  # here, for the notebook that converted the model would keep the bars of it
-        for notebook in notebooks:
-            with console.status(notebook.stem):
-                store(notebook)
-            console.print(f"{notebook.stem}: outputs stored")
-        _publish(chosen.figures)
-        return 0
+
+def plan(chosen: argparse.Namespace, notebooks: Sequence[Path]) -> list["Run"]:
+    """What is asked for: the notebooks of each model, then those that ask for none, which are the lab's."""
     parameters = {
         "DEVICE": chosen.device,
         "DTYPE": chosen.dtype,
@@ -55,13 +60,12 @@ def command(chosen: argparse.Namespace, console: Console) -> int:
         "FIGURES": str(chosen.figures.resolve()),
     }
     # Folders of figures do not share what was done: the same model can be in two of them, with other settings.
-    build = chosen.build / chosen.figures.name
-    models = [{"MODEL": model, **parameters} for model in chosen.models]
+    places = chosen.figures, chosen.build / chosen.figures.name
     of_models = [notebook for notebook in notebooks if asks_for_a_model(notebook)]
-    code = run_each(of_models, models, chosen.figures, build, console)
-    if code:
-        return code
-    return run_lab([n for n in notebooks if n not in of_models], parameters, chosen.figures, build, console)
+    runs = [Run(slug(model), of_models, {"MODEL": model, **parameters}, *places) for model in chosen.models]
+    if of_lab := [notebook for notebook in notebooks if notebook not in of_models]:
+        runs.append(Run(LAB, of_lab, {key: parameters[key] for key in ("SEED", "FIGURES")}, *places))
+    return runs
 
 
 def asks_for_a_model(notebook: Path) -> bool:
@@ -71,141 +75,65 @@ def asks_for_a_model(notebook: Path) -> bool:
     return any(line.startswith("MODEL =") for source in tagged for line in "".join(source).splitlines())
 
 
-def run_lab(
-    notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console
-) -> int:
-    """Run the notebooks about the lab's records that are not up to date; takes and returns what `run_each` does."""
-    if not notebooks:
-        return 0
-    given = {key: parameters[key] for key in ("SEED", "FIGURES")}
-    stamps = [Stamp(notebook, given, figures / config.LAB, build / config.LAB) for notebook in notebooks]
-    try:
-        for folder in (figures, build):
-            check_writable(folder)
-        _run_one(config.LAB, given, stamps, figures, build, console)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except CommandError as error:
-        console.print(str(error), style="bold red")
-        return 1
-    return 0
+@dataclass(frozen=True)
+class Run:
+    """Notebooks to run for one model, or for the lab: with what parameters, and where what they make goes."""
+
+    name: str
+    notebooks: Sequence[Path]
+    parameters: Mapping[str, Any]
+    figures: Path
+    build: Path  # executed notebooks, and stamps of what was done
+
+    def stamps(self) -> list["Stamp"]:
+        """One for each notebook."""
+        places = self.figures / self.name, self.build / self.name
+        return [Stamp(notebook, self.parameters, *places) for notebook in self.notebooks]
 
 
-def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console) -> int:
-    """Run the notebooks that are not up to date for one model; `run_each` says how."""
-    return run_each(notebooks, [parameters], figures, build, console)
-
-
-def run_each(
-    notebooks: Sequence[Path], models: Sequence[Mapping[str, Any]], figures: Path, build: Path, console: Console
-) -> int:
-    """Run the notebooks that are not up to date, one model after the other, say so as it goes, and show all claims.
+def run_all(runs: Sequence[Run], console: Console, jobs: int = 1) -> int:
+    """Run what is not up to date, one model after the other, and say so as it goes.
 
     What is wrong with a model, or with the text for it, is said before any notebook runs; it does not stop the others.
 
-    Args:
-        notebooks: in the order to run them.
-        models: for each what papermill puts in place of a notebook's own parameters.
-        figures, build: where results go, and the executed notebooks with the stamps of what was done.
-        console: to print to.
-
     Returns:
-        An exit code: 0, 1 when a model or a notebook failed, or 130 when interrupted.
+        0, or 1 when a model or a notebook failed.
     """
-    ready, failed = [], {}
-    for parameters in models:
-        name = slug(parameters["MODEL"])
-        try:
-            ready.append((name, parameters, _prepare(notebooks, parameters, figures, build, console)))
-        except KeyboardInterrupt:
-            console.print("interrupted; nothing was changed")
-            return INTERRUPTED
-        except CommandError as error:
-            console.print(str(error), style="bold red")
-            failed[name] = str(error)
-    for name, parameters, stamps in ready:
-        try:
-            _run_one(name, parameters, stamps, figures, build, console)
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        except CommandError as error:
-            console.print(str(error), style="bold red")
-            failed[name] = str(error)
+    failed = {}
+    for step in (prepare, run_one):
+        for run in runs:
+            try:
+                if run.name not in failed:
+                    step(run, console, jobs)
+            except CommandError as error:
+                console.print(str(error), style="bold red")
+                failed[run.name] = str(error)
+    models = [run.name for run in runs if "MODEL" in run.parameters]
     if len(models) > 1:
-        done = [name for name, *_ in ready if name not in failed]
-        console.print(f"{len(done)} of {len(models)} models done: {', '.join(done) or 'none'}")
+        whole = [name for name in models if name not in failed]
+        console.print(f"{len(whole)} of {len(models)} models done: {', '.join(whole) or 'none'}")
         for name, message in failed.items():
             console.print(f"{name} not done: {message}", style="bold red")
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
-def _prepare(
-    notebooks: Sequence[Path], parameters: Mapping[str, Any], figures: Path, build: Path, console: Console
-) -> list["Stamp"]:
-    """The stamps of a model's notebooks; if one of them has to run, after it is sure that it can.
+def prepare(run: Run, console: Console, jobs: int = 1) -> None:
+    """If a notebook has to run, find, fetch or dequantize the model and cut the windows: errors come before a kernel.
 
     Raises:
         CommandError: the model, the text or a folder is not to be used.
     """
-    name = slug(parameters["MODEL"])
-    stamps = [Stamp(notebook, parameters, figures / name, build / name) for notebook in notebooks]
-    if not all(stamp.is_current() for stamp in stamps):
-        console.print(f"Preparing {name} and {parameters['TEXT']} ...")
-        check(parameters)
-        for folder in (figures, build):
-            check_writable(folder)
-    return stamps
-
-
-def _run_one(
-    name: str, parameters: Mapping[str, Any], stamps: Sequence["Stamp"], figures: Path, build: Path, console: Console
-) -> None:
-    """Run a model's notebooks that are not up to date.
-
-    Raises:
-        CommandError: a notebook failed; its message begins with which.
-        KeyboardInterrupt: after it was said what is kept.
-    """
-    begun = time.monotonic()
-    os.environ[FOLDER] = str((build / name / "once").resolve())
-    for number, stamp in enumerate(stamps, 1):
-        head = f"[{number}/{len(stamps)}] {stamp.notebook.stem}"
-        if stamp.is_current():
-            console.print(f"{head}: up to date")
-            continue
-        console.print(f"{head}: running on {name}, {len(stamps) - number} more after it")
-        started = time.monotonic()
-        stamp.path.unlink(missing_ok=True)  # from here on, what is there is of no known run
-        try:
-            executed = _execute(stamp.notebook, parameters, build / name)
-        except KeyboardInterrupt:
-            console.print(f"{head}: interrupted; what was finished is kept, run the same command to go on")
-            raise
-        except CommandError as error:
-            _publish(figures)
-            raise CommandError(f"{head}: failed. {error}") from None
-        stamp.write()
-        publish.render(figures)
-        console.print(f"{head}: done in {time.monotonic() - started:.0f} s ({executed})")
-    shutil.rmtree(build / name / "once", ignore_errors=True)
-    table = _publish(figures)
-    seconds = time.monotonic() - begun
-    console.print(f"{len(stamps)} notebooks in {seconds:.0f} s: {figures / name}, table in {table}")
-
-
-def _publish(figures: Path) -> Path:
-    """Bring the table of all claims and its picture up to date."""
-    table = publish.render(figures)
-    publish.draw(figures)
-    return table
+    if all(stamp.is_current() for stamp in run.stamps()):
+        return
+    if "MODEL" in run.parameters:
+        console.print(f"Preparing {run.name} and {run.parameters['TEXT']} ...")
+        check(run.parameters)
+    for folder in (run.figures, run.build):
+        check_writable(folder)
 
 
 def check(parameters: Mapping[str, Any]) -> None:
-    """Find, fetch or dequantize the model and cut the windows, so that what is wrong is known before a kernel starts.
-
-    Raises:
-        CommandError: with the message of the LoadError or TextError that every notebook would raise.
-    """
+    """Raise CommandError with the message of the LoadError or TextError that every notebook would raise."""
     from spikesink.model.errors import LoadError
     from spikesink.model.load import prepare
     from spikesink.model.texts import TextError, windows
@@ -218,6 +146,90 @@ def check(parameters: Mapping[str, Any]) -> None:
         raise CommandError(str(error)) from None
 
 
+def run_one(run: Run, console: Console, jobs: int = 1) -> None:
+    """Run a model's notebooks that are not up to date, `jobs` at a time.
+
+    Raises:
+        CommandError: a notebook failed; its message begins with which.
+    """
+    begun, stamps = time.monotonic(), run.stamps()
+    heads = {stamp.notebook: f"[{i}/{len(stamps)}] {stamp.notebook.stem}" for i, stamp in enumerate(stamps, 1)}
+    os.environ[FOLDER] = str((run.build / run.name / "once").resolve())
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (jobs,)) as pool:
+        # Side by side in groups, for a notebook may show what one before it put into the ledger.
+        for first in range(0, len(stamps), jobs):
+            group = stamps[first : first + jobs]
+            for stamp in group:
+                if stamp.is_current():
+                    console.print(f"{heads[stamp.notebook]}: up to date")
+            _run_group([stamp for stamp in group if not stamp.is_current()], run, heads, pool, console)
+    shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
+    seconds = time.monotonic() - begun
+    console.print(f"{len(stamps)} notebooks in {seconds:.0f} s: {run.figures / run.name}, table in {run.figures}")
+
+
+def _run_group(
+    stamps: Sequence["Stamp"], run: Run, heads: Mapping[Path, str], pool: ProcessPoolExecutor, console: Console
+) -> None:
+    """Run notebooks side by side: one here, several in processes of their own."""
+    begun, waiting, errors = time.monotonic(), [], []
+    for stamp in stamps:
+        console.print(f"{heads[stamp.notebook]}: running on {run.name}")
+        stamp.path.unlink(missing_ok=True)  # from here on, what is there is of no known run
+        call = (stamp.notebook, dict(run.parameters), stamp.path.parent)
+        waiting.append(partial(execute, *call) if len(stamps) == 1 else pool.submit(_in_process, *call).result)
+    for stamp, wait in zip(stamps, waiting, strict=True):
+        try:
+            executed = wait()
+        except CommandError as error:
+            errors.append(f"{heads[stamp.notebook]}: failed. {error}")
+            continue
+        stamp.write()
+        console.print(f"{heads[stamp.notebook]}: done after {time.monotonic() - begun:.0f} s ({executed})")
+    publish.render(run.figures)
+    if errors:
+        raise CommandError("; ".join(errors))
+
+
+def _begin(jobs: int) -> None:
+    """In a process of its own: share the processor; end without a word if interrupted while there is nothing to do."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _in_process(notebook: Path, parameters: dict[str, Any], build: Path) -> Path:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return execute(notebook, parameters, build)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def execute(notebook: Path, parameters: dict[str, Any], build: Path) -> Path:
+    """Run a notebook; what it became is in `build`, whole, or as `<name>.failed.ipynb`.
+
+    Raises:
+        CommandError: a cell raised.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    build.mkdir(parents=True, exist_ok=True)
+    unfinished, whole = build / f".{notebook.name}", build / notebook.name
+    failed = build / f"{notebook.stem}.failed.ipynb"
+    options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": QUIET_KERNEL}
+    try:
+        papermill.execute_notebook(notebook, unfinished, parameters, cwd=notebook.parent, **options)
+        os.replace(unfinished, whole)
+        failed.unlink(missing_ok=True)
+    except PapermillExecutionError as error:
+        os.replace(unfinished, failed)
+        raise CommandError(f"{error.ename}: {error.evalue} (cell {error.cell_index}; all of it in {failed})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return whole
+
+
 class Stamp:
     """What a notebook was last run with, and what it left behind, kept beside the executed notebook."""
 
@@ -225,17 +237,12 @@ class Stamp:
         self.notebook, self.figures = notebook, figures
         self.path = build / f"{notebook.stem}.json"
         cells = [cell["source"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-        library = sorted(p for p in Path(__file__).parents[1].rglob("*") if p.suffix in (".py", ".toml", ".txt"))
-        versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "transformer-lens", "matplotlib")]
-        versions.append(platform.python_version())
-        named = [str(parameters[key]) for key in ("MODEL", "TEXT") if key in parameters]
-        given = (local(name.removeprefix("datasets:")) for name in named)
-        paths = [path for path in given if path is not None]
-        files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.is_file()]
-        status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        seen = json.dumps([cells, dict(parameters), versions, status], sort_keys=True).encode()
-        digest = hashlib.sha256(seen)
-        for source in library:
+        versions = [platform.python_version(), *map(importlib.metadata.version, VERSIONS)]
+        paths = [local(str(parameters.get(key, "")).removeprefix("datasets:")) for key in ("MODEL", "TEXT")]
+        files = [file for path in paths if path for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        digest = hashlib.sha256(json.dumps([cells, dict(parameters), versions, status], sort_keys=True).encode())
+        for source in sorted(path for path in LIBRARY.rglob("*") if path.suffix in (".py", ".txt", ".toml")):
             digest.update(source.read_bytes())
         self.digest = digest.hexdigest()
 
@@ -257,7 +264,19 @@ class Stamp:
 
     def write(self) -> None:
         """Remember this run."""
-        common.write_atomically(self.path, json.dumps({"digest": self.digest, **self.left()}))
+        write_atomically(self.path, json.dumps({"digest": self.digest, **self.left()}))
+
+
+def store_all(notebooks: Sequence[Path], console: Console) -> int:
+    """Run notebooks with their own parameters and write the outputs into them."""
+    from spikesink.model.load import prepare
+
+    prepare()  # here, for the notebook that converted the model would keep the bars of it
+    for notebook in notebooks:
+        with console.status(notebook.stem):
+            store(notebook)
+        console.print(f"{notebook.stem}: outputs stored")
+    return 0
 
 
 def store(notebook: Path) -> None:
@@ -268,40 +287,9 @@ def store(notebook: Path) -> None:
     content = nbformat.read(notebook, as_version=4)
     place = {"metadata": {"path": notebook.parent}}
     NotebookClient(content, timeout=None, record_timing=False, resources=place, extra_arguments=QUIET_KERNEL).execute()
-    for cell in content.cells:
-        for output in cell.get("outputs", []):
-            # A widget is gone with its kernel; what it shows where there are no widgets stays.
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    content.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    common.write_atomically(notebook, nbformat.writes(content).rstrip("\n") + "\n")
-
-
-def _execute(notebook: Path, parameters: Mapping[str, Any], build: Path) -> Path:
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    build.mkdir(parents=True, exist_ok=True)
-    partial, whole = build / f".{notebook.name}", build / notebook.name
-    try:
-        papermill.execute_notebook(
-            notebook,
-            partial,
-            dict(parameters),
-            cwd=notebook.parent,
-            kernel_name="python3",
-            progress_bar=False,
-            extra_arguments=QUIET_KERNEL,
-        )
-    except PapermillExecutionError as error:
-        failed = build / f"{notebook.stem}.failed.ipynb"
-        os.replace(partial, failed)
-        raise CommandError(f"{error.ename}: {error.evalue} (cell {error.cell_index}; all of it in {failed})") from None
-    except KeyboardInterrupt:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, whole)
-    (build / f"{notebook.stem}.failed.ipynb").unlink(missing_ok=True)
-    return whole
+    for output in (output for cell in content.cells for output in cell.get("outputs", [])):
+        # A widget is gone with its kernel; what it shows where there are no widgets stays.
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    content.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    write_atomically(notebook, nbformat.writes(content).rstrip("\n") + "\n")
