@@ -162,7 +162,7 @@ def test_two_at_a_time_give_what_one_after_the_other_does(project):
     ("given", "said"),
     [
         (["--model", "nosuch.gguf"], "there is no file or directory nosuch.gguf"),
-        (["--device", "abacus"], "is not one that torch knows"),
+        (["--device", "abacus"], "cannot be used here"),
         (["--dtype", "int8"], "is not one that models run in"),
         (["--text", "nosuch.txt"], "there is no text 'nosuch.txt'"),
         (["--n-prompts", "100000"], "ask for fewer or shorter ones"),
@@ -173,7 +173,6 @@ def test_what_is_wrong_is_said_before_a_kernel_starts(given, said, random_direct
     monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("a notebook was started"))
     arguments = ["--notebooks", str(ROOT / "notebooks"), "--figures", str(tmp_path / "figures")]
     arguments += ["--build", str(tmp_path / "build"), "--model", str(random_directory), *given]
-    monkeypatch.setattr(reproduce, "asks_for_a_model", lambda notebook: True)
     assert main(["figures", *arguments]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 2

@@ -102,9 +102,10 @@ def run_all(runs: Sequence[Run], console: Console, jobs: int = 1) -> int:
     failed = {}
     for step in (prepare, run_one):
         for run in runs:
+            if run.name in failed or (failed and run.name == LAB):
+                continue
             try:
-                if run.name not in failed:
-                    step(run, console, jobs)
+                step(run, console, jobs)
             except CommandError as error:
                 console.print(str(error), style="bold red")
                 failed[run.name] = str(error)
