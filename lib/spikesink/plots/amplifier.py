@@ -60,8 +60,9 @@ def gains(census: Census, life: Lifecycle) -> Figure:
     image = ax.imshow(census.gain.clamp(min=low), rasterized=True, **looks)
     fig.colorbar(image, ax=ax, label="gain ||U_k||_F (log scale)", pad=0.02)
     rows = census.blocks
-    ax.set_yticks(range(0, len(rows), max(1, len(rows) // 10)), rows[:: max(1, len(rows) // 10)], fontsize=8)
-    ax.set(xlabel="channel", ylabel="FFN")
+    shown = range(0, len(rows), max(1, len(rows) // 10))
+    ax.set_yticks(shown, [rows[i].layer for i in shown])
+    ax.set(xlabel="channel", ylabel="FFN of layer")
     ax.spines[:].set_visible(False)
     levels = range(len(rows))
     right.plot(census.gain.quantile(0.5, dim=1), levels, color=ORDINARY, lw=1.4, label="median channel")
@@ -87,31 +88,21 @@ def gains(census: Census, life: Lifecycle) -> Figure:
 
 
 @drawn_where_applicable
-def spectra(reading: Reading, found: Mapping[int, Float[Tensor, " pair"]]) -> Figure:
-    """04 (the paper's figure 4): the eigenvalues of S_k of the spike channel and of ordinary ones, over its norm.
-
-    Args:
-        reading: the block's reading.
-        found: by channel, its eigenvalues over ||S_k||_F, the largest in size first; the spike channel's first.
-    """
+def spectra(reading: Reading, spectra: Mapping[int, Float[Tensor, " pair"]]) -> Figure:
+    """04 (the paper's figure 4): the eigenvalues of S_k of the spike channel and of ordinary ones, over its norm."""
     fig, ax = figure(size=(9.5, 4.2))
-    for channel, values in reversed(list(found.items())):
-        spike = channel == reading.channel
-        colour = SPIKE if spike else ORDINARY
-        ranks = np.arange(1, len(values) + 1)
-        ax.plot(
-            ranks, values.abs(), color=colour, lw=1.6 if spike else 0.7, alpha=1 if spike else 0.6, zorder=2 + spike
-        )
+    for channel, values in reversed(list(spectra.items())):
+        spike, ranks = channel == reading.channel, np.arange(1, len(values) + 1)
+        looks = {"color": SPIKE if spike else ORDINARY, "zorder": 2 + spike}
+        ax.plot(ranks, values.abs(), lw=1.6 if spike else 0.7, alpha=1 if spike else 0.6, **looks)
         for sign, marker in ((1, "^"), (-1, "v")):
-            at = values.sign() == sign
-            ax.plot(
-                ranks[at], values.abs()[at], marker=marker, color=colour, lw=0, ms=6 if spike else 3, zorder=2 + spike
-            )
-    first = found[reading.channel]
+            of_sign = values.sign() == sign
+            ax.plot(ranks[of_sign], values.abs()[of_sign], marker=marker, lw=0, ms=6 if spike else 3, **looks)
+    first = spectra[reading.channel]
     height, share = float(first[0].abs()), float(reading.spike.shares[0])
     text, place = f"channel {reading.channel} (spike): {height:.2f}² = {share:.0%}", {"textcoords": "offset points"}
     ax.annotate(text, (1, height), (10, 0), color=SPIKE, va="center", **place)
-    others = [v for channel, v in found.items() if channel != reading.channel]
+    others = [v for channel, v in spectra.items() if channel != reading.channel]
     if others:
         typical = float(np.median([v[0].abs() for v in others]))
         ax.annotate(
@@ -142,7 +133,8 @@ def shared_directions(reading: Reading) -> Figure:
     for i in range(len(channels)):
         for j in range(len(channels)):
             shade = "white" if cosines[i, j] > 0.55 else "black"
-            ax.text(j, i, f"{cosines[i, j]:.1f}".removeprefix("0"), ha="center", va="center", fontsize=6, color=shade)
+            number = f"{cosines[i, j]:.1f}".removeprefix("0")
+            ax.text(j, i, number, ha="center", va="center", fontsize=6, color=shade)
     edge = len(spike.channels) - 0.5
     ax.axhline(edge, color="black", lw=1.2)
     ax.axvline(edge, color="black", lw=1.2)
@@ -155,12 +147,10 @@ def shared_directions(reading: Reading) -> Figure:
     ax.set(xlabel=f"channel ({len(spike.channels)} spike channel{many}, then {n} ordinary ones)", ylabel="channel")
     ax.spines[:].set_visible(False)
     pairs = pair_cosines(spike.vectors)
+    text = "One spike channel, one direction"
     if len(pairs):
-        text = (
-            f"Spike channels' directions: |cos| {brief(median(pairs))} (median), {brief(float(pairs.min()))} at least"
-        )
-    else:
-        text = "One spike channel, one direction"
+        least = brief(float(pairs.min()))
+        text = f"Spike channels' directions: |cos| {brief(median(pairs))} (median), {least} at least"
     ax.set_title(text, fontsize=11)
     return fig
 
@@ -172,23 +162,18 @@ def alignment(reading: Reading) -> Figure:
     cosine, size = reading.cosine.flatten(), reading.write.abs().flatten()
     fig, ax = figure(size=(9.5, 4.6))
     floor = max(float(size.max()) * 1e-6, 1e-12)
-    for which, colour, marker, s in ((others, ORDINARY, "s", 6), (spikes, SPIKE, "o", 30)):
-        looks = {"color": colour, "marker": marker, "s": s, "linewidths": 0, "alpha": 0.5 if marker == "s" else 0.9}
-        ax.scatter(cosine[which], size[which].clamp(min=floor), rasterized=True, **looks)
+    for which, looks in (
+        (others, {"color": ORDINARY, "marker": "s", "s": 6, "alpha": 0.5, "label": "all other tokens"}),
+        (spikes, {"color": SPIKE, "marker": "o", "s": 30, "alpha": 0.9, "label": f"{len(spikes)} spike tokens"}),
+    ):
+        ax.scatter(cosine[which], size[which].clamp(min=floor), rasterized=True, linewidths=0, **looks)
+    ax.legend(fontsize=9, loc="lower right")
     top, far = abs(float(reading.pairs.values[0])) * reading.d_model, float(cosine.abs().max())
     for side, style in ((1, "-"), (-1, ":")):
         x = np.linspace(far * 1e-3, far, 400)
         ax.plot(side * x, top * x**2, color="black", lw=1, ls=style)
     ax.annotate("|λ| d cos²", (0.75 * far, top * (0.75 * far) ** 2), (6, -14), textcoords="offset points", fontsize=10)
     ax.axvline(0, color="black", lw=0.5)
-    box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
-    for which, text, colour, offset, side in (
-        (spikes, f"{len(spikes)} spike tokens", SPIKE, (-12, 4), "right"),
-        (others, "all other tokens", "#505050", (0, -52), "center"),
-    ):
-        if len(which):
-            at = (median(cosine[which]), median(size[which]))
-            ax.annotate(text, at, offset, textcoords="offset points", color=colour, ha=side, bbox=box)
     ax.set(
         yscale="log",
         xlabel="cos(s*, h~): how far the token points along the block's direction (s* has the spike tokens' side)",
