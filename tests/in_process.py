@@ -34,9 +34,9 @@ class Walk:
     pictures: list[str]
 
 
-def measure(directory: Path, text: Path, n: int = 3, length: int = 32) -> dict[str, claims.Claim]:
+def measure(directory: Path, text: Path, n: int = 3, length: int = 32, **placement: Any) -> dict[str, claims.Claim]:
     """Every claim of the model in a directory, judged on windows of a text, by one call and without notebooks."""
-    model = spikesink.load(directory)
+    model = spikesink.load(directory, **placement)
     tokens = spikesink.windows(model, str(text), n, length)
     return {key: claims.judge(key, value, "") for key, value in measure_all(model, tokens, text=str(text)).items()}
 

@@ -96,43 +96,37 @@ def tiny(family: str, folder: Path) -> Path:
     return planted.save(build(family), folder / family)
 
 
+# Of one expert; four times d_model, as nothing else was said.
+WIDTHS = {"qwen3_moe": 48, "deepseek_v3": 48, "gpt2": 256}
+
+
 @pytest.mark.parametrize("family", FAMILIES | MORE)
-def test_writes_add_up_to_the_stream_in_every_family(family, tmp_path):
+def test_anatomy_tells_families_apart_and_writes_add_up_to_the_stream(family, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     _, sizes, expected = (FAMILIES | MORE)[family]
-    about = spikesink.anatomy(model)
-    found = (
-        about.norm,
-        about.norm_placement,
-        about.norm_scale_offset,
-        about.gate_activation,
-        about.parallel,
-        about.qk_norm,
-    )
-    assert found == expected
-    assert (about.n_blocks, about.d_model, about.n_heads) == (6, 64, 4)
-    assert about.n_experts == n_experts(family)
-    widths = {
-        "qwen3_moe": 48,
-        "deepseek_v3": 48,
-        "gpt2": 256,
-    }  # of one expert; four times d_model, as nothing else was said
-    assert about.d_mlp == widths.get(family, 96)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert about.residual_multiplier == (0.5 if family == "granite" else 1)
-    assert about.n_kv_heads == (1 if family == "falcon" else 2 if "num_key_value_heads" in sizes else 4)
-    tokens = spikesink.windows(model, "house", 2, 32)
-    trace = spikesink.trace_windows(model, tokens)
+    shape = model.anatomy
+    norm = (shape.norm, shape.norm_placement, shape.norm_scale_offset)
+    assert (*norm, shape.gate_activation, shape.parallel, shape.qk_norm) == expected
+    assert (shape.n_blocks, shape.d_model, shape.n_heads) == (6, 64, 4)
+    assert shape.n_kv_heads == (1 if family == "falcon" else 2 if "num_key_value_heads" in sizes else 4)
+    assert (shape.d_mlp, shape.n_experts) == (WIDTHS.get(family, 96), n_experts(family))
+    assert shape.residual_multiplier == (0.5 if family == "granite" else 1)
+    assert shape.projects == (family != "deepseek_v3")
+    assert shape.separate_ffn == (family != "opt")
+    assert shape.learned_sink == (family == "gpt_oss")
+    trace = spikesink.trace_windows(model, spikesink.windows(model, "house", 2, 32))
     assert trace.closure < 1e-6
     assert spikesink.find_lifecycle(trace).main is None
-    assert about.edits_pattern == (family != "opt")
-    assert about.projects == (family != "deepseek_v3")
-    assert about.separate_ffn == (family != "opt")
-    assert about.learned_sink == (family == "gpt_oss")
-    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(about.pattern_hooks[1], lambda value, hook: value * 0)]):
+
+
+@pytest.mark.parametrize("family", FAMILIES | MORE)
+def test_anatomy_knows_whether_a_change_of_the_pattern_goes_anywhere(family, tmp_path):
+    model = spikesink.load(tiny(family, tmp_path))
+    tokens, name = spikesink.windows(model, "house", 2, 32), model.anatomy.pattern_hooks[1]
+    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(name, lambda pattern, hook: pattern * 0)]):
         warnings.simplefilter("ignore")  # where it goes nowhere, TransformerLens says so
         without = model(tokens)
-    assert about.edits_pattern == (not torch.equal(without, model(tokens)))
-    if not about.edits_pattern:
+    assert model.anatomy.edits_pattern == (family != "opt") == (not torch.equal(without, model(tokens)))
+    if family == "opt":
         with pytest.raises(ValueError, match="has read its pattern before a hook can change it"):
             patching.evaluate(model, tokens, patching.mask_key(0, 1))

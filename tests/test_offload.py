@@ -10,11 +10,11 @@ import torch
 
 import spikesink
 from spikesink import patching
-from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
 from spikesink.model import paths
 from spikesink.model.gguf import cache_directory
 from spikesink.model.placement import is_offloaded, read_budget
 from spikesink.model.weights import weights_of
+from tests import in_process, planted
 from tests.test_families import FAMILIES, tiny
 
 HALF = {"cpu": "120KB"}  # of the tiny models' 400 to 700 KB
@@ -38,56 +38,25 @@ def test_offloaded_models_of_every_family_compute_the_same(family, placement, tm
     assert torch.equal(*path)
 
 
-@pytest.fixture(scope="module")
-def spread_model(planted_directory):
-    return spikesink.load(planted_directory, device="auto", max_memory={"cpu": "300KB"})
+def test_every_measure_is_the_same_when_offloaded(family_directory, tmp_path):
+    (tmp_path / "text.txt").write_text(planted.text(4, 48))
+    whole, spread = (
+        in_process.measure(family_directory("llama"), tmp_path / "text.txt", 4, 48, **placement)
+        for placement in ({}, {"device": "auto", "max_memory": {"cpu": "300KB"}})
+    )
+    for key, claim in whole.items():
+        assert (claim.measured, claim.control) == (spread[key].measured, spread[key].control), key
 
 
-def test_a_part_is_in_memory_and_a_part_on_disk(spread_model):
-    places = spread_model.original_model.hf_device_map.values()
-    assert set(places) == {"cpu", "disk"}
-    assert spread_model.cfg.device == "cpu"
-
-
-def test_every_link_of_the_chain_measures_the_same_when_offloaded(spread_model, planted_model, trigger_tokens):
-    """Life cycle, amplifier, first token, collapse, sinks and cuts, each by one number that needs all of it."""
-    found = []
-    for model in (spread_model, planted_model):
-        weights = weights_of(model)
-        life = spikesink.find_lifecycle(spikesink.trace_windows(model, trigger_tokens))
-        reading = amplifier.read_block(model, trigger_tokens, life)
-        probe = firsttoken.probe(weights, life)
-        cut = patching.zero(
-            patching.stream(patching.block(life.main.plateau[0])), positions=0, channels=life.main.channels
-        )
-        compared = patching.compare(model, trigger_tokens, {"cut": cut})
-        collapsed = collapse.measure_collapse(model, trigger_tokens, life)
-        found.append(
-            {
-                "plateau": torch.tensor(life.main.value),
-                "census": amplifier.census(weights).gain,
-                "write": reading.write,
-                "own": reading.own,
-                "eigenvalues": reading.pairs.values,
-                "probe": probe.value,
-                "collapse": collapsed.spike.mean,
-                "scores": sinks.score(model, trigger_tokens).at,
-                "geometry": keys.read_attention(model, trigger_tokens, life, collapsed).geometry.cosine["spike"],
-                "clean": compared["clean"].loss,
-                "cut": compared["cut"].loss,
-            }
-        )
-    for name, value in found[0].items():
-        assert torch.equal(value.nan_to_num(), found[1][name].nan_to_num()), name
-
-
-def test_generation_is_the_same_when_offloaded(spread_model, planted_model):
-    cut = patching.mask_key(0, range(2, 5))
-    said = []
-    for model in (spread_model, planted_model):
-        with patching.patched(model, cut):
-            said.append(model.generate("The old", max_new_tokens=6, do_sample=False, verbose=False))
-    assert said[0] == said[1]
+def test_a_part_is_in_memory_and_a_part_on_disk_and_generation_is_the_same(planted_directory, planted_model):
+    spread = spikesink.load(planted_directory, device="auto", max_memory={"cpu": "300KB"})
+    assert set(spread.original_model.hf_device_map.values()) == {"cpu", "disk"}
+    assert spread.cfg.device == "cpu"
+    texts = []
+    for model in (spread, planted_model):
+        with patching.patched(model, patching.mask_key(0, range(2, 5))):
+            texts.append(model.generate("The old", max_new_tokens=6, do_sample=False, verbose=False))
+    assert texts[0] == texts[1]
 
 
 def test_what_was_written_for_offloading_goes_with_the_model(tmp_path, monkeypatch):
@@ -107,6 +76,7 @@ def test_what_was_written_for_offloading_goes_with_the_model(tmp_path, monkeypat
     assert list((tmp_path / "cache").glob(".offload-*")) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next(random_directory, tmp_path, monkeypatch):
     left, used = tmp_path / ".offload-left", tmp_path / ".offload-used"
     for place in (left, used):
@@ -114,11 +84,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(random_directory, tmp
         (place / "weights.dat").write_bytes(b"0" * 100)
     monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path))
     hold = f"import filelock; lock = filelock.FileLock({str(used / '.lock')!r}); lock.acquire(); print(); input()"
-    holder = subprocess.Popen(
-        [sys.executable, "-u", "-c", hold],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    holder = subprocess.Popen([sys.executable, "-u", "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     try:
         model = spikesink.load(random_directory, device="disk")

@@ -1,18 +1,15 @@
 """Weights by layer: what is read from files is what is loaded, and both give what the model's own block writes."""
 
 import platform
-import shutil
 
 import psutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 import spikesink
 from spikesink.chain import amplifier
 from spikesink.common import NotApplicable
-from spikesink.model.errors import LoadError
 from spikesink.model.weights import give_back, open_weights, weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
@@ -72,30 +69,6 @@ def test_what_is_read_from_files_is_what_is_loaded(family, tmp_path):
     assert torch.equal(read.embed(torch.arange(9)), loaded.embed(torch.arange(9)))
 
 
-def test_a_sharded_model_is_read_from_all_its_files(planted_directory, planted_model, tmp_path):
-    whole = transformers.AutoModelForCausalLM.from_pretrained(planted_directory)
-    whole.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    planted.tokenizer().save_pretrained(tmp_path / "sharded")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 4
-    assert torch.equal(open_weights(tmp_path / "sharded").ffn(3).up, weights_of(planted_model).ffn(3).up)
-
-
-@pytest.mark.parametrize("way", [spikesink.load, open_weights])
-def test_files_that_lack_a_matrix_are_named(way, planted_directory, tmp_path):
-    shutil.copytree(planted_directory, tmp_path / "lacking")
-    whole = load_file(tmp_path / "lacking" / "model.safetensors")
-    del whole["model.layers.2.mlp.up_proj.weight"]
-    save_file(whole, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoadError, match=r"lacks 1 of its weights, the first is model\.layers\.2\.mlp\.up_proj\.weight"):
-        way(tmp_path / "lacking")
-
-
-@pytest.mark.parametrize("layer", [-1, 6])
-def test_a_layer_that_does_not_exist(planted_model, layer):
-    with pytest.raises(ValueError, match=f"layer {layer} does not exist; this model has layers 0 to 5"):
-        weights_of(planted_model).ffn(layer)
-
-
 def test_biases_of_all_three_matrices_count(tmp_path):
     sizes = FAMILIES["llama"][1] | {"mlp_bias": True}
     torch.manual_seed(0)
@@ -121,6 +94,7 @@ def test_one_layer_outlives_the_next(planted_directory):
         assert torch.equal(getattr(first, name), value), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory in ways of their own")
 def test_freed_memory_between_blocks_in_use_is_given_back():
     blocks = [bytes(1000) for _ in range(100_000)]
@@ -145,14 +119,10 @@ def test_memory_is_given_back_with_each_layer_that_is_read_and_only_then(planted
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [
-        ("gpt2", "the FFN of this gpt2 model has no gate, so it is no quadratic form"),
-        ("gpt_neox", "the FFN of this gpt_neox model has no gate, so it is no quadratic form"),
-        ("mixtral", "the FFN of this mixtral model is a mixture of 4 experts, not one gated FFN"),
-    ],
+    [("gpt2", "has no gate, so it is no quadratic form"), ("mixtral", "is a mixture of 4 experts, not one gated FFN")],
 )
 def test_a_family_without_one_gated_ffn_says_so(family, reason, tmp_path):
     weights = weights_of(spikesink.load(tiny(family, tmp_path)))
-    with pytest.raises(NotApplicable, match=reason):
+    with pytest.raises(NotApplicable, match=f"the FFN of this {family} model {reason}"):
         weights.ffn(0)
-    assert amplifier.census(weights) == NotApplicable(reason)
+    assert amplifier.census(weights).reason.endswith(reason)
