@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
 from filelock import FileLock, Timeout
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from spikesink.model.anatomy import Model
 from spikesink.model.errors import LoadError
 from spikesink.model.gguf import writing_to_cache
 
@@ -92,6 +92,6 @@ def main_device(hf_model: PreTrainedModel) -> str:
     return str(torch.device(gpus[0])) if gpus else "cpu"
 
 
-def is_offloaded(model: TransformerBridge) -> bool:
+def is_offloaded(model: Model) -> bool:
     """Whether some of a model's weights are where they are only when they are needed."""
-    return any(parameter.is_meta for parameter in model.original_model.parameters())
+    return any(parameter.is_meta for parameter in getattr(model, "original_model", model).parameters())

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.common import measure, progress
+from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.placement import is_offloaded
 from spikesink.patching import Intervention, apply, compare, hook
 from spikesink.patching.interventions import batches
 from spikesink.serving.cells import HIDDEN, UNCHANGED, Cells, Crossed, Technique, shows_ffn
@@ -267,6 +268,8 @@ def cross_weights(
 
     `settings` are bits and what shares a step, by name.
     """
+    if is_offloaded(model):
+        raise NotApplicable("weights that are partly on disk cannot be rounded in place; load the model into memory")
     with_it = dict(crossed.with_it)
     for name, (bits, per) in settings.items():
         with rounded_weights(model, bits, per):
