@@ -1,7 +1,10 @@
 """One command: what it asks for is known without torch, and each part imports what it needs and no more."""
 
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from spikesink import cli
 from spikesink.__main__ import COMMANDS, main
 from spikesink.lab.families import BASES
 
+ROOT = Path(__file__).parent.parent
 LOADED = "; import sys; print([name for name in sys.modules if name.startswith(('torch', 'spikesink.'))])"
 
 
@@ -80,3 +84,19 @@ def test_patching_and_probe_import_neither_plots_nor_ledger_nor_lab(script, plan
     there = modules(script.format(probe=probe))
     assert "spikesink.chain.trace" in there
     assert not {name for name in there if name.split(".")[1:2] in (["plots"], ["ledger"], ["lab"], ["serving"])}
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_the_command_its_texts_and_its_templates(tmp_path):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*pip, "wheel", str(tmp_path), *options], check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        inside = {name for name in content.namelist() if name.startswith("spikesink/")}
+        [commands] = [content.read(name).decode() for name in content.namelist() if name.endswith("entry_points.txt")]
+    assert inside == {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*.*")}
+    assert "spikesink = spikesink.__main__:main" in commands
