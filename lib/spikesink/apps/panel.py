@@ -6,79 +6,66 @@ from collections.abc import Sequence
 from html import escape
 
 import ipywidgets
+from ipywidgets import Layout
 from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import plots
 from spikesink.chain.lifecycle import Lifecycle
-from spikesink.model.anatomy import Anatomy, anatomy, block
+from spikesink.model.anatomy import Block
 from spikesink.patching.interventions import Intervention, mask_key, scale
 from spikesink.patching.outcome import view
 from spikesink.patching.sites import stream
 
 MEAN = -1  # the choice of no single head
-
-
 MOST_TOKENS = 64  # of a prompt that a panel takes: it is to answer in about a second
 
 
-def parse_channels(text: str, about: Anatomy, spike: Sequence[int]) -> list[int]:
+def parse_channels(text: str, d_model: int, spike: Sequence[int]) -> list[int]:
     """Channels out of what somebody typed: "spike" for the spike channels, "all", or numbers and ranges, "3, 10-12".
 
     Raises:
         ValueError: something that is neither, or a channel that does not exist.
     """
-    found: list[int] = []
+    channels: set[int] = set()
+    named = {"spike": spike, "all": range(d_model)}
     for word in text.replace(",", " ").split():
-        if word == "spike":
-            found += spike
-        elif word == "all":
-            found += range(about.d_model)
-        else:
-            first, _, last = word.partition("-")
-            if not first.isdecimal() or (last and not last.isdecimal()):
-                raise ValueError(f'{word!r} names no channel; give numbers, ranges such as 3-7, "spike" or "all".')
-            if (most := max(int(first), int(last or first))) >= about.d_model:
-                raise ValueError(f"channel {most} does not exist; there are channels 0 to {about.d_model - 1}.")
-            found += range(int(first), int(last or first) + 1)
-    if not found:
+        first, _, last = word.partition("-")
+        if word not in named and (not first.isdecimal() or (last and not last.isdecimal())):
+            raise ValueError(f'{word!r} names no channel; give numbers, ranges such as 3-7, "spike" or "all".')
+        if word not in named and (most := max(int(first), int(last or first))) >= d_model:
+            raise ValueError(f"channel {most} does not exist; there are channels 0 to {d_model - 1}.")
+        channels.update(named[word] if word in named else range(int(first), int(last or first) + 1))
+    if not channels:
         raise ValueError('no channel was given; give numbers, ranges such as 3-7, "spike" or "all".')
-    return sorted(set(found))
+    return sorted(channels)
 
 
 class Panel(ipywidgets.VBox):
     """Controls and a picture that follows them: `panel` makes one. Where no widgets are shown, the picture stands."""
 
     def __init__(self, model: TransformerBridge, life: Lifecycle, prompt: str):
-        about, cycle = anatomy(model), life.main
-        self.model, self.about, self.spike = model, about, list(cycle.channels) if cycle else []
-        point = (cycle.plateau[0] if cycle else about.n_blocks // 2) // 2 * 2
-        half, whole = (ipywidgets.Layout(width=width, min_width="0") for width in ("48%", "97%"))
+        anatomy, cycle = model.anatomy, life.main
+        self.model, self.spike = model, cycle.channels if cycle else ()
+        blocks = [Block(b) for b in range(0, anatomy.n_blocks + 1, 2)]
+        start = blocks[(cycle.plateau[0] if cycle else anatomy.n_blocks // 2) // 2]
+        half, wide = Layout(width="48%", min_width="0"), Layout(width="97%", min_width="0")
         later = {"continuous_update": False, "layout": half}
-        self.prompt = ipywidgets.Text(value=prompt, description="prompt", **later | {"layout": whole})
-        self.block = ipywidgets.SelectionSlider(
-            options=range(0, about.n_blocks + 1, 2), value=point, description="after block", **later
-        )
-        self.channels = ipywidgets.Text(value="spike" if cycle else "all", description="channels", **later)
-        self.factor = ipywidgets.FloatSlider(value=0.0, min=-1, max=4, step=0.25, description="factor", **later)
-        self.position = ipywidgets.BoundedIntText(value=0, min=0, max=MOST_TOKENS - 1, description="position", **later)
-        self.mask = ipywidgets.Checkbox(description="hide it from later layers' attention", layout=half)
-        heads = [("mean of all", MEAN), *((str(h), h) for h in range(about.n_heads))]
+        self.prompt = ipywidgets.Text(prompt, description="prompt", continuous_update=False, layout=wide)
+        self.block = ipywidgets.SelectionSlider(options=blocks, value=start, description="after", **later)
+        self.factor = ipywidgets.FloatSlider(0.0, min=-1, max=4, step=0.25, description="factor", **later)
+        self.channels = ipywidgets.Text("spike" if cycle else "all", description="channels", **later)
+        self.position = ipywidgets.BoundedIntText(0, min=0, max=MOST_TOKENS - 1, description="position", **later)
+        heads = [("mean of all", MEAN), *((str(h), h) for h in range(anatomy.n_heads))]
         self.head = ipywidgets.Dropdown(options=heads, value=MEAN, description="head", layout=half)
-        picture = ipywidgets.Layout(width="97%", max_width="1050px", object_fit="contain")
-        self.said, self.picture, self.table = (
-            ipywidgets.HTML(),
-            ipywidgets.Image(format="png", layout=picture),
-            ipywidgets.HTML(),
-        )
-        controls = (self.prompt, self.block, self.channels, self.factor, self.position, self.mask, self.head)
-        for control in controls:
+        self.mask = ipywidgets.Checkbox(description="hide it from later layers' attention", layout=half)
+        self.said, self.table = ipywidgets.HTML(), ipywidgets.HTML()
+        picture = Layout(width="97%", max_width="1050px", object_fit="contain")
+        self.picture = ipywidgets.Image(format="png", layout=picture)
+        pairs = ((self.block, self.factor), (self.channels, self.position), (self.head, self.mask))
+        for control in (self.prompt, *(control for pair in pairs for control in pair)):
             control.observe(self.redraw, names="value")
-        row = ipywidgets.Layout(width="100%", overflow="hidden")
-        rows = [
-            ipywidgets.HBox(pair, layout=row) for pair in ((self.block, self.factor), (self.channels, self.position))
-        ]
-        rows += [ipywidgets.HBox((self.head, self.mask), layout=row), self.said]
-        super().__init__([self.prompt, *rows, self.picture, self.table], layout=ipywidgets.Layout(width="100%"))
+        rows = [ipywidgets.HBox(pair, layout=Layout(width="100%", overflow="hidden")) for pair in pairs]
+        super().__init__([self.prompt, *rows, self.said, self.picture, self.table], layout=Layout(width="100%"))
         self.redraw()
 
     def interventions(self) -> list[Intervention]:
@@ -87,18 +74,12 @@ class Panel(ipywidgets.VBox):
         Raises:
             ValueError: channels that are none.
         """
-        channels = parse_channels(self.channels.value, self.about, self.spike)
-        at = self.position.value
-        cuts = [
-            scale(
-                stream(block(self.block.value)),
-                self.factor.value,
-                at,
-                None if len(channels) == self.about.d_model else channels,
-            )
-        ]
-        layers = range(self.block.value // 2, self.about.n_layers)
-        return cuts + ([mask_key(at, layers)] if self.mask.value and layers else [])
+        n_layers, d_model = self.model.anatomy.n_layers, self.model.anatomy.d_model
+        channels = parse_channels(self.channels.value, d_model, self.spike)
+        some = None if len(channels) == d_model else channels
+        cut = scale(stream(self.block.value), self.factor.value, self.position.value, some)
+        layers = range(self.block.value // 2, n_layers)
+        return [cut, *([mask_key(self.position.value, layers)] if self.mask.value and layers else [])]
 
     def redraw(self, change: object = None) -> None:
         """Run the prompt anew and show it; what is wrong is said in the panel."""
@@ -106,18 +87,17 @@ class Panel(ipywidgets.VBox):
             tokens = self.model.to_tokens(self.prompt.value)[0]
             if not 0 < len(tokens) <= MOST_TOKENS:
                 raise ValueError(f"a prompt of {len(tokens)} tokens is not for this panel; give 1 to {MOST_TOKENS}.")
-            seen = view(self.model, tokens, *self.interventions())
+            viewed = view(self.model, tokens, *self.interventions())
         except ValueError as error:
             self.said.value = f'<b style="color: #D55E00">{escape(str(error))}</b>'
             return
-        buffer = io.BytesIO()
-        plots.patched_view(seen, None if self.head.value == MEAN else self.head.value).savefig(
-            buffer, format="png", dpi=90
-        )
-        self.picture.value = buffer.getvalue()
-        self.said.value = f"<b>{escape(seen.what)}</b>"
+        png, head = io.BytesIO(), None if self.head.value == MEAN else self.head.value
+        plots.patched_view(viewed, head).savefig(png, format="png", dpi=90)
+        self.picture.value = png.getvalue()
+        self.said.value = f"<b>{escape(viewed.what)}</b>"
         cells = "".join(
-            f"<tr><td><code>{escape(repr(t))}</code></td><td>{c:.1%}</td><td>{p:.1%}</td></tr>" for t, c, p in seen.top
+            f"<tr><td><code>{escape(repr(text))}</code></td><td>{clean:.1%}</td><td>{changed:.1%}</td></tr>"
+            for text, clean, changed in viewed.top
         )
         self.table.value = f"<table><tr><th>next token</th><th>clean</th><th>patched</th></tr>{cells}</table>"
 
@@ -130,11 +110,5 @@ class Panel(ipywidgets.VBox):
 def panel(
     model: TransformerBridge, life: Lifecycle, prompt: str = "The old clock at the station ran backwards."
 ) -> Panel:
-    """Controls for one cut of one prompt: where, which channels, by what factor; redrawn at each change.
-
-    Args:
-        model: as `load` returns it.
-        life: as `find_lifecycle` returns it, for where the controls start.
-        prompt: of at most 64 tokens.
-    """
+    """Controls for one cut of one prompt of at most 64 tokens: where, which channels, by what factor."""
     return Panel(model, life, prompt)

@@ -1,11 +1,9 @@
 """Perplexity is not behaviour: what cuts do near and far, to copying, to recall, and to what the model writes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from spikesink.chain.lifecycle import Lifecycle, find_spikes
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.texts import bos
-from spikesink.patching.cuts import Broken, SpikeMeans, aim_cuts, choose_tokens, named
+from spikesink.patching.cuts import Broken, aim_cuts, choose_tokens, named
 from spikesink.patching.interventions import patched
 from spikesink.patching.outcome import CLEAN, Outcome, compare
 
@@ -37,7 +35,6 @@ class Behaviour:
     recall: Mapping[str, float]  # of the answer, asked for in the end
     no_answer: Mapping[str, float]  # of the same word where the prompt has not said so: the control
     same_greedy: Mapping[str, float]  # share of greedily written tokens that are the clean run's, place by place
-    before_parting: Mapping[str, float]  # how many of them come before the first other one, mean over prompts
     written: Mapping[str, str]  # what follows the first prompt
     prompt: str
 
@@ -46,45 +43,41 @@ class Behaviour:
 def measure_behaviour(
     model: TransformerBridge,
     life: Lifecycle,
-    broken: Broken | NotApplicable,
+    broken: Broken,
     names: Sequence[str] = MAIN,
     n: int = 4,
     new_tokens: int = 24,
     seed: int = 0,
-) -> Behaviour | NotApplicable:
+) -> Behaviour:
     """Measure what cuts do near and far, to copying, to recall from the middle of a prompt, and to greedy generation.
 
     Args:
-        model: as `load` returns it.
-        life: as `find_lifecycle` returns it.
-        broken: as `break_chain` returns it, for its constants, windows and losses.
+        broken: for its means, windows and losses.
         names: which of its cuts.
         n: how many prompts of each kind.
         new_tokens: how many tokens to generate.
-        seed: of random tokens and places.
     """
     names = [name for name in names if name in broken.outcomes]
     edges = _edges(broken.clean.loss.shape[1])
-    copies = _on(model, life, broken.means, repeated(model, broken.tokens, n, seed=seed), names, seed)
+    copies = compare_on(model, repeated(model, broken.tokens, n, seed=seed), life, broken, names, seed)
     half = copies[CLEAN].loss.shape[1] // 2 + 1  # the first prediction of the second copy's second token, or after
     prompts, at = recall_prompts(model, n, seed)
-    answers = _on(model, life, broken.means, prompts, names, seed)
-    written = greedy(model, broken, names, n, new_tokens)
-    same = {name: tokens == written[CLEAN] for name, tokens in written.items()}
+    answers = compare_on(model, prompts, life, broken, names, seed)
+    starts = broken.tokens[:n, : max(2, broken.tokens.shape[1] // 2)]
+    written = write_greedily(model, starts, broken, names, new_tokens)
     return Behaviour(
         edges=edges,
         by_position={
             name: torch.stack([broken.outcomes[name].loss[:, a:b].mean() for a, b in pairwise(edges)])
             for name in (CLEAN, *names)
         },
-        first_copy={name: float(of.loss[:, 1 : half - 1].mean()) for name, of in copies.items()},
-        second_copy={name: float(of.loss[:, half:].mean()) for name, of in copies.items()},
-        recall={name: _answer(of.loss[:n], at[:n]) for name, of in answers.items()},
-        no_answer={name: _answer(of.loss[n:], at[n:]) for name, of in answers.items()},
-        same_greedy={name: float(of.float().mean()) for name, of in same.items()},
-        before_parting={name: float(of.long().cumprod(1).sum(1).float().mean()) for name, of in same.items()},
+        first_copy={name: float(outcome.loss[:, 1 : half - 1].mean()) for name, outcome in copies.items()},
+        second_copy={name: float(outcome.loss[:, half:].mean()) for name, outcome in copies.items()},
+        recall={name: _loss_at(outcome.loss[:n], at[:n]) for name, outcome in answers.items()},
+        no_answer={name: _loss_at(outcome.loss[n:], at[n:]) for name, outcome in answers.items()},
+        same_greedy={name: float((tokens == written[CLEAN]).float().mean()) for name, tokens in written.items()},
         written={name: model.tokenizer.decode(tokens[0]) for name, tokens in written.items()},
-        prompt=model.tokenizer.decode(_prompts(broken, n)[0]),
+        prompt=model.tokenizer.decode(starts[0]),
     )
 
 
@@ -96,22 +89,23 @@ def _edges(n: int) -> tuple[int, ...]:
     return (*edges, n)
 
 
-def _on(
+def compare_on(
     model: TransformerBridge,
-    life: Lifecycle,
-    means: SpikeMeans,
     prompts: Int[Tensor, "n length"],
+    life: Lifecycle,
+    broken: Broken,
     names: Sequence[str],
     seed: int,
 ) -> dict[str, Outcome]:
-    """Cuts on other prompts: their spike tokens are looked for, the constants are the same."""
+    """Cuts on other prompts: their spike tokens are looked for, the means are the same."""
     where = find_spikes(model, life, prompts)
-    return compare(model, prompts, aim_cuts(means, choose_tokens(where, seed), names) if where.any() else {})
+    cuts = aim_cuts(broken.means, choose_tokens(where, seed), names) if where.any() else {}
+    return compare(model, prompts, cuts)
 
 
-def _answer(loss: Float[Tensor, "prompt position"], at: Sequence[slice]) -> float:
+def _loss_at(loss: Float[Tensor, "prompt position"], at: Sequence[slice]) -> float:
     """Loss of the answer, mean over its tokens, mean over prompts."""
-    return float(torch.stack([of[place].mean() for of, place in zip(loss, at, strict=True)]).mean())
+    return float(torch.stack([of_prompt[place].mean() for of_prompt, place in zip(loss, at, strict=True)]).mean())
 
 
 def repeated(
@@ -170,62 +164,29 @@ def ids_of(model: TransformerBridge, text: str) -> list[int]:
     return model.tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _prompts(broken: Broken, n: int) -> Int[Tensor, "n position"]:
-    return broken.tokens[:n, : max(2, broken.tokens.shape[1] // 2)]
-
-
 @torch.inference_mode()
-def greedy(
-    model: TransformerBridge, broken: Broken, names: Sequence[str], n: int, new_tokens: int
+def write_greedily(
+    model: TransformerBridge, prompts: Int[Tensor, "n position"], broken: Broken, names: Sequence[str], n: int
 ) -> dict[str, Int[Tensor, "n new"]]:
-    """What the model writes greedily after the first half of some windows, as it is and under each cut."""
-    prompts = _prompts(broken, n)
-    where = broken.targets.spike[:n, : prompts.shape[1]]
+    """What the model writes greedily after the first part of some windows, as it is and under each cut."""
+    where = broken.targets.spike[: len(prompts), : prompts.shape[1]]
     cuts = aim_cuts(broken.means, choose_tokens(where, broken.targets.seed), names) if where.any() else {}
+    options = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
     written = {}
     for name, cut in progress({CLEAN: (), **cuts}.items(), "generating", "cut"):
         with patched(model, *cut):
-            out = model.generate(
-                prompts.to(model.cfg.device),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                stop_at_eos=False,
-                return_type="tokens",
-                verbose=False,
-            )
+            out = model.generate(prompts.to(model.cfg.device), max_new_tokens=n, **options)
         written[name] = out[:, prompts.shape[1] :].cpu()
     return written
 
 
-@measure
-def behaviour_table(found: Behaviour | NotApplicable) -> pd.DataFrame | NotApplicable:
-    """One row a cut: losses near and far, of copies and of recall, and what is left of greedy generation."""
-    rows = []
-    for name in found.by_position:
-        losses = found.by_position[name]
-        rows.append(
-            {
-                "cut": named(name),
-                f"loss, positions {found.edges[0]} to {found.edges[1] - 1}": float(losses[0]),
-                f"loss, positions {found.edges[-2]} on": float(losses[-1]),
-                "first copy": found.first_copy.get(name, math.nan),
-                "second copy": found.second_copy.get(name, math.nan),
-                "recall": found.recall.get(name, math.nan),
-                "not told (control)": found.no_answer.get(name, math.nan),
-                "same greedy tokens": found.same_greedy.get(name, math.nan),
-                "before parting": found.before_parting.get(name, math.nan),
-            }
-        )
-    return pd.DataFrame(rows).set_index("cut")
-
-
-def writing(found: Behaviour | NotApplicable) -> str:
+def quote_writing(behaviour: Behaviour | NotApplicable) -> str:
     """What the model writes after the first prompt, as it is and under each cut, as Markdown."""
-    if isinstance(found, NotApplicable):
-        return f"*Not applicable here: {found.reason}.*"
+    if isinstance(behaviour, NotApplicable):
+        return f"*Not applicable here: {behaviour.reason}.*"
 
     def quoted(text: str) -> str:
         return "`" + text.replace("`", "'").replace("\n", "\\n").replace("{", "(").replace("}", ")") + "`"
 
-    lines = [f"- {named(name, 'as it is')}: {quoted(text)}" for name, text in found.written.items()]
-    return "\n".join([f"After {quoted(found.prompt[-60:])} it writes:", "", *lines])
+    lines = [f"- {named(name, 'as it is')}: {quoted(text)}" for name, text in behaviour.written.items()]
+    return "\n".join([f"After {quoted(behaviour.prompt[-60:])} it writes:", "", *lines])

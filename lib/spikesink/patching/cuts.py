@@ -6,6 +6,7 @@ What is put in the place of something is measured on other windows than those it
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -30,7 +31,7 @@ from spikesink.patching.interventions import (
 from spikesink.patching.means import SpikeMeans, Where, spike_means
 from spikesink.patching.outcome import CLEAN, Outcome, compare, table
 from spikesink.patching.recordings import one_prompt
-from spikesink.patching.sites import At, key, read, readout, stream, value
+from spikesink.patching.sites import At, Tokens, key, read, readout, stream, value
 
 FACTORS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)
 INDIFFERENT = 0.02  # a change of perplexity that is none to speak of: AB2's own limit
@@ -75,7 +76,7 @@ def sink_held(means: SpikeMeans | NotApplicable, positions: At = 0, start: int =
 
 def decouple(
     model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
+    tokens: Tokens,
     life: Lifecycle,
     held_out: Int[Tensor, "m length"] | None = None,
     hold_readout: bool = True,
@@ -98,7 +99,7 @@ def decouple(
     return decoupled(means, _spikes(model, tokens, life), hold_readout)
 
 
-def unsink(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle) -> tuple[Intervention, ...]:
+def unsink(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> tuple[Intervention, ...]:
     """Interventions that mask the spike tokens' keys in all layers that read the plateau; the spike stays.
 
     Takes and raises what `decouple` does.
@@ -106,7 +107,7 @@ def unsink(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Life
     return (mask_key(_spikes(model, tokens, life), plateau_layers(life.main)),)
 
 
-def _spikes(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Where:
+def _spikes(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> Where:
     tokens = tokens if isinstance(tokens, Tensor) and tokens.ndim == 2 else one_prompt(tokens)[None]
     where = find_spikes(model, life, tokens)
     if not where.any():
@@ -358,14 +359,14 @@ def split_windows(life: Lifecycle, length: int) -> tuple[tuple[Tensor, Where], t
 class Doses:
     """The spike channels scaled at the spike tokens, right after the step-up; factor 1 is the clean run."""
 
-    factors: tuple[float, ...]
+    factors: tuple[Real, ...]
     outcomes: tuple[Outcome, ...]
     where: Where  # the spike tokens
-    control: Mapping[float, Outcome]  # as many random channels, by some of the factors
+    control: Mapping[Real, Outcome]  # as many random channels, by some of the factors
 
 
 @measure
-def dose_spike(model: TransformerBridge, broken: Broken, factors: Sequence[float] = FACTORS) -> Doses:
+def dose_spike(model: TransformerBridge, broken: Broken, factors: Sequence[Real] = FACTORS) -> Doses:
     """Scale the spike channels by each factor, and as many random channels by the largest and by 0.
 
     What `break_chain` has run already (0 is "zeroed", 1 the clean run) is not run again.

@@ -15,9 +15,8 @@ from numbers import Real
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from spikesink.model.anatomy import Anatomy, anatomy, body_of, check_ids, check_length, check_tokens
+from spikesink.model.anatomy import Anatomy, Model, anatomy, body_of, check_ids, check_length, check_tokens
 from spikesink.patching.sites import (
     EVERYWHERE,
     MOST_LISTED,
@@ -27,6 +26,7 @@ from spikesink.patching.sites import (
     Places,
     Positions,
     Site,
+    Tokens,
     attention,
     list_places,
     whole_numbers,
@@ -38,7 +38,7 @@ from spikesink.patching.sites import (
 class Scale:
     """Multiply by a factor."""
 
-    factor: float
+    factor: Real
 
     def __str__(self) -> str:
         return "zero" if self.factor == 0 else f"scale by {self.factor:g}"
@@ -53,7 +53,7 @@ class Given:
     """Values [place, position, *part] that are put in the place of what is there, or added to it."""
 
     values: Tensor = field(repr=False)
-    added: float | None = None  # by this factor; None: put in its place
+    added: Real | None = None  # by this factor; None: put in its place
 
     def __str__(self) -> str:
         return "replace" if self.added is None else f"add {self.added:g} times a vector to"
@@ -118,7 +118,7 @@ def zero(site: Site, positions: At = None, channels: Parts = None, heads: Parts 
     return scale(site, 0.0, positions, channels, heads)
 
 
-def scale(site: Site, factor: float, positions: At = None, channels: Parts = None, heads: Parts = None) -> Intervention:
+def scale(site: Site, factor: Real, positions: At = None, channels: Parts = None, heads: Parts = None) -> Intervention:
     """Multiply by a factor: 1 is the clean run, bit for bit."""
     return intervene(site, Scale(_factor(factor)), positions, channels, heads)
 
@@ -140,7 +140,7 @@ def set_to(
 
 
 def add(
-    site: Site, values: Tensor, positions: At = None, channels: Parts = None, heads: Parts = None, factor: float = 1.0
+    site: Site, values: Tensor, positions: At = None, channels: Parts = None, heads: Parts = None, factor: Real = 1.0
 ) -> Intervention:
     """Add `factor` times given values, of shapes as in `set_to`."""
     return intervene(site, Given(_values(site, values), _factor(factor)), positions, channels, heads)
@@ -165,7 +165,7 @@ def mask_key(positions: At, layers: Places, heads: Parts = None) -> Intervention
     return zero(attention(layers), positions, heads=heads)
 
 
-def _factor(factor: float) -> float:
+def _factor(factor: Real) -> float:
     if not isinstance(factor, Real):
         raise ValueError(f"a factor must be a number, but is {factor!r}.")
     return float(factor)
@@ -208,9 +208,7 @@ def _values(site: Site, values: Tensor) -> Tensor:
     return values
 
 
-def checked(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], interventions: Sequence[Intervention]
-) -> Int[Tensor, "n length"]:
+def checked(model: Model, tokens: Tokens, interventions: Sequence[Intervention]) -> Int[Tensor, "n length"]:
     """Windows that interventions can be carried out on, else ValueError; a single prompt becomes one window."""
     if not hasattr(model, "hook_dict"):
         raise ValueError(f"{model!r} is no model; give what load returned.")
@@ -230,7 +228,7 @@ def checked(
     return tokens
 
 
-def _check(model: TransformerBridge, intervention: Intervention) -> None:
+def _check(model: Model, intervention: Intervention) -> None:
     """Raise ValueError where an intervention cannot be carried out on a model."""
     if not isinstance(intervention, Intervention):
         raise ValueError(f"{intervention!r} is no intervention; of a list of them, give each by itself: *cuts.")
@@ -264,7 +262,7 @@ def batches(anatomy: Anatomy, tokens: Int[Tensor, "n length"]) -> list[range]:
 
 
 @contextmanager
-def patched(model: TransformerBridge, *interventions: Intervention, rows: range | None = None) -> Iterator[None]:
+def patched(model: Model, *interventions: Intervention, rows: range | None = None) -> Iterator[None]:
     """Carry out interventions, in order, while the context lasts; during `generate` as well, KV cache included.
 
     Positions count from the start of the prompt, so in generation those beyond it are generated tokens. Afterwards the

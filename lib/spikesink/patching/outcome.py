@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import bootstrap
 from scipy.stats import t as student
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import EPSILON, received
 from spikesink.common import brief, escape, progress
-from spikesink.model.anatomy import Anatomy, not_finite
+from spikesink.model.anatomy import Anatomy, Model, not_finite
 from spikesink.patching.interventions import Intervention, batches, checked, patched
 from spikesink.patching.recordings import one_prompt
+from spikesink.patching.sites import Tokens
 
 CLEAN = "clean"
 RESAMPLES = 2000
@@ -138,9 +138,7 @@ def student_interval(nats: Float[np.ndarray, " window"]) -> tuple[float, float]:
     return math.exp(nats.mean() - half), math.exp(nats.mean() + half)
 
 
-def evaluate(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], *interventions: Intervention, epsilon: float = EPSILON
-) -> Outcome:
+def evaluate(model: Model, tokens: Tokens, *interventions: Intervention, epsilon: float = EPSILON) -> Outcome:
     """Run windows as they are and under interventions, and compare the two.
 
     Args:
@@ -159,8 +157,8 @@ def evaluate(
 
 
 def compare(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
+    model: Model,
+    tokens: Tokens,
     cuts: Mapping[Hashable, Cut],
     epsilon: float = EPSILON,
     reuse: bool = True,
@@ -201,8 +199,8 @@ def compare(
 
 
 def sweep(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
+    model: Model,
+    tokens: Tokens,
     cuts: Mapping[Hashable, Cut],
     over: str = "cut",
     epsilon: float = EPSILON,
@@ -228,12 +226,12 @@ class View:
 
     what: str  # the interventions, in words
     tokens: tuple[str, ...]
-    magnitude: Float[Tensor, "run layer token"]  # max |h|, as the stream enters layers and leaves the last
+    magnitude: Float[Tensor, "run entry token"]  # max |h|, as the stream enters layers and leaves the last
     attention: Float[Tensor, "run layer head token"]  # what each token gets of the queries that see it
     top: tuple[tuple[str, float, float], ...]  # next tokens, the likeliest first, and their probability in either run
 
 
-def view(model: TransformerBridge, tokens: Int[Tensor, " length"], *interventions: Intervention) -> View:
+def view(model: Model, tokens: Tokens, *interventions: Intervention) -> View:
     """Run one prompt, such as `model.to_tokens(prompt)[0]`, with and without interventions, for a picture of it.
 
     Raises:
@@ -350,7 +348,7 @@ class _Passing(torch.nn.Module):
 class Start:
     """How a model is started at a later layer: a change there leaves the layers before it as they were."""
 
-    model: TransformerBridge
+    model: Model
     layers: torch.nn.ModuleList
     in_tuple: bool  # whether they return tuples
 
@@ -369,7 +367,7 @@ class Start:
 
 
 @torch.inference_mode()
-def find_start(model: TransformerBridge, tokens: Int[Tensor, "n length"], layers: Iterable[int]) -> Start | None:
+def find_start(model: Model, tokens: Int[Tensor, "n length"], layers: Iterable[int]) -> Start | None:
     """How a model can be started at these layers; None where it cannot.
 
     Found by doing it on a few tokens, for each of them: the logits must be those of a whole run.
@@ -402,7 +400,7 @@ def find_start(model: TransformerBridge, tokens: Int[Tensor, "n length"], layers
 
 @torch.inference_mode()
 def run(
-    model: TransformerBridge,
+    model: Model,
     batch: Int[Tensor, "window position"],
     cut: Sequence[Intervention] = (),
     rows: range | None = None,

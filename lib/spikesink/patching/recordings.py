@@ -6,17 +6,16 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import progress
-from spikesink.model.anatomy import check_ids
+from spikesink.model.anatomy import Model, check_ids
 from spikesink.patching.interventions import Intervention, batches, checked, intervene, patched, set_to
-from spikesink.patching.sites import At, Parts, Positions, Site
+from spikesink.patching.sites import At, Parts, Positions, Site, Tokens
 
 
 def mean_of(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "n length"],
+    model: Model,
+    tokens: Tokens,
     site: Site,
     positions: At = None,
     channels: Parts = None,
@@ -26,9 +25,7 @@ def mean_of(
     return means_of(model, tokens, {"": (site, positions, channels, heads)})[""]
 
 
-def means_of(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], selected: Mapping[str, tuple]
-) -> dict[str, Float[Tensor, " place *part"]]:
+def means_of(model: Model, tokens: Tokens, selected: Mapping[str, tuple]) -> dict[str, Float[Tensor, " place *part"]]:
     """`mean_of` for several selections in one pass: each a site, positions and, where it is not all, what of it."""
     sums = {name: [[0.0, 0] for _ in site.places] for name, (site, *_) in selected.items()}
 
@@ -41,8 +38,8 @@ def means_of(
 
 
 def record(
-    model: TransformerBridge,
-    tokens: Int[Tensor, " length"],
+    model: Model,
+    tokens: Tokens,
     site: Site,
     positions: At,
     channels: Parts = None,
@@ -56,7 +53,7 @@ def record(
 
 
 def _watch(
-    model: TransformerBridge, tokens: Tensor, selected: Mapping[str, tuple], take: Callable[[str, int, Tensor], None]
+    model: Model, tokens: Tensor, selected: Mapping[str, tuple], take: Callable[[str, int, Tensor], None]
 ) -> None:
     """Run windows once, and hand on what is selected: take(name, place, x [token, *part])."""
 
@@ -76,7 +73,7 @@ def _watch(
                 model(tokens[rows.start : rows.stop].to(model.cfg.device))
 
 
-def one_prompt(tokens: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
+def one_prompt(tokens: Tokens) -> Int[Tensor, " length"]:
     """A single prompt, also out of a batch of one; ValueError where it is none, or several."""
     check_ids(tokens)
     if tokens.ndim == 2 and len(tokens) == 1:
@@ -87,8 +84,8 @@ def one_prompt(tokens: Int[Tensor, " length"]) -> Int[Tensor, " length"]:
 
 
 def patch_from(
-    model: TransformerBridge,
-    tokens: Int[Tensor, " length"],
+    model: Model,
+    tokens: Tokens,
     site: Site,
     positions: At,
     into: At = None,

@@ -6,7 +6,7 @@ from itertools import pairwise
 from numbers import Integral
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from spikesink.model.anatomy import Anatomy, Block
@@ -15,6 +15,7 @@ Blocks = Block | Iterable[Block]
 Places = int | Iterable[int]
 Parts = int | Iterable[int] | None  # which channels or heads; None: all
 At = int | Sequence[int] | Bool[Tensor, " position"] | Bool[Tensor, "window position"] | None
+Tokens = Int[Tensor, "window length"] | Int[Tensor, " length"]  # windows, or one prompt
 MOST_LISTED = 6  # numbers that a sentence lists before it only counts them
 
 
