@@ -10,6 +10,8 @@ TIER ?= task
 # Tests side by side, a thread each: faster than one after the other with more threads.
 TEST_JOBS ?= 2
 FIGURES ?= figures
+# Notebooks at a time, a model and an equal share of the processor each.
+JOBS ?= $(if $(filter smollm2-135m,$(MODEL)),2,1)
 PYTHON ?= python3
 
 # Threads that wait for one another sleep meanwhile: faster where the machine does something else besides.
@@ -29,7 +31,7 @@ AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ wo
 
 figures: $(READY)  ## run every notebook on MODEL and write figures/<model>/ (the default)
 	@$(BIN)/python -m spikesink figures --model "$(MODEL)" --device "$(DEVICE)" --dtype "$(DTYPE)" --text "$(TEXT)" \
-	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)"
+	  --n-prompts "$(N_PROMPTS)" --seq-len "$(SEQ_LEN)" --seed "$(SEED)" --figures "$(FIGURES)" --jobs "$(JOBS)"
 
 test: $(READY)  ## ruff, who imports whom, pytest over tests/, and the stored outputs of notebooks/
 	@$(BIN)/ruff check .
@@ -49,7 +51,7 @@ lab: $(READY)  ## open JupyterLab at the first notebook
 ablations: $(READY)  ## train what is missing of the lab's models, TIER=task, text or large; stop it at any time, it goes on
 	@$(BIN)/python -m spikesink lab --tier "$(TIER)" --figures "$(FIGURES)" --device "$(DEVICE)"
 
-bench: $(READY)  ## how fast it is and what memory it takes, as ratios within one run: a table here and in figures/bench.json
+bench: $(READY)  ## how fast the heavier measures are beside the obvious way: a table here, in README.md and figures/bench.json
 	@$(BIN)/python -m spikesink bench --model "$(MODEL)" --figures "$(FIGURES)" --readme README.md
 
 scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models larger than memory
@@ -69,13 +71,14 @@ clean:  ## remove the environment and executed notebooks; figures and the model 
 	rm -rf $(VENV) build
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 	@echo
 	@echo "make figures takes, with these defaults:"
 	@echo "  MODEL=$(MODEL)  built-in name, .gguf file, directory or hub id; several with commas: MODEL=a,b.gguf"
 	@echo "  DEVICE=$(DEVICE)  cpu, cuda, cuda:N, auto (GPUs, memory and disk) or disk    DTYPE=$(DTYPE)  float32, bfloat16 or float16"
 	@echo "  TEXT=$(TEXT)  house, pydoc, a file or datasets:NAME"
 	@echo "  N_PROMPTS=$(N_PROMPTS)  windows    SEQ_LEN=$(SEQ_LEN)  tokens in each    SEED=$(SEED)"
+	@echo "  JOBS=$(JOBS)  notebooks at a time; each loads the model (2 for the default model, 1 for others)"
 	@echo "  FIGURES=$(FIGURES)  where the model's folder goes; one model with other settings needs another one"
 	@echo "make scan takes MODEL and FIGURES, make plan takes MODEL; both work in float32 on the CPU, whatever the files are in."
 	@echo "make ablations takes TIER=$(TIER): task (two to three hours on two cores), text (some ten) or large (DEVICE=cuda); for one run,"

@@ -98,5 +98,5 @@ def test_a_wheel_brings_the_command_its_texts_and_its_templates(tmp_path):
     with zipfile.ZipFile(wheel) as content:
         inside = {name for name in content.namelist() if name.startswith("spikesink/")}
         [commands] = [content.read(name).decode() for name in content.namelist() if name.endswith("entry_points.txt")]
-    assert inside == {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*.*")}
+    assert inside == {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib" / "spikesink").rglob("*.*")}
     assert "spikesink = spikesink.__main__:main" in commands
