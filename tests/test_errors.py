@@ -224,13 +224,10 @@ def test_a_broken_directory_is_one_sentence(way, name, world):
 # What is called, and what the sentence names: the value that is wrong, and what would do.
 MODELS_THAT_CANNOT_BE_LOADED = {
     "no model": (lambda w: spikesink.load(None), f"None; {MODELS}"),
-    "a list": (lambda w: spikesink.load([]), rf"\[\]; {MODELS}"),
     "a number": (lambda w: spikesink.open_weights(3), f"3; {MODELS}"),
-    "an empty name": (lambda w: prepare(""), f"''; {MODELS}"),
     "nobody's home": (lambda w: spikesink.load("~no-such-user/model"), "directory ~no-such-user/model"),
     "a NUL": (lambda w: spikesink.load("a\0b"), "no file or directory a\0b"),
     "a path": (lambda w: spikesink.load("/nowhere/model.gguf"), "no file or directory /nowhere/model.gguf"),
-    "two words": (lambda w: spikesink.load("two words"), "no file or directory two words; check the path"),
     "no hub": (lambda w: spikesink.load("nobody/nothing"), "nobody/nothing.*smollm2-135m.*not be reached"),
     "a list of devices": (lambda w: spikesink.load(w.whole, ["cpu"]), "'cpu'.*give one of cpu, cuda,"),
     "no device": (lambda w: spikesink.load(w.whole, "nonsense"), "'nonsense'.*give one of cpu, cuda,"),
@@ -256,13 +253,11 @@ MODELS_THAT_CANNOT_BE_LOADED = {
     "a budget of nothing": (lambda w: spikesink.load(w.whole, "auto", None, {"cpu": None}), "None.* size such as 8GB"),
     "a budget of no device": (lambda w: spikesink.load(w.whole, "auto", None, {"attic": "8GB"}), "'attic'.*'cpu'"),
     "a cache that cannot be made": (lambda w: w.under(w.load_gguf, SPIKESINK_CACHE=w.file() / "x"), CACHE),
-    "a cache that is a file": (lambda w: w.under(w.load_gguf, SPIKESINK_CACHE=w.file()), CACHE),
     "nowhere to offload to": (lambda w: w.under(lambda: w.load("disk"), SPIKESINK_CACHE=w.file() / "x"), CACHE),
     "a budget without a device": (lambda w: w.under(lambda: w.load("auto"), SPIKESINK_MAX_MEMORY="8GB"), BUDGET),
     "a budget with a space": (lambda w: w.under(lambda: w.load("auto"), SPIKESINK_MAX_MEMORY="cpu=6 MB"), BUDGET),
     "a budget for make": (lambda w: w.under(lambda: prepare(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=x"), BUDGET),
     "no GGUF file, planned": (lambda w: scan.plan(w.file()), r"not GGUF; give a \.gguf file"),
-    "a number, planned": (lambda w: scan.plan(3), f"3; {MODELS}"),
 }
 
 PLACES_THAT_CANNOT_BE_WRITTEN = {
@@ -286,10 +281,8 @@ TEXTS_THAT_DO_NOT_DO = {
     "an empty text": (lambda w: spikesink.windows(w.model, Text("mine", ""), 2, 16), "'mine' has 0 .*ask for fewer"),
     "beyond the context": (lambda w: spikesink.windows(w.model, length=513), "513 .*context of 512"),
     "a number in words": (lambda w: spikesink.windows(w.model, n="4"), "n is '4'; give a whole number"),
-    "half a window": (lambda w: spikesink.windows(w.model, n=1.5), r"n is 1\.5; give a whole number"),
     "no window": (lambda w: spikesink.windows(w.model, n=0), "n is 0; .* at least 1"),
     "a window of one": (lambda w: spikesink.windows(w.model, length=1), "length is 1; .* at least 2"),
-    "yes as a length": (lambda w: spikesink.windows(w.model, length=True), "length is True"),
     "a seed below zero": (lambda w: spikesink.windows(w.model, seed=-1), "seed is -1; .* at least 0"),
     "another tokenizer": (
         lambda w: spikesink.windows(w.other(vocabulary=100)),
@@ -306,26 +299,20 @@ WRONG_ARGUMENTS = {
     "a list": (lambda w: spikesink.trace_windows(w.model, w.tokens.tolist()), IDS),
     "a text": (lambda w: spikesink.profile(w.model, "The clock"), IDS),
     "floats": (lambda w: spikesink.trace_windows(w.model, w.tokens.float()), IDS),
-    "truth values": (lambda w: sinks.score(w.model, w.tokens > 3), IDS),
-    "nothing": (lambda w: spikesink.find_spikes(w.model, w.life, None), IDS),
-    "an array": (lambda w: paths.compare_static_map(w.model, w.tokens.numpy()), IDS),
     "one window without a batch": (lambda w: spikesink.trace_windows(w.model, w.tokens[0]), r"length\].*are \[32\]"),
     "a token beyond the vocabulary": (lambda w: spikesink.trace_windows(w.model, w.tokens + 400), r"\d+ .*0 to 399"),
     "a token below zero": (lambda w: spikesink.profile(w.model, w.tokens[0] - 400), r"-\d+ .*0 to 399"),
     "all padding": (lambda w: spikesink.trace_windows(w.model, w.padded(1)), "window 1 .*leave it out"),
-    "all padding, scored": (lambda w: sinks.score(w.model, w.padded(0, 2)), "window 0 .*leave it out"),
     "a model's name": (lambda w: spikesink.trace_windows("smollm2-135m", w.tokens), "'smollm2-135m' is no"),
     "a life cycle of tokens": (lambda w: spikesink.find_lifecycle(w.tokens), "trace_windows.* not in a Te"),
     "a step in words": (lambda w: spikesink.find_lifecycle(w.life.trace, step="0.1"), "0 and 1.*'0.1'"),
     "other windows": (lambda w: amplifier.read_block(w.model, w.tokens.flip(0), w.life), OTHER_WINDOWS),
-    "fewer windows": (lambda w: amplifier.read_block(w.model, w.tokens[:2], w.life), OTHER_WINDOWS),
     "other windows, census": (
         lambda w: amplifier.census_on_text(w.model, w.tokens[1:], w.life, amplifier.census(w.weights)),
         OTHER_WINDOWS,
     ),
     "another model, amplifier": (lambda w: amplifier.step_up_direction(weights_of(w.other()), w.life), OTHER_MODEL),
     "another model, spikes": (lambda w: spikesink.find_spikes(w.other(), w.life, w.tokens), OTHER_MODEL),
-    "another model, first token": (lambda w: firsttoken.probe(weights_of(w.other()), w.life), OTHER_MODEL),
     "another model, collapse": (
         lambda w: collapse.measure_collapse(w.other(), w.tokens, w.life),
         OTHER_MODEL,
@@ -358,9 +345,7 @@ WRONG_ARGUMENTS = {
     ),
     "NaN in a list": (lambda w: claims.judge("AB7", Evidence({"xs": [NAN, 1]}, {"a": 1}), "08"), "AB7: xs is .*nan"),
     "a damaged ledger": (lambda w: claims.record(damaged_ledger(w), HEADER, {}), DAMAGED_LEDGER),
-    "a damaged ledger, rendered": (lambda w: claims.ledgers(damaged_ledger(w).parent), DAMAGED_LEDGER),
     "no entries": (lambda w: scan.plan(w.whole, 0), "0 entries .*ask for 1 to 400"),
-    "more entries than there are": (lambda w: scan.scan(w.whole, 500), "500 entries .*ask for 1 to 400"),
 }
 
 NUMBERS_THAT_ARE_NOT_FINITE = {

@@ -96,23 +96,6 @@ def test_the_cache_holds_what_dequantizing_the_file_gives(default_model):
     assert torch.equal(ours, torch.from_numpy(np.array(down)))
 
 
-def test_anatomy_of_the_default_model(default_model):
-    shape, config = spikesink.anatomy(default_model), default_model.original_model.config
-    assert (shape.n_layers, shape.d_model) == (config.num_hidden_layers, config.hidden_size)
-    assert (shape.norm, shape.norm_placement, shape.gate_activation) == ("RMS", "pre", "silu")
-    assert len(shape.write_hooks) == shape.n_blocks == 2 * config.num_hidden_layers
-    assert {*shape.write_hooks, *shape.layer_hooks} <= default_model.hook_dict.keys()
-
-
-def test_tokenization_follows_the_tokenizers_own_habit(default_model):
-    own = default_model.tokenizer("word", add_special_tokens=False).input_ids
-    assert default_model.to_tokens("word")[0].tolist() == own
-
-
-def test_bfloat16_by_parameter(random_directory):
-    assert next(spikesink.load(random_directory, dtype="bfloat16").parameters()).dtype == torch.bfloat16
-
-
 def test_a_hub_id_is_loaded_from_its_snapshot(monkeypatch, random_directory):
     monkeypatch.setattr(load, "snapshot_download", lambda spec, allow_patterns: str(random_directory))
     model = spikesink.load("Some/Model-1B")

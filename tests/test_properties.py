@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 
 from spikesink import common, patching
-from spikesink.chain import amplifier, collapse, lifecycle, trace
+from spikesink.chain import amplifier, lifecycle, trace
 from spikesink.chain import keys as keys_
 from spikesink.model import anatomy, load, names, texts
 from spikesink.model.anatomy import Block, attn, mlp
@@ -153,15 +153,6 @@ def test_effective_dimension_counts_directions(seed, n, d, factor):
     assert float(keys_.effective_dimension(line.T @ line)) == pytest.approx(1)
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=6).map(sorted), st.integers(2, 1000))
-def test_the_closed_form_stays_within_its_bounds_and_grows_with_the_spike(ratios, d):
-    found = collapse.closed_form(torch.tensor(ratios, dtype=torch.float64), d)
-    for name in ("largest", "cosine"):
-        assert ((found[name] >= 0) & (found[name] <= 1 + 1e-12)).all()
-        assert (found[name].diff() >= -1e-12).all()
-    assert ((found["participation"] > 0) & (found["participation"] <= d)).all()
-
-
 @given(st.integers(1, 400))
 def test_a_block_is_one_half_of_one_layer(block):
     half = Block(block)
@@ -239,17 +230,6 @@ def changed(x: torch.Tensor, *those: patching.Intervention) -> torch.Tensor:
 
 
 STREAM = patching.stream(patching.mlp(0))
-
-
-@given(cuts(), FACTORS, FACTORS)
-def test_scaling_multiplies(drawn, a, b):
-    x, where = drawn
-    assert torch.equal(changed(x, patching.scale(STREAM, 1, **where)), x)
-    twice = changed(x, patching.scale(STREAM, a, **where), patching.scale(STREAM, b, **where))
-    torch.testing.assert_close(twice, changed(x, patching.scale(STREAM, a * b, **where)))
-    none = changed(x, patching.zero(STREAM, **where))
-    assert torch.equal(none, changed(x, patching.scale(STREAM, 0, **where)))
-    assert torch.equal(none, changed(none, patching.scale(STREAM, a, **where)))
 
 
 @given(cuts(), SEEDS, FACTORS)
