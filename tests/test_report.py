@@ -4,14 +4,11 @@ import contextlib
 import io
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
-import spikesink
 from spikesink import __main__
 from spikesink.apps import report
-from spikesink.ledger import evidence
 from spikesink.serving import cache
 from spikesink.serving.cells import UNCHANGED, Crossed
 from spikesink.serving.diagnosis import (
@@ -171,16 +168,6 @@ def test_bad_input_is_one_sentence(wrong, says, random_directory, text, tmp_path
     assert set(tmp_path.rglob("*")) == before, "nothing is left of a report that was not begun"
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["nosuch"], ["report"], ["report", "x", "--n-prompts", "3"], ["report", "x", "--out", ""]]
-)
-def test_bad_arguments_point_to_the_help(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        __main__.main(arguments)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.endswith("(see --help)\n")
-
-
 def test_weights_alone_say_where_a_spike_can_be_written(family_directory, gemma_directory, capsys):
     assert __main__.main(["census", str(family_directory("llama")), "--top", "2"]) == 0
     printed = capsys.readouterr().out
@@ -203,16 +190,6 @@ def test_a_model_without_a_spike_is_told_what_serving_costs(random_directory, te
     page = (tmp_path / "report.html").read_text()
     assert page.count("Tried in the unchanged model alone: no token") == 2
     assert page.count("<img") == 4, "all but the spike's picture"
-
-
-def test_a_spike_of_many_blocks_is_described_as_one(family_directory, text, monkeypatch):
-    model = spikesink.load(family_directory("llama"))
-    subject = report.Subject(model, text, spikesink.windows(model, text, 2, 64), 0)
-    assert "other blocks" not in report._spike(subject).prose
-    up = evidence.lc1_step_up(subject.life)
-    few = replace(up, measured={**up.measured, "share_written": 0.43})
-    monkeypatch.setattr(evidence, "lc1_step_up", lambda life: few)
-    assert "57% by other blocks" in report._spike(subject).prose
 
 
 def test_a_page_escapes_what_it_is_given():

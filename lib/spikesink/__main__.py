@@ -49,7 +49,7 @@ def report(chosen: argparse.Namespace, console: Console) -> None:
     with console.status(f"loading {chosen.model}") as status:
         model = ss.load(chosen.model, chosen.device, chosen.dtype)
         tokens = ss.windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
-        for section in report.diagnose(model, chosen.text, tokens, out, chosen.long, chosen.seed, status.update):
+        for section in report.diagnose(model, tokens, chosen.text, out, chosen.long, chosen.seed, status.update):
             sections[section.key] = section
             console.print(f"\n[bold]{report.TITLES[section.key]}[/bold]")
             console.print(section.prose, markup=False)

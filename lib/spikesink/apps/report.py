@@ -34,7 +34,6 @@ from spikesink.patching import cuts
 from spikesink.patching.means import SpikeMeans, spike_means
 from spikesink.serving import cache, cells, context, diagnosis, quantize
 
-FEW_BLOCKS = 0.8  # the share of a spike that the step-up blocks write, where nothing is said of others (LC1)
 HEADS = 8  # that are listed, the strongest first
 SCHEMA = 2
 TITLES = {
@@ -45,6 +44,19 @@ TITLES = {
     "long": "Long contexts",
 }
 TEXTS = {"house": "spikesink's own prose, in English", "pydoc": "Python's documentation of its language"}
+SENTENCES = {
+    "LC1": "The spike reaches {plateau_value}, in channels {channels}, {share_written:.0%} of it written by "
+    "{step_up_blocks}.",
+    "LC3": "{share_cancelled:.0%} of it is cancelled by {step_down_blocks}.",
+    "LC4": "{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} times the median entry "
+    "of all tokens there.",
+    "LC7": "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
+    "the windows. The most frequent: {most_frequent}.",
+    "SK1": "In {sink_ratio:.0%} of heads and windows the first token gets more than {epsilon} of the attention, and "
+    "{mean_attention:.0%} of all attention on average.",
+    "X-SK9": "{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.",
+    "SV3": "Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.",
+}
 # How a diagnosis is summed up, and what helps.
 ADVICE = {
     diagnosis.OUTLIERS: (
@@ -88,8 +100,8 @@ class Subject:
     """A model, and the windows it is measured on."""
 
     model: TransformerBridge
-    source: str
     tokens: Int[Tensor, "window position"]
+    source: str
     seed: int
 
     @cached_property
@@ -111,8 +123,8 @@ class Subject:
 
 def diagnose(
     model: TransformerBridge,
-    source: str,
     tokens: Int[Tensor, "window position"],
+    source: str,
     out: Path,
     with_long: bool = False,
     seed: int = 0,
@@ -120,19 +132,13 @@ def diagnose(
 ) -> Iterator[Section]:
     """Measure a model, a section at a time; when one is yielded, `out/report.json` and `out/report.html` hold it.
 
-    Args:
-        model: as `load` returns it.
-        source: the text that `tokens` are cut from.
-        tokens: windows.
-        out: a folder.
-        with_long: whether to run a text as long as the context, which takes minutes.
-        seed: of what is drawn.
-        begun: is told before each section which one it is, and after what time.
+    `source` is the text that `tokens` are cut from. With `with_long` a text as long as the context is run as well,
+    which takes minutes. `begun` is told before each section which one it is, and after what time.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    subject, finished, started = Subject(model, source, tokens, seed), {}, time.perf_counter()
+    subject, finished, started = Subject(model, tokens, source, seed), {}, time.perf_counter()
     stages = STAGES if with_long else {key: stage for key, stage in STAGES.items() if key != "long"}
     header = {
         "model": model.source.spec,
@@ -224,73 +230,44 @@ def _finite(interval: Iterable[float]) -> list[float] | None:
     return ends if all(map(math.isfinite, ends)) else None
 
 
-def _facts(found: Evidence | NotApplicable) -> dict[str, Any]:
-    return dict(found.measured) if isinstance(found, Evidence) else {"reason": found.reason}
-
-
-def _say(template: str, found: Evidence | NotApplicable, **more: Any) -> str:
-    if isinstance(found, NotApplicable):
-        return f"{found.reason[0].upper()}{found.reason[1:]}."
-    return say(template, found, **more).data.replace("\n", " ")
+def _describe(found: Mapping[str, Evidence | NotApplicable], **more: Any) -> tuple[list[str], dict[str, Any]]:
+    """A sentence and the measured values for each claim, or the reason why it does not apply."""
+    sentences, facts = [], {}
+    for claim, one in found.items():
+        if isinstance(one, NotApplicable):
+            sentences.append(f"{one.reason[0].upper()}{one.reason[1:]}.")
+            facts[claim] = {"reason": one.reason}
+        else:
+            sentences.append(say(SENTENCES[claim], one, **more).data.replace("\n", " "))
+            facts[claim] = dict(one.measured)
+    return sentences, facts
 
 
 def _spike(subject: Subject) -> Section:
     life = subject.life
     if life.main is None:
-        none = f"No spike: {life.reason}."
-        return Section("spike", none, {"reason": life.reason}, short=none)
-    found = {
-        "LC1": evidence.lc1_step_up(life),
-        "LC3": evidence.lc3_step_down(life),
-        "LC4": evidence.lc4_few_channels(life),
-        "LC7": evidence.lc7_few_tokens(life, subject.model.tokenizer.decode),
-    }
-    facts = {claim: _facts(one) for claim, one in found.items()}
-    others = 1 - facts["LC1"].get("share_written", 1)
-    prose = [
-        _say(
-            "The spike reaches {plateau_value}, in channels {channels}, {share_written:.0%} of it written by "
-            "{step_up_blocks}" + (", {others:.0%} by other blocks." if others > 1 - FEW_BLOCKS else "."),
-            found["LC1"],
-            others=others,
-        ),
-        _say("{share_cancelled:.0%} of it is cancelled by {step_down_blocks}.", found["LC3"]),
-        _say(
-            "{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} times the median entry "
-            "of all tokens there.",
-            found["LC4"],
-        ),
-        _say(
-            "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
-            "the windows. The most frequent: {most_frequent}.",
-            found["LC7"],
-            most_frequent=", ".join(map(repr, facts["LC7"].get("spike_tokens", ()))),
-        ),
-    ]
-    return Section("spike", " ".join(prose), facts, picture=plots.magnitudes(life), short=prose[0])
+        sentence = f"No spike: {life.reason}."
+        return Section("spike", sentence, {"reason": life.reason}, short=sentence)
+    tokens = evidence.lc7_few_tokens(life, subject.model.tokenizer.decode)
+    found = {"LC1": evidence.lc1_step_up(life), "LC3": evidence.lc3_step_down(life)}
+    found |= {"LC4": evidence.lc4_few_channels(life), "LC7": tokens}
+    frequent = ", ".join(map(repr, tokens.measured["spike_tokens"])) if isinstance(tokens, Evidence) else ""
+    sentences, facts = _describe(found, most_frequent=frequent)
+    return Section("spike", " ".join(sentences), facts, picture=plots.magnitudes(life), short=sentences[0])
 
 
 def _sink(subject: Subject) -> Section:
     model, tokens, life, seed = subject.model, subject.tokens, subject.life, subject.seed
-    attention = keys.read_attention(
-        model, tokens, life, collapse.measure_collapse(model, tokens, life, seed), seed=seed
-    )
-    many, others = evidence.sk1_many_heads(attention.scores), evidence.x_sk9_secondary(attention.secondary)
+    collapsed = collapse.measure_collapse(model, tokens, life, seed)
+    attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
+    found = {"SK1": evidence.sk1_many_heads(attention.scores), "X-SK9": evidence.x_sk9_secondary(attention)}
+    sentences, facts = _describe(found)
     mean = attention.scores.at.mean(0)  # layer, head
     order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
-    strongest = [divmod(i, mean.shape[1]) for i in order]
-    rows = [(layer, head, f"{float(mean[layer, head]):.0%}") for layer, head in strongest]
+    rows = [(*divmod(i, mean.shape[1]), f"{float(mean.flatten()[i]):.0%}") for i in order]
     table = pd.DataFrame(rows, columns=["layer", "head", "attention to position 0"]).set_index("layer")
-    prose = [
-        _say(
-            "In {sink_ratio:.0%} of heads and windows the first token gets more than {epsilon} of the attention, and "
-            "{mean_attention:.0%} of all attention on average.",
-            many,
-        ),
-        _say("{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.", others),
-    ]
     picture = plots.sink_map(attention.scores, sinks.score(model, tokens, length=subject.short))
-    return Section("sink", " ".join(prose), {"SK1": _facts(many), "X-SK9": _facts(others)}, table, picture)
+    return Section("sink", " ".join(sentences), facts, table, picture)
 
 
 def _quantization(subject: Subject) -> Section:
@@ -345,22 +322,16 @@ def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Fi
 
 def _long(subject: Subject) -> Section:
     run = context.measure_long(subject.model, subject.source)
-    found, lengths = evidence.sv3_over_lengths(run.lengths), run.lengths
-    ends = zip(lengths.perplexities, lengths.lengths, strict=True)
+    sentences, facts = _describe({"SV3": evidence.sv3_over_lengths(run.lengths)})
+    ends = zip(run.lengths.perplexities, run.lengths.lengths, strict=True)
     stretches = ", ".join(f"{brief(perplexity)} up to {end:,} tokens" for perplexity, end in ends)
+    sentences.append(f"Perplexity, stretch by stretch: {stretches} (the model's limit: {run.lengths.limit:,}).")
     times = {name: run.times(name) for name in run.streams}
+    facts["streams"] = {name: [cost, *(_finite(interval) or (None, None))] for name, (cost, *interval) in times.items()}
     costs = {name: {"cost": cost, "interval": _finite(interval)} for name, (cost, *interval) in times.items()}
-    prose = [
-        _say("Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.", found),
-        f"Perplexity, stretch by stretch: {stretches} (the model's limit: {lengths.limit:,}).",
-        _list_costs(
-            f"Over all of it, with {context.BUDGET} keys",
-            {name: one for name, one in costs.items() if name not in CONTROLS},
-        ),
-    ]
-    streams = {name: [one["cost"], *(one["interval"] or (None, None))] for name, one in costs.items()}
-    facts = {"SV3": _facts(found), "streams": streams}
-    return Section("long", " ".join(filter(None, prose)), facts, picture=plots.lengths(lengths))
+    costs = {name: cost for name, cost in costs.items() if name not in CONTROLS}
+    sentences.append(_list_costs(f"Over all of it, with {context.BUDGET} keys", costs))
+    return Section("long", " ".join(filter(None, sentences)), facts, picture=plots.lengths(run.lengths))
 
 
 STAGES: Mapping[str, Callable[[Subject], Section]] = {

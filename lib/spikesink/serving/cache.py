@@ -111,12 +111,8 @@ def eviction_techniques(
 
     With the sink exempt, one of the keys is the first token's.
 
-    Args:
-        model: as `load` returns it.
-        budget: how many keys.
-        where: the windows' spike tokens. As a control others are kept: none of them, nor the first.
-        sink: a constant key and value in the first token's place, as `sink_held` returns them.
-        seed: of which others.
+    `where` are the windows' spike tokens: the others that are kept as a control, drawn by `seed`, are none of them, nor
+    the first. `sink` is a constant key and value in the first token's place, as `sink_held` returns them.
     """
     ordinary = (~where.any(0))[1:budget].nonzero()[:, 0] + 1
     order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:N_OTHERS]

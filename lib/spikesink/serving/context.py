@@ -332,13 +332,7 @@ def make_needles(
 ) -> Needles:
     """Hide a sentence at several depths of a text, and ask for it in the end; beside each, one that says another place.
 
-    Args:
-        model: as `load` returns it.
-        filler: the text, in tokens without BOS.
-        length: of the prompts, in tokens.
-        n: how many things are hidden, each at all depths.
-        depths: shares of the text that come before.
-        seed: of things and places.
+    `n` things are hidden in `filler`, a text in tokens without BOS, each at all depths; prompts have `length` tokens.
 
     Raises:
         NotApplicable: the text is too short, or the prompts are.

@@ -190,12 +190,8 @@ def round_activations(
 ) -> tuple[Intervention, ...]:
     """Interventions that round activations wherever they pass a site.
 
-    Args:
-        model: as `load` returns it.
-        quantizer: how.
-        sites: of SITES; those that the model does not show are left out.
-        split: by site and layer, channels that are not rounded and do not count for the step.
-        positions: the tokens that are rounded, by default all. Steps must then be per-token.
+    Sites that the model does not show are left out. `split` are channels, by site and layer, that are not rounded and
+    do not count for the step; `positions` the tokens that are rounded, if not all: steps must then be per-token.
 
     Raises:
         ValueError: no such site; or some positions only, and a step that tokens share.
