@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from spikesink.serving.context import (
 from tests import planted
 from tests.test_cache import FEW
 from tests.test_families import tiny
+from tests.test_serving import outcome_of
 
 TEXT = planted.text(4, 48)
 
@@ -157,7 +157,7 @@ def test_recall_is_what_telling_gains():
     told, answer = (True, False) * 2, (slice(0, 2), slice(0, 2), slice(1, 3), slice(1, 3))
     loss = torch.tensor([[1.0, 3, 9], [5, 5, 9], [9, 0, 0], [9, 2, 4]])
     needles = context.Needles(torch.zeros(4, 4, dtype=torch.long), answer, (0.1, 0.1, 0.9, 0.9), told)
-    assert needles.gain_by_depth(SimpleNamespace(loss=loss)) == {0.1: 3.0, 0.9: 3.0}
+    assert needles.gain_by_depth(outcome_of(loss)) == {0.1: 3.0, 0.9: 3.0}
 
 
 def make_run(n: int, window: float = 0, first: float = 0, score: float = 0.5) -> LongRun:
@@ -173,10 +173,7 @@ def make_run(n: int, window: float = 0, first: float = 0, score: float = 0.5) ->
 @pytest.fixture
 def short():
     """Short windows, on which two caches were tried."""
-    blank = {
-        name: None for name in ("what", "epsilon", "divergence", "agrees", "score", "attention", "sinks", "largest")
-    }
-    plain, worse = (patching.Outcome(loss=torch.full((2, 63), loss), **blank) for loss in (1.0, 1.0 + math.log(3)))
+    plain, worse = (outcome_of(torch.full((2, 63), loss)) for loss in (1.0, 1.0 + math.log(3)))
     with_it = {cache.WINDOW: {cells.UNCHANGED: plain}, cache.HEAVY: {cells.UNCHANGED: worse}}
     return cells.Crossed({cells.UNCHANGED: plain}, with_it)
 

@@ -1,7 +1,6 @@
 """Cells on a model whose spike is known, diagnoses of costs made by hand, and SV1."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,11 +137,11 @@ def test_without_a_spike_techniques_are_tried_in_the_unchanged_model():
 
 def test_what_spike_tokens_predict_does_not_count():
     """Where their prediction is held, no technique could harm it, and the cost would seem to go with the spike."""
-    loss, blank = torch.full((2, 3), 2.0), outcome(0.0, 0.0)
+    loss = torch.full((2, 3), 2.0)
     worse = loss + torch.tensor([[9.0, 0.1, 0.3], [0.2, 9.0, 0.2]])
     crossed = Crossed(
-        {UNCHANGED: replace(blank, loss=loss)},
-        {"one": {UNCHANGED: replace(blank, loss=worse)}, "none": {UNCHANGED: replace(blank, loss=loss)}},
+        {UNCHANGED: outcome_of(loss)},
+        {"one": {UNCHANGED: outcome_of(worse)}, "none": {UNCHANGED: outcome_of(loss)}},
         counted=torch.tensor([[False, True, True], [True, False, True]]),
     )
     assert crossed.nats("one") == pytest.approx([0.2, 0.2])
@@ -152,9 +151,13 @@ def test_what_spike_tokens_predict_does_not_count():
 
 def outcome(*losses: float) -> Outcome:
     """One loss a window."""
-    loss = torch.tensor(losses)[:, None].repeat(1, 3)
-    names = ("what", "epsilon", "divergence", "agrees", "score", "attention", "sinks", "largest")
-    return Outcome(loss=loss, **dict.fromkeys(names))
+    return outcome_of(torch.tensor(losses)[:, None].repeat(1, 3))
+
+
+def outcome_of(loss: torch.Tensor) -> Outcome:
+    """These losses, and nothing else that would matter."""
+    zero, by_layer, sizes = torch.zeros_like(loss), torch.zeros(1, 4), torch.zeros(len(loss), loss.shape[1] + 1)
+    return Outcome("", 0.3, loss, zero, zero > 0, zero[:, :1, None], by_layer, by_layer, sizes)
 
 
 NEARLY = (2.5, 2.6, 2.5, 2.6)  # losses, of 2 without the technique

@@ -260,7 +260,7 @@ def _sink(subject: Subject) -> Section:
     model, tokens, life, seed = subject.model, subject.tokens, subject.life, subject.seed
     collapsed = collapse.measure_collapse(model, tokens, life, seed)
     attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
-    found = {"SK1": evidence.sk1_many_heads(attention.scores), "X-SK9": evidence.x_sk9_secondary(attention)}
+    found = {"SK1": evidence.sk1_many_heads(attention.scores), "X-SK9": evidence.x_sk9_secondary(attention.secondary)}
     sentences, facts = _describe(found)
     mean = attention.scores.at.mean(0)  # layer, head
     order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
@@ -296,7 +296,7 @@ def _cache(subject: Subject) -> Section:
     return replace(section, prose=prose, facts={**section.facts, "recall": gained})
 
 
-def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure) -> Section:
+def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Figure | None) -> Section:
     """A section about techniques in cells."""
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not tried: {crossed.reason}.", {"reason": crossed.reason})

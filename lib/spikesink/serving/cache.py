@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy
+from spikesink.model.anatomy import Anatomy, Model
 from spikesink.patching import Intervention, apply, hook, patched
 from spikesink.serving.cells import UNCHANGED, Cuts, Technique
 
@@ -105,7 +104,7 @@ def cache_policies(budget: int) -> dict[str, Policy]:
 
 @measure
 def eviction_techniques(
-    model: TransformerBridge, budget: int, where: Bool[Tensor, "window position"], sink: Cuts = (), seed: int = 0
+    model: Model, budget: int, where: Bool[Tensor, "window position"], sink: Cuts = (), seed: int = 0
 ) -> dict[str, Technique]:
     """The ways to keep `budget` keys of a query, its own among them, as techniques for `cross`.
 
@@ -126,7 +125,7 @@ def eviction_techniques(
     return {WINDOW: Technique(forget(model, Policy(budget)), exempt=cuts[WITH_1]), **techniques}
 
 
-def forget(model: TransformerBridge, policy: Policy) -> tuple[Intervention, ...]:
+def forget(model: Model, policy: Policy) -> tuple[Intervention, ...]:
     """Interventions that hide from every query what the policy has let go of; positions stay as they are.
 
     Raises:
@@ -199,7 +198,7 @@ def heavy_hitter_pattern(
 class BoundedCache:
     """A model with a KV cache that lets go of what a policy does not keep; `cuts` hold in the first chunk only."""
 
-    def __init__(self, model: TransformerBridge, policy: Policy, cuts: Sequence[Intervention] = ()):
+    def __init__(self, model: Model, policy: Policy, cuts: Sequence[Intervention] = ()):
         if policy.heavy:
             raise ValueError("heavy hitters differ from head to head, and no cache here does; use forget.")
         if policy.window is not None:
@@ -279,7 +278,7 @@ def token_losses(
 
 
 def run_bounded(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "window position"],
     policy: Policy,
     cuts: Sequence[Intervention] = (),
@@ -300,7 +299,7 @@ def run_bounded(
 
 
 def generate(
-    model: TransformerBridge, prompt: Int[Tensor, " length"], policy: Policy, n: int, cuts: Sequence[Intervention] = ()
+    model: Model, prompt: Int[Tensor, " length"], policy: Policy, n: int, cuts: Sequence[Intervention] = ()
 ) -> Int[Tensor, " n"]:
     """Write n tokens greedily from a bounded cache; raises what `run_bounded` does."""
     bounded, written = BoundedCache(model, policy, cuts), []

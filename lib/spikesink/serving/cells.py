@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy
+from spikesink.model.anatomy import Anatomy, Model
 from spikesink.model.weights import require_projections
 from spikesink.patching import Intervention, Outcome, compare, hook, mask_key, skip, zero
 from spikesink.patching.cuts import decoupled, sink_held
@@ -140,7 +139,7 @@ def cell_table(crossed: Crossed) -> pd.DataFrame:
 
 @measure
 def cross(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "window position"],
     cells: Cells,
     techniques: Mapping[str, Technique],

@@ -16,12 +16,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import EPSILON
 from spikesink.common import NotApplicable, measure, progress, write_atomically, writing_to
 from spikesink.model import texts
-from spikesink.model.anatomy import body_of
+from spikesink.model.anatomy import Model, body_of
 from spikesink.patching import Outcome, compare
 from spikesink.patching.behaviour import PLACES, THINGS, asked, ids_of
 from spikesink.patching.outcome import CLEAN, student_interval
@@ -120,7 +119,7 @@ class Lengths:
 
 
 def choose_lengths(
-    model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST
+    model: Model, source: str | texts.Text = "house", most: float = MOST
 ) -> tuple[Int[Tensor, "1 position"], tuple[int, ...]]:
     """The beginning of a text, to a quarter past a model's limit if that fits, and lengths to measure at.
 
@@ -141,7 +140,7 @@ def choose_lengths(
 
 
 def measure_lengths(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "window position"],
     lengths: Sequence[int],
     chunk: int = CHUNK,
@@ -171,7 +170,7 @@ def measure_lengths(
     return Lengths(lengths, model.anatomy.context, epsilon, score, late, other, loss, largest, sight, seconds)
 
 
-def _run_in_chunks(model: TransformerBridge, tokens: Int[Tensor, "window position"], places: list[int], chunk: int):
+def _run_in_chunks(model: Model, tokens: Int[Tensor, "window position"], places: list[int], chunk: int):
     """Attention to places [window, layer, head, query, place], largest entries and losses [window, position]."""
     anatomy, bounded, now = model.anatomy, BoundedCache(model, Policy()), {}
     attention, largest, losses = [], [], []
@@ -209,7 +208,7 @@ class LongRun:
         return float(self.streams[name].mean().exp())
 
 
-def measure_long(model: TransformerBridge, source: str | texts.Text = "house", most: float = MOST) -> LongRun:
+def measure_long(model: Model, source: str | texts.Text = "house", most: float = MOST) -> LongRun:
     """Run a text as `choose_lengths` cuts it, through a full cache and, where keys can be hidden, bounded ones."""
     tokens, lengths = choose_lengths(model, source, most)
     streams = {}
@@ -222,7 +221,7 @@ def measure_long(model: TransformerBridge, source: str | texts.Text = "house", m
 
 @torch.inference_mode()
 def run_recomputed(
-    model: TransformerBridge, tokens: Int[Tensor, "window position"], budget: int = BUDGET
+    model: Model, tokens: Int[Tensor, "window position"], budget: int = BUDGET
 ) -> Float[Tensor, "window prediction"]:
     """Losses where each token is predicted from a new run of the 3/4 of `budget` tokens before it, or more.
 
@@ -240,7 +239,7 @@ def run_recomputed(
 
 
 def load_or_measure(
-    model: TransformerBridge, source: str, folder: Path, others: Iterable[Path] = (), most: float = MOST
+    model: Model, source: str, folder: Path, others: Iterable[Path] = (), most: float = MOST
 ) -> LongRun:
     """`measure_long`, out of `folder` or one of `others` where that was done before; else it is kept in `folder`."""
     text = texts.read(source)
@@ -305,7 +304,7 @@ class Recall:
 
 @measure
 def measure_recall(
-    model: TransformerBridge,
+    model: Model,
     filler: Int[Tensor, " token"],
     length: int,
     budget: int,
@@ -323,7 +322,7 @@ def measure_recall(
 
 
 def make_needles(
-    model: TransformerBridge,
+    model: Model,
     filler: Int[Tensor, " token"],
     length: int,
     n: int = 2,

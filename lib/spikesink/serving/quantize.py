@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.anatomy import Model
 from spikesink.model.placement import is_offloaded
 from spikesink.patching import Intervention, apply, compare, hook
 from spikesink.patching.interventions import batches
@@ -72,7 +72,7 @@ class Quantizer:
         """The largest integer."""
         return 2 ** (self.bits - 1) - 1
 
-    def step(self, x: Activations) -> Activations:
+    def step(self, x: Activations) -> Float[Tensor, "..."]:
         """The distance between two values, for each group of entries that share one; it broadcasts against x."""
         size = x.abs()
         size[..., list(self.split)] = 0
@@ -97,7 +97,7 @@ class Quantizer:
         return str(self)
 
 
-def shown_sites(model: TransformerBridge) -> dict[str, list[tuple[str, ...]]]:
+def shown_sites(model: Model) -> dict[str, list[tuple[str, ...]]]:
     """The hooks of each of SITES that the model shows, layer by layer.
 
     What passes inside a mixture of experts is not shown: a router sends each token elsewhere.
@@ -113,7 +113,7 @@ def shown_sites(model: TransformerBridge) -> dict[str, list[tuple[str, ...]]]:
     return shown
 
 
-def hidden_inputs(model: TransformerBridge) -> list[str]:
+def hidden_inputs(model: Model) -> list[str]:
     """What matrices multiply and the model does not show, so that it is not rounded."""
     shown = shown_sites(model)
     return [site for site in INPUTS if site not in shown]
@@ -142,7 +142,7 @@ class Range:
 
 @torch.inference_mode()
 def measure_ranges(
-    model: TransformerBridge, tokens: Int[Tensor, "window position"], where: Bool[Tensor, "window position"]
+    model: Model, tokens: Int[Tensor, "window position"], where: Bool[Tensor, "window position"]
 ) -> dict[str, Range]:
     """Measure the range of every site that the model shows, in one pass.
 
@@ -182,7 +182,7 @@ def _join(batched: list[tuple]) -> tuple:
 
 
 def round_activations(
-    model: TransformerBridge,
+    model: Model,
     quantizer: Quantizer,
     sites: Iterable[str] = INPUTS,
     split: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
@@ -210,7 +210,7 @@ def round_activations(
 
 
 @contextmanager
-def rounded_weights(model: TransformerBridge, bits: int = 8, per: str = "channel") -> Iterator[None]:
+def rounded_weights(model: Model, bits: int = 8, per: str = "channel") -> Iterator[None]:
     """Round the matrices of all layers while the context lasts; a channel is what one output is computed from."""
     quantizer = Quantizer(bits, {"channel": "token"}.get(per, per))
     kept = [(module, module.weight.data) for module in _matrices(model)]
@@ -225,14 +225,14 @@ def rounded_weights(model: TransformerBridge, bits: int = 8, per: str = "channel
             module.weight.data = weight
 
 
-def _matrices(model: TransformerBridge) -> list[nn.Module]:
+def _matrices(model: Model) -> list[nn.Module]:
     """The modules of the layers that multiply by a matrix, each once."""
     modules = [module for block in model.blocks for module in block.modules()]
     return list({id(m): m for m in modules if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}.values())
 
 
 def rounding_techniques(
-    model: TransformerBridge, ranges: Mapping[str, Range], where: Bool[Tensor, "window position"]
+    model: Model, ranges: Mapping[str, Range], where: Bool[Tensor, "window position"]
 ) -> dict[str, Technique]:
     """The ways to round what matrices multiply, and what is cached, as techniques for `cross`.
 
@@ -254,7 +254,7 @@ def rounding_techniques(
 
 @measure
 def cross_weights(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "window position"],
     cells: Cells,
     crossed: Crossed,
