@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,18 +203,18 @@ def test_where_it_does_not_apply_the_reason_is_given(life, random_model, planted
     assert "not through a norm" in collapse.measure_collapse(post, one, posted).reason
 
 
-def test_the_scale_is_the_one_that_the_norm_multiplies_by(tmp_path):
+def test_the_scale_is_the_one_that_the_norm_multiplies_by(life, tmp_path):
     """Gemma's is 1 + weight."""
     model = spikesink.load(tiny("gemma2", tmp_path))
     norms = [layer.input_layernorm.weight for layer in model.original_model.model.layers]
     for layer, weight in enumerate(norms):
         weight.data = torch.linspace(-0.5, 0.5, 64) * (layer + 1)
-    life = SimpleNamespace(require_main=lambda: SimpleNamespace(channel=63))
+    life = replace(life, cycles=(replace(life.main, channel=63),))
     expected = [float(1 + w[63]) / float((1 + w).abs().quantile(0.5)) for w in norms]
     assert collapse.scale_at_spike(weights_of(model), life).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_each_measure_is_taken_at_its_point(measured):
+def test_each_measure_is_taken_at_its_point(measured, planted_model, monkeypatch):
     """Step-up block 4, so before is point 3; the plateau is points 4 to 9, half-way 6."""
     points = torch.arange(13.0)
     spike = replace(
@@ -250,7 +249,8 @@ def test_each_measure_is_taken_at_its_point(measured):
         }
     )
     scale = torch.full((64,), 0.1).index_fill(0, torch.tensor(2), 1000.0)  # layer 2 is the plateau's first
-    weights = SimpleNamespace(norm_scale={2: scale}.__getitem__)
+    weights = weights_of(planted_model)
+    monkeypatch.setattr(type(weights), "norm_scale", lambda self, layer: {2: scale}[layer])
     sparse = evidence.nm2_sparse(by_hand, weights)
     scaled = (measured.spike.kept[:, 4] * scale).square()
     assert sparse.measured == pytest.approx(

@@ -13,7 +13,7 @@ from spikesink.chain.collapse import measure_collapse, replace_input
 from spikesink.chain.trace import reduce_windows, spearman
 from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
-from spikesink.model.anatomy import normalise
+from spikesink.model.anatomy import block, normalise
 from spikesink.model.weights import weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
@@ -300,7 +300,7 @@ def test_clouds_take_a_query_head_and_the_key_head_that_it_shares(sunk, sinking_
 
 def test_a_plateau_that_no_layer_reads_is_a_reason(sunk, sinking_model, trigger_tokens):
     """A spike that is written by the last block only: the stream is never read again but by the final norm."""
-    late = replace(sunk[0], cycles=(replace(sunk[0].main, plateau=(12, 12), step_down=()),))
+    late = replace(sunk[0], cycles=(replace(sunk[0].main, plateau=(block(12), block(12)), step_down=()),))
     collapse = measure_collapse(sinking_model, trigger_tokens, late)
     attention = keys_.read_attention(sinking_model, trigger_tokens, late, collapse)
     said = NotApplicable("no layer reads the plateau of the spike")

@@ -4,8 +4,9 @@ A logit is |q| |k| cos(q, k) / sqrt(d_head), and what is constant about the spik
 about their keys. `read_attention` reads queries, keys and values beside the scores of `sinks`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +26,7 @@ from spikesink.chain.sinks import (
     group_tokens,
     median_of_heads,
 )
-from spikesink.chain.trace import EPSILON, Hook, Mean, Reducer, follow, reduce_windows
+from spikesink.chain.trace import EPSILON, Hook, Mean, Reducer, reduce_windows
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy
 from spikesink.model.weights import Weights, require_projections
@@ -94,31 +95,12 @@ def read_attention(
     check_windows(life, tokens)
     groups = group_tokens(life)
     scores = ScoreReducer(model.anatomy, check_epsilon(epsilon), tokens.shape[1], 0, groups)
-    parts = [_geometry_of(model, life, groups, seed), _secondary_of(groups, collapse, epsilon)]
-    reducers = [part for part in (scores, *parts) if isinstance(part, Reducer)]
+    # Where one of these does not apply, its reason stands in its place.
+    geometry = measure(_GeometryReducer)(model.anatomy, life, groups, seed)
+    secondary = measure(SecondaryReducer)(epsilon, groups["spike"], collapse)
+    reducers = [part for part in (scores, geometry, secondary) if isinstance(part, Reducer)]
     reduce_windows(model, tokens, reducers, "reading queries and keys")
-    return AttentionReading(scores.result(), *map(_result, parts))
-
-
-@measure
-def _geometry_of(
-    model: TransformerBridge, life: Lifecycle, groups: Mapping[str, Bool[Tensor, "window position"]], seed: int
-) -> "_GeometryReducer":
-    layers_with_spike(life)
-    require_projections(model.anatomy)
-    return _GeometryReducer(model.anatomy, groups, seed)
-
-
-@measure
-def _secondary_of(
-    groups: Mapping[str, Bool[Tensor, "window position"]], collapse: Collapse, epsilon: float
-) -> SecondaryReducer:
-    return SecondaryReducer(epsilon, groups["spike"], collapse)
-
-
-@measure
-def _result(reducer: "_GeometryReducer | SecondaryReducer") -> Geometry | Secondary:
-    return reducer.result()
+    return AttentionReading(*map(measure(lambda part: part.result()), (scores, geometry, secondary)))
 
 
 def layers_with_spike(life: Lifecycle) -> list[int]:
@@ -131,7 +113,11 @@ def layers_with_spike(life: Lifecycle) -> list[int]:
 class _GeometryReducer(Reducer):
     """The sums of `Geometry`."""
 
-    def __init__(self, anatomy: Anatomy, groups: Mapping[str, Bool[Tensor, "window position"]], seed: int):
+    def __init__(
+        self, anatomy: Anatomy, life: Lifecycle, groups: Mapping[str, Bool[Tensor, "window position"]], seed: int
+    ):
+        layers_with_spike(life)
+        require_projections(anatomy)
         self.anatomy, self.groups = anatomy, groups
         self.generator = torch.Generator().manual_seed(seed)
         heads, kv_heads = (anatomy.n_layers, anatomy.n_heads), (anatomy.n_layers, anatomy.n_kv_heads)
@@ -157,9 +143,12 @@ class _GeometryReducer(Reducer):
         names = HOOKS | ROTATED if self.anatomy.sees_rotation else HOOKS
         hooks = []
         for layer in range(self.anatomy.n_layers):
-            hooks += _keep(layer, names, self.passed, self.anatomy.d_head)
-            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", lambda x, layer=layer: self.reduce(layer, x)))
+            hooks += [(f"blocks.{layer}.{hook}", partial(self.keep, name)) for name, hook in names.items()]
+            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", partial(self.reduce, layer)))
         return hooks
+
+    def keep(self, name: str, x: Tensor) -> None:
+        self.passed[name] = _by_head(x, self.anatomy.d_head)
 
     def reduce(self, layer: int, logits: Float[Tensor, "head query key"]) -> None:
         """All of a layer, once its logits are there, which come last."""
@@ -220,14 +209,9 @@ class _GeometryReducer(Reducer):
         )
 
 
-def _keep(layer: int, names: Mapping[str, str], passed: dict[str, Tensor], d_head: int) -> list[Hook]:
-    """Hooks that put a layer's queries, keys or values into `passed`: [head, position, d_head]."""
-
-    def put(name: str) -> Callable[[Tensor], None]:
-        # Most families' come by position first, some with heads and channels in one dimension.
-        return lambda x: passed.update({name: x.reshape(x.shape[0], -1, d_head).transpose(0, 1)})
-
-    return [(f"blocks.{layer}.{hook}", put(name)) for name, hook in names.items()]
+def _by_head(x: Tensor, d_head: int) -> Float[Tensor, "head position d_head"]:
+    """A hook's queries, keys or values by head; most families' come by position first, some all heads in a row."""
+    return x.reshape(x.shape[0], -1, d_head).transpose(0, 1)
 
 
 def _uncapped(logits: Tensor, softcap: float) -> Tensor:
@@ -361,6 +345,7 @@ def choose_heads(attention: AttentionReading, life: Lifecycle) -> list[tuple[int
 
 
 @measure
+@torch.inference_mode()
 def project_heads(
     model: TransformerBridge,
     tokens: Int[Tensor, "n length"],
@@ -382,7 +367,8 @@ def project_heads(
     anatomy, generator = model.anatomy, torch.Generator().manual_seed(seed)
     if wrong := [at for at in heads if at[0] not in range(anatomy.n_layers) or at[1] not in range(anatomy.n_heads)]:
         raise ValueError(f"there is no layer and head {wrong[0]}; both are counted from 0.")
-    queries, keys = ROTATED.values() if anatomy.sees_rotation else (HOOKS["q"], HOOKS["k"])
+    of_query, of_key = list((ROTATED if anatomy.sees_rotation else HOOKS).values())[:2]
+    names = [f"blocks.{layer}.{hook}" for layer in {layer for layer, _ in heads} for hook in (of_query, of_key)]
     points: dict[tuple[int, int], list[list[Tensor]]] = {head: [[], []] for head in heads}
     marks = []
     for window, spikes in zip(tokens, is_spike(life, life.main), strict=True):
@@ -390,14 +376,14 @@ def project_heads(
         drawn = others[torch.randperm(len(others), generator=generator)[: max(1, most // len(tokens))]]
         chosen = torch.cat([spikes.nonzero()[:, 0], drawn])
         marks.append(spikes[chosen])
-        passed: dict[int, dict[str, Tensor]] = {layer: {} for layer, _ in heads}
-        hooks = [
-            hook for layer in passed for hook in _keep(layer, {"q": queries, "k": keys}, passed[layer], anatomy.d_head)
-        ]
-        follow(model, window, also=hooks)
-        for (layer, head), (of_queries, of_keys) in points.items():
-            of_queries.append(passed[layer]["q"][head].cpu()[chosen])
-            of_keys.append(passed[layer]["k"][head * anatomy.n_kv_heads // anatomy.n_heads].cpu()[chosen])
+        _, cache = model.run_with_cache(
+            window[None].to(model.cfg.device), names_filter=names, stop_at_layer=max(heads)[0] + 1
+        )
+        for (layer, head), (queries, keys) in points.items():
+            key_head = head * anatomy.n_kv_heads // anatomy.n_heads
+            for kept, hook, index in ((queries, of_query, head), (keys, of_key, key_head)):
+                vectors = _by_head(cache[f"blocks.{layer}.{hook}"][0].float(), anatomy.d_head)
+                kept.append(vectors[index].cpu()[chosen])
     is_spike_token = torch.cat([*marks, *marks])
     is_query = torch.arange(len(is_spike_token)) < len(is_spike_token) // 2
     clouds = []

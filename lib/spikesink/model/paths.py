@@ -225,7 +225,7 @@ def after_text(
     return torch.cat(parts, dim=1)
 
 
-def prefixes(windows: Int[Tensor, "n length"], n: int, position: int) -> Int[Tensor, "n position"]:
+def prefixes(windows: Int[Tensor, "window length"], n: int, position: int) -> Int[Tensor, "n position"]:
     """What stands before a position in n windows, one window after another, over and over.
 
     Raises:
