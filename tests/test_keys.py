@@ -68,7 +68,7 @@ VARIATIONS = {
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *VARIATIONS])
-def test_geometry_is_that_of_logits_by_brute_force_in_every_family(family, tmp_path, monkeypatch):
+def test_geometry_is_that_of_logits_by_brute_force_in_every_family(family, sunk, tmp_path, monkeypatch):
     """The gap from the pattern (softmax keeps differences of logits); the rest from the vectors that hooks show."""
     if family in VARIATIONS:
         family, other = VARIATIONS[family]
@@ -80,7 +80,7 @@ def test_geometry_is_that_of_logits_by_brute_force_in_every_family(family, tmp_p
     spike = torch.zeros(2, 20, dtype=torch.bool)
     spike[0, 0] = spike[1, 3] = spike[1, 7] = True
     groups = {"spike": spike, "next": spike.roll(1, dims=1)}
-    reducer = keys_._GeometryReducer(about, groups, seed=0)
+    reducer = keys_._GeometryReducer(about, sunk[0], groups, seed=0)
     reduce_windows(model, tokens, [reducer], "")
     geometry = reducer.result()
     logs = transformers_attention(directory, tokens)[layer].double().log()  # window, head, query, key
@@ -130,18 +130,6 @@ def test_keys_are_what_the_models_projection_gives(family, tmp_path):
     key, h = cache[names[0]], cache[names[1]][0]
     h = h if about.attention_norm is None else normalise(h, about)
     torch.testing.assert_close(h @ matrix.T + bias, key.reshape(16, -1), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("moment", "dimension"),
-    [
-        (torch.eye(7), 7),
-        (4 * torch.outer(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([1.0, -2.0, 3.0])), 1),
-        (torch.diag(torch.tensor([3.0, 1.0, 0.0])), 16 / 10),
-    ],
-)
-def test_effective_dimension(moment, dimension):
-    assert float(keys_.effective_dimension(moment)) == pytest.approx(dimension)
 
 
 def test_keys_are_rebuilt_row_after_row_and_from_other_rows(sunk, sinking_model):

@@ -1,8 +1,8 @@
 """Why the first token: what becomes of a token that can attend only to itself (the paper's section on spike tokens).
 
-At position 0 softmax runs over one key and is 1, so attention is the fixed map h -> W_O W_V h, whatever the text is.
-`static_path` sends tokens through that map and the FFNs, without attention scores; `probe` asks it of the whole
-vocabulary. `after_text` is the other path: the same tokens at the end of a text.
+At position 0 softmax runs over one key and is 1, so attention is the fixed map h~ -> W_O W_V h~, whatever the text is
+(`model.paths`). `probe` sends the whole vocabulary through it; `trace_fork` compares it with the same tokens after a
+text; `replace_first` and `compare_delimiters` ask which other tokens attend mostly to themselves.
 """
 
 import math

@@ -19,6 +19,7 @@ from spikesink.plots.style import (
     figure,
     quoted,
     thousands,
+    whole,
     x_data,
 )
 
@@ -28,42 +29,32 @@ def fork(fork: Fork, elsewhere: Elsewhere | NotApplicable) -> Figure:
     """05: the same tokens block by block towards s*, first in a window and after a text; and how many spike where."""
     fig, (ax, right) = figure(1, 2, size=(11, 4.4), width_ratios=(3, 1))
     end = fork.block  # what enters the block is what its direction is about
-    points = np.arange(end)
-    groups = [
-        (fork.later, ORDINARY, "s", f"after {fork.position} tokens of text"),
+    for path, colour, marker, name in (
         (fork.first, SPIKE, "o", "first"),
-    ]
-    if fork.exceptions.shape[1]:
-        groups.insert(1, (fork.exceptions, OTHERS[0], "^", "the exceptions, first"))
-    for path, colour, marker, name in groups:
-        path = path[:end]
-        ax.plot(points, path, color=colour, alpha=0.12, lw=0.6)
-        ax.plot(points, path.quantile(0.5, dim=1), color=colour, marker=marker, ms=4, lw=1.6, label=name)
+        (fork.exceptions, OTHERS[0], "^", "the exceptions, first"),
+        (fork.later, ORDINARY, "s", f"after {fork.position} tokens of text"),
+    ):
+        if path.shape[1]:
+            depth = np.arange(end) / 2
+            ax.plot(depth, path[:end], color=colour, alpha=0.12, lw=0.6)
+            ax.plot(depth, path[:end].quantile(0.5, dim=1), color=colour, marker=marker, ms=4, lw=1.6, label=name)
     ax.axhline(0, color="black", lw=0.6)
-    ax.set(
-        xlabel=f"depth: after block … (up to {fork.block}, which reads the last point)",
-        ylabel=f"cosine of the stream with s*\nof {fork.block}",
-    )
-    handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], loc="upper left", fontsize=9)
+    ax.set(xlabel=f"layer that the stream enters (up to {fork.block})", ylabel=f"cosine with s* of\n{fork.block}")
+    whole(ax)
+    ax.legend(loc="upper left", fontsize=9)
     first, later = (median(path[end - 1]) for path in (fork.first, fork.later))
-    ax.set_title(
-        f"The same {fork.first.shape[1]} tokens reach cosine {first:.2f} standing first, {later:.2f} after a text",
-        fontsize=11,
-    )
-    if isinstance(elsewhere, Elsewhere):
-        places, values = elsewhere.share.keys(), list(elsewhere.share.values())
-        right.plot(range(len(places)), [100 * v for v in values], color=SPIKE, marker="o", lw=1)
-        right.set_xticks(range(len(places)), places)
-        right.set(
-            xlabel="position",
-            ylabel=f"% of another {elsewhere.n_tokens} tokens\nthat spike there",
-            ylim=(-4, 104),
-        )
-        most = max(values[1:])
-        right.set_title(f"Later at most {most:.0%} spike" if most else "Later none spikes", fontsize=11)
-    else:
+    text = f"The same {fork.first.shape[1]} tokens reach cosine {first:.2f} standing first, {later:.2f} after a text"
+    ax.set_title(text, fontsize=11)
+    if isinstance(elsewhere, NotApplicable):
         right.axis("off")
+        return fig
+    values = [100 * share for share in elsewhere.share.values()]
+    right.plot(range(len(values)), values, color=SPIKE, marker="o", lw=1)
+    right.set_xticks(range(len(values)), elsewhere.share.keys())
+    ylabel = f"% of another {elsewhere.n_tokens} tokens\nthat spike there"
+    right.set(xlabel="position", ylabel=ylabel, ylim=(-4, 104))
+    most = max(values[1:])
+    right.set_title(f"Later at most {most:.0f}% spike" if most else "Later none spikes", fontsize=11)
     return fig
 
 
@@ -111,43 +102,37 @@ def vocabulary(probe: Probe, decode: Callable[[list[int]], str], counts: Int[Ten
     return fig
 
 
-def _exceptions_in_words(tokens: Sequence[int], decode: Callable[[list[int]], str], room: int = 36) -> str:
-    """How many there are, and the first of them, as many as there is room for."""
+def _exceptions_in_words(tokens: Sequence[int], decode: Callable[[list[int]], str], most: int = 4) -> str:
+    """How many there are, and the first of them."""
     if not tokens:
         return "No exceptions"
-    shown = []
-    for token in tokens:
-        text = quoted(decode([token]))
-        if len(", ".join([*shown, text])) > room:
-            break
-        shown.append(text)
-    more = " …" if len(shown) < len(tokens) else ""
-    return f"{len(tokens):,} exception{'s' * (len(tokens) > 1)}: {', '.join(shown)}{more}"
+    shown = ", ".join(quoted(decode([token])) for token in tokens[:most])
+    return f"{len(tokens):,} exception{'s' * (len(tokens) > 1)}: {shown}{' …' * (len(tokens) > most)}"
 
 
 @drawn_where_applicable
 def first_replaced(replaced: FirstReplaced, probe: Probe) -> Figure:
     """05: windows in which something else stands first: attention to oneself against what the channel then holds."""
     fig, axes = figure(1, len(replaced), size=(11, 4), sharex=True, sharey=True, squeeze=False)
-    floor = probe.threshold * 1e-4
-    total, later, own, rest = 0, 0, [], []
-    for number, (ax, (name, attention)) in enumerate(zip(axes[0], replaced, strict=True)):
+    n_spikes, n_later, own, rest = [], [], [], []
+    for ax, (name, attention) in zip(axes[0], replaced, strict=True):
         spikes, others = attention.later_spikes(probe.threshold)
         for which, colour, marker, size in ((others, ORDINARY, "s", 7), (spikes, SPIKE, "o", 16)):
-            looks = {"color": colour, "marker": marker, "s": size, "alpha": 0.7, "linewidths": 0, "rasterized": True}
-            ax.scatter(attention.mean[which], attention.value[which].clamp(min=floor), **looks)
+            value = attention.value[which].clamp(min=probe.threshold * 1e-4)
+            style = {"color": colour, "marker": marker, "s": size, "alpha": 0.7, "linewidths": 0}
+            ax.scatter(attention.mean[which], value, rasterized=True, **style)
         ax.axhline(probe.threshold, color="black", lw=0.8, ls="--")
         ax.set(yscale="log", xlim=(0, 1.02), xlabel="attention to itself")
         thousands(ax)
-        ax.set_title(f"{name} first:\n{int(spikes.sum())} of {int((spikes | others).sum())} later spike", fontsize=10)
-        if number and spikes.any():
-            total += int(spikes.sum())
-            own.append(attention.self_attention_at(spikes, spikes))
-            rest.append(attention.self_attention_at(others, spikes))
-        later += int((spikes | others).sum()) if number else 0
+        n_spikes.append(int(spikes.sum()))
+        n_later.append(int((spikes | others).sum()))
+        own.append(attention.self_attention_at(spikes, spikes))
+        rest.append(attention.self_attention_at(others, spikes))
+        ax.set_title(f"{name} first:\n{n_spikes[-1]} of {n_later[-1]} later spike", fontsize=10)
     axes[0, 0].set_ylabel("spike channel after the step-up\n(at the lower edge: nothing)")
-    text = f"{total or 'no'} of {later:,} later tokens {'does' if total == 1 else 'do'}"
+    total = sum(n_spikes[1:])  # the first windows are as they are
+    text = f"{total or 'no'} of {sum(n_later[1:]):,} later tokens {'does' if total == 1 else 'do'}"
     if total:
-        text += f": attention to itself {np.mean(own):.0%}, others there {np.mean(rest):.0%}"
+        text += f": attention to itself {np.nanmean(own[1:]):.0%}, others there {np.nanmean(rest[1:]):.0%}"
     fig.suptitle(f"When the first token does not spike, {text}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     return fig
