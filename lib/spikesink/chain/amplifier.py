@@ -288,9 +288,7 @@ def cache_hooks(
 ) -> list[Float[Tensor, "token width"]]:
     """What hooks carry while one window runs up to the last layer that is named, in float32 on the CPU."""
     n_layers = 1 + max(int(name.split(".")[1]) for name in names)
-    _, cache = model.run_with_cache(
-        window[None].to(model.cfg.device), names_filter=[*names], stop_at_layer=n_layers, return_cache_object=False
-    )
+    _, cache = model.run_with_cache(window[None].to(model.cfg.device), names_filter=[*names], stop_at_layer=n_layers)
     return [cache[name].float().cpu().flatten(0, -2) for name in names]  # some see no windows, only tokens
 
 
