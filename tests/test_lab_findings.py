@@ -23,7 +23,7 @@ from spikesink.lab.families import BASE, FAMILIES, VARIANTS
 from spikesink.lab.measures import backcopy_truth, tabulate_gates, tabulate_idle
 from spikesink.lab.model import Decoder
 from spikesink.lab.records import Record
-from spikesink.lab.train import Run
+from spikesink.lab.train import start
 from spikesink.ledger import claims, evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.ledger.evidence import inside
@@ -405,13 +405,13 @@ def test_pictures_of_curves_show_what_they_were_given():
     assert spike.get_ydata() == pytest.approx([0.0, 2.5, 5.0, 10.0]), "over what is elsewhere"
     assert sink.get_ydata() == pytest.approx([0.1, 0.1, 0.12, 0.2])
 
-    def swinging(share: float) -> list[dict[str, float]]:
+    def swinging(share: float) -> list[dict[str, float | int]]:
         swings = ((0, 0.9), (5, share - 0.01), (10, share + 0.01))
         return [{"step": at, "copy_loss": 1.0, "attention_other": s, "attention_trigger": 0.0} for at, s in swings]
 
     means = {"plain": 0.4, "gated": 0.02}
     runs = {
-        name: [Run(replace(SMALL, seed=i), None, None, curve=swinging(mean + (i - 0.5) / 50)) for i in range(2)]
+        name: [replace(start(replace(SMALL, seed=i)), curve=swinging(mean + (i - 0.5) / 50)) for i in range(2)]
         for name, mean in means.items()
     }
     curves = findings.tabulate_curves(runs)

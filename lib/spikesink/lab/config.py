@@ -53,34 +53,30 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            self._check(field.name, field.type)
+            self._check(field.name, getattr(self, field.name), field.default)
         shortest, longest = self.lengths
         powers = doubled(shortest, longest)
-        for wrong, what in (
-            (self.d_head % 2, f"heads of {self.d_head} channels cannot be rotated in pairs; give an even number"),
-            (
-                shortest < 2 or longest not in powers,
-                f"lengths are {self.lengths}; give 2 or more, and its double",
-            ),
-            (longest < LENGTH, f"lengths are {self.lengths}; models are looked at windows of {LENGTH}, so allow those"),
-            (self.batch % longest, f"a batch of {self.batch} tokens is no multiple of windows of {longest}"),
-            (self.beta2 >= 1, f"beta2 is {self.beta2}; give less than 1"),
-            (self.skipped >= 1, f"skipped is {self.skipped}; give less than 1"),
+        for name, wrong, allowed in (
+            ("heads", self.d_head % 2, "an even number of channels, which are rotated in pairs"),
+            ("lengths", shortest < 2 or longest not in powers, "2 or more, and a double, fourfold, ... of it"),
+            ("lengths", longest < LENGTH, f"{LENGTH} or more as the longest, for models are looked at such windows"),
+            ("batch", self.batch % longest, f"a multiple of the longest window, {longest}"),
+            ("beta2", self.beta2 >= 1, "less than 1"),
+            ("skipped", self.skipped >= 1, "less than 1"),
         ):
             if wrong:
-                raise ConfigError(f"{what}.")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give {allowed}.")
 
-    def _check(self, name: str, kind: type) -> None:
-        """Refuse a value of another type or below what the field allows."""
-        value = getattr(self, name)
-        if kind is str:
-            allowed = f"one of {', '.join(CHOICES[name])}"
-            there = value in CHOICES[name]
-        elif kind is bool:
-            allowed, there = "True or False", isinstance(value, bool)
+    def _check(self, name: str, value: Any, default: Any) -> None:
+        """Refuse a value of another type than the default's, or below what the field allows."""
+        if isinstance(default, bool):
+            return
+        if isinstance(default, str):
+            allowed, there = f"one of {', '.join(CHOICES[name])}", value in CHOICES[name]
         else:
-            least = 0 if name in FROM_ZERO else 1 if kind is int else 1e-12
-            allowed, numbers = f"no less than {least:g}", value if isinstance(value, tuple) else (value,)
+            least = 0 if name in FROM_ZERO else 1e-12 if isinstance(default, float) else 1
+            numbers = value if isinstance(value, tuple) else (value,)
+            allowed = f"no less than {least:g}"
             there = all(type(number) in (int, float) and number >= least for number in numbers)
         if not there:
             raise ConfigError(f"{name} is {value!r}; give {allowed}.")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -99,7 +99,7 @@ class Corpus:
 
     name: str
     sha256: str
-    tokens: Int[np.ndarray, " token"]
+    tokens: Integer[np.ndarray, " token"]
     ends: Int[np.ndarray, " document"]  # where each document ends
     tokenizer: PreTrainedTokenizerFast
 

@@ -134,7 +134,8 @@ def measure_change(runs: pd.DataFrame, name: str, quantity: str, against: str | 
     """A variant's change in "sink", "spike" or "relative", against what it is a variant of or `against`."""
     ours = runs[runs["name"] == name]
     others = runs[runs["name"] == (against or ours["against"].iloc[0])]
-    way = direction(name, quantity, ours["loss"].mean() > others["loss"].mean() + STAYS_LOSS)
+    worse = bool(ours["loss"].mean() > others["loss"].mean() + STAYS_LOSS)
+    way = direction(name, quantity, worse)
 
     def change(column: str, **more) -> Change:
         value = float(ours[column].mean() - others[column].mean())

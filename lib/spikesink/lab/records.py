@@ -45,7 +45,7 @@ class Record:
     machine: dict[str, Any]
     parameters: int
     seconds: float
-    curve: dict[str, list[float]]
+    curve: dict[str, list[float | int]]
     final: dict[str, Any]
 
     @property

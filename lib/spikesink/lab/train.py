@@ -69,7 +69,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # of the steps since the last look
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float | int]] = field(default_factory=list)
 
 
 def start(config: Config, machine: Machine = Machine()) -> Run:
