@@ -57,8 +57,8 @@ def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, tri
     assert title(figure) == "1 exception: “<spike>”"
     assert title(figure, 1) == "0.25% of 400 entries spike at position 0"
     elsewhere = firsttoken.place_elsewhere(planted_model, trigger_tokens, probe, positions=(1, 2))
-    found = firsttoken.trace_fork(planted_model, trigger_tokens, life, probe, n=8)
-    figure = plots.fork(found, elsewhere)
+    fork = firsttoken.trace_fork(planted_model, trigger_tokens, life, probe, n=8)
+    figure = plots.fork(fork, elsewhere)
     assert title(figure).startswith("The same 8 tokens reach cosine")
     assert title(figure, 1) == "Later at most 100% spike"
     replaced = firsttoken.replace_first(planted_model, trigger_tokens, probe, counts, 2)
@@ -70,22 +70,24 @@ def test_figures_of_the_first_token_say_what_they_show(parts, planted_model, tri
 @pytest.fixture(scope="module")
 def sunk(parts, planted_model, trigger_tokens):
     life, weights, *_ = parts
-    found = collapse.measure_collapse(planted_model, trigger_tokens, life)
-    return life, found, keys.read_attention(planted_model, trigger_tokens, life, found, epsilon=0.05), weights
+    collapsed = collapse.measure_collapse(planted_model, trigger_tokens, life)
+    return life, collapsed, keys.read_attention(planted_model, trigger_tokens, life, collapsed, epsilon=0.05), weights
 
 
 def test_figures_of_the_collapse_say_what_they_show(sunk, planted_model, trigger_tokens):
-    life, found, _, weights = sunk
-    assert title(plots.collapsing(found, life)) == "Spike tokens: half-way, channel 9 holds 94.1% of |h~|²"  # 16 of 17
-    middle = found.cycle.middle
-    assert title(plots.cosines(found), 1).startswith(f"After {middle}: spike tokens 1.000, others ")
-    assert "a participation ratio of 1.12 in spike tokens" in title(plots.depth(found, life))
+    life, collapsed, _, weights = sunk
+    assert (
+        title(plots.collapsing(collapsed, life)) == "Spike tokens: half-way, channel 9 holds 94.1% of |h~|²"
+    )  # 16 of 17
+    middle = collapsed.cycle.middle
+    assert title(plots.cosines(collapsed), 1).startswith(f"After {middle}: spike tokens 1.000, others ")
+    assert "a participation ratio of 1.12 in spike tokens" in title(plots.depth(collapsed, life))
     ratio = torch.logspace(-1, 1, 5) * 63**0.5
-    figure = plots.collapse_of_size(found, ratio, collapse.normalise_random(ratio, found.anatomy))
+    figure = plots.collapse_of_size(collapsed, ratio, collapse.normalise_random(ratio, collapsed.anatomy))
     assert figure.get_suptitle().endswith("half-way the spike is 4 times that")  # 1000 against a side channel of -250
-    done = collapse.replace_input(planted_model, trigger_tokens, life, found)
-    figure = plots.implicit(done)
-    change = done.perplexity["replaced"] / done.perplexity["clean"] - 1
+    replaced = collapse.replace_input(planted_model, trigger_tokens, life, collapsed)
+    figure = plots.implicit(replaced)
+    change = replaced.perplexity["replaced"] / replaced.perplexity["clean"] - 1
     assert title(figure) == f"Perplexity changes by {change:+.2%}" or abs(change) < 1e-4
     assert len(figure.axes[1].lines) == 3
     scale = collapse.scale_at_spike(weights, life)
@@ -93,36 +95,36 @@ def test_figures_of_the_collapse_say_what_they_show(sunk, planted_model, trigger
 
 
 def test_figures_of_the_sinks_say_what_they_show(sunk, planted_model, trigger_tokens):
-    life, found, seen, weights = sunk
+    life, collapsed, attention, weights = sunk
     short = sinks.score(planted_model, trigger_tokens, epsilon=0.05, length=12)
-    mean = seen.scores.at.mean(0)
-    figure = plots.sink_map(seen.scores, short)
+    mean = attention.scores.at.mean(0)
+    figure = plots.sink_map(attention.scores, short)
     assert title(figure) == f"{int((mean > 0.05).sum())} of 24 heads sink on position 0 (dots)"
     labels = [str(line.get_label()) for line in figure.axes[1].lines]
     assert [label for label in labels if "tokens" in label] == ["48 tokens", "12 tokens"]
     profile = spikesink.profile(planted_model, trigger_tokens[1])
     assert len(plots.places(profile, most=20).axes[1].get_xticklabels()) == 20
-    depth = evidence.sk5_over_depth(seen, life)
+    depth = evidence.sk5_over_depth(attention, life)
     during, before = (depth.measured[name] for name in ("attention_during", "attention_before"))
     expected = f"{during:.0%} of attention on the plateau, {before:.0%} before"
-    assert expected in title(plots.sinks_over_depth(depth, seen, life, profile))
-    rebuilt = keys.rebuild_keys(weights, life, found)
-    figure = plots.sink_keys(seen.geometry, rebuilt, life)
+    assert expected in title(plots.sinks_over_depth(depth, attention, life, profile))
+    rebuilt = keys.rebuild_keys(weights, life, collapsed)
+    figure = plots.sink_keys(attention.geometry, rebuilt, life)
     assert title(figure, 1).startswith(f"{len(rebuilt.channels)} of 64 rows: cosine ")
-    assert title(plots.sink_keys(seen.geometry, NotApplicable("none"), life), 1) == ""
-    figure = plots.logits(seen.geometry, seen, life)
+    assert title(plots.sink_keys(attention.geometry, NotApplicable("none"), life), 1) == ""
+    figure = plots.logits(attention.geometry, attention, life)
     assert len(figure.axes[0].collections[0].get_offsets()) == 12  # heads of the plateau's three layers
-    clouds = keys.project_heads(planted_model, trigger_tokens, life, seen, [(3, 0), (3, 1)], most=60)
+    clouds = keys.project_heads(planted_model, trigger_tokens, life, attention, [(3, 0), (3, 1)], most=60)
     figure = plots.queries_and_keys(clouds)
     sizes = [len(collection.get_offsets()) for collection in figure.axes[0].collections]
     assert sizes == [60, 60, 6, 6]  # keys, queries, and the spike tokens' of both
-    figure = plots.secondary_sinks(seen.secondary, life, planted_model.tokenizer.decode)
-    assert title(figure).startswith(f"{seen.secondary.n} secondary sinks (")
+    figure = plots.secondary_sinks(attention.secondary, life, planted_model.tokenizer.decode)
+    assert title(figure).startswith(f"{attention.secondary.n} secondary sinks (")
 
 
 NOT_OF_EVERY_MODEL = """
     alignment broken_chain causal_map changes collapse_of_size collapsing cosines costs decoupling depth dose_response
-    family first_replaced fork gains gates implicit learned_scale lengths logits near_and_far quantizer_steps
+    first_replaced fork gains gates implicit learned_scale lengths logits near_and_far quantizer_steps
     queries_and_keys recalled secondary_sinks shared_directions sink_keys sinks_over_depth spectra vocabulary waiting
     where_it_goes
 """

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def imported(source: str) -> dict:
+def run_imports(source: str) -> dict:
     """What an example's imports bind."""
     lines = [ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     scope = {}
@@ -22,37 +22,29 @@ def imported(source: str) -> dict:
     return scope
 
 
-def found(node: ast.expr, scope: dict):
+def look_up(node: ast.expr, scope: dict):
     """What a name or a chain of attributes stands for; None for what only a run can tell."""
     if isinstance(node, ast.Name):
         return scope.get(node.id)
-    if isinstance(node, ast.Attribute) and inspect.ismodule(of := found(node.value, scope)):
-        return getattr(of, node.attr)
+    if isinstance(node, ast.Attribute) and inspect.ismodule(module := look_up(node.value, scope)):
+        return getattr(module, node.attr)
     return None
 
 
-def calls() -> list[tuple[str, object, list[str]]]:
-    """The library's functions that the examples call, with the arguments that they name."""
-    scope, named = {}, []
-    for source in EXAMPLES:
-        scope |= imported(source)
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and (function := found(node.func, scope)) is not None:
-                named.append((ast.unparse(node.func), function, [word.arg for word in node.keywords]))
-    return named
-
-
 def test_the_examples_call_what_there_is():
-    names = {name for name, _, _ in calls()}
-    assert {"ss.load", "patching.zero", "firsttoken.probe", "sinks.score", "amplifier.census", "train"} <= names
-    for name, function, words in calls():
-        missing = set(words) - set(inspect.signature(function).parameters)
-        assert not missing, f"{name} has no argument {missing}"
+    scope, called = {}, set()
+    for source in EXAMPLES:
+        scope |= run_imports(source)
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            if (function := look_up(call.func, scope)) is not None:
+                called.add(ast.unparse(call.func))
+                assert {word.arg for word in call.keywords} <= inspect.signature(function).parameters.keys()
+    assert {"ss.load", "patching.zero", "firsttoken.probe", "sinks.score", "amplifier.census", "train"} <= called
 
 
 def test_a_name_that_is_gone_is_noticed():
     with pytest.raises(AttributeError):
-        found(ast.parse("ss.lode", mode="eval").body, imported("import spikesink as ss"))
+        look_up(ast.parse("ss.lode", mode="eval").body, run_imports("import spikesink as ss"))
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"^(?:\w+=\S+ )*make (\w+)", README, flags=re.MULTILINE))))

@@ -136,7 +136,9 @@ def make_board(ledgers: Ledgers) -> Board:
                 claim_id,
                 *(first[name] for name in ("statement", "rule", "notebook")),
                 cells={name: make_cell(claim_id, claim) for name, claim in mine.items()},
-                reported={name: _reported(claim_id, of[claim_id]) for name, of in reported.items() if claim_id in of},
+                reported={
+                    name: _reported(claim_id, row[claim_id]) for name, row in reported.items() if claim_id in row
+                },
             )
         )
     return Board(tuple(ledgers), tuple(reported), tuple(rows))

@@ -39,16 +39,13 @@ def measure_all(
     The cuts and the serving techniques are judged on the windows and lengths that notebooks 08 and 10 take.
 
     Args:
-        model, tokens, seed: as everywhere.
         text: what the windows were cut from: its tokens are counted, and SV2 and SV3 read it as far as it goes.
         long: what SV2 and SV3 are judged by, where it was measured before; None: it is measured on `text`.
     """
     life = find_lifecycle(trace_windows(model, tokens, seed))
     return (
-        _lifecycle(model, life)
-        | _amplifier(model, tokens, life)
+        measure_chain(model, tokens, life, seed)
         | _first_token(model, tokens, life, text, seed)
-        | _norm_and_sinks(model, tokens, life, seed)
         | _cuts_and_serving(model, life, long or measure_long(model, text), seed)
     )
 
