@@ -179,8 +179,8 @@ def short():
 
 
 def test_a_cache_is_measured_on_the_long_text(short):
-    found = evidence.sv2_needs_the_sink(make_run(2048, 0.5, 0.05), short, 16)
-    assert found.measured == {
+    result = evidence.sv2_needs_the_sink(make_run(2048, 0.5, 0.05), short, 16)
+    assert result.measured == {
         "perplexity_full": pytest.approx(math.exp(2)),
         "perplexity_window": pytest.approx(math.exp(2.5)),
         "perplexity_window_with_sink": pytest.approx(math.exp(2.05)),
@@ -194,7 +194,7 @@ def test_a_cache_is_measured_on_the_long_text(short):
         "short_n_tokens": 64,
         "short_n_keys": 16,
     }
-    assert found.control == {
+    assert result.control == {
         "perplexity_window_with_others": pytest.approx(math.exp(2.6)),
         "interval_with_others_over_full": pytest.approx(2 * [math.exp(0.6)]),
         "perplexity_run_anew": pytest.approx(math.exp(2.1)),
@@ -220,9 +220,9 @@ WIDE = torch.tensor([[0.0, 1.0]]).repeat_interleave(512, 1).repeat(1, 2)[:, :204
     ],
 )
 def test_a_cache_is_judged_at_both_ends_of_its_intervals(short, window, first, verdict):
-    found = evidence.sv2_needs_the_sink(make_run(2048, window, first), short, 16)
-    assert claims.judge("SV2", found, "10").verdict == verdict
-    assert ("leave it open" in found.measured.get("reason", "")) == (verdict == "n/a")
+    result = evidence.sv2_needs_the_sink(make_run(2048, window, first), short, 16)
+    assert claims.judge("SV2", result, "10").verdict == verdict
+    assert ("leave it open" in result.measured.get("reason", "")) == (verdict == "n/a")
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_sinks_that_fade_show_in_the_late_queries(late, verdict):
     lengths = make_run(2048).lengths
     fading = replace(lengths, late=torch.stack([lengths.late[0], torch.tensor(late)]))
     assert fading.sink_ratios == [1, 1], "over all queries so far it does not show"
-    found = evidence.sv3_over_lengths(fading)
-    assert claims.judge("SV3", found, "10").verdict == verdict
-    assert claims.passing_controls("SV3", found.measured, found.control) == []
+    result = evidence.sv3_over_lengths(fading)
+    assert claims.judge("SV3", result, "10").verdict == verdict
+    assert claims.passing_controls("SV3", result.measured, result.control) == []
 
 
 def test_sinks_are_judged_where_there_are_some_within_the_limit():

@@ -230,10 +230,10 @@ def _finite(interval: Iterable[float]) -> list[float] | None:
     return ends if all(map(math.isfinite, ends)) else None
 
 
-def _describe(found: Mapping[str, Evidence | NotApplicable], **more: Any) -> tuple[list[str], dict[str, Any]]:
+def _describe(judged: Mapping[str, Evidence | NotApplicable], **more: Any) -> tuple[list[str], dict[str, Any]]:
     """A sentence and the measured values for each claim, or the reason why it does not apply."""
     sentences, facts = [], {}
-    for claim, one in found.items():
+    for claim, one in judged.items():
         if isinstance(one, NotApplicable):
             sentences.append(f"{one.reason[0].upper()}{one.reason[1:]}.")
             facts[claim] = {"reason": one.reason}
@@ -249,10 +249,10 @@ def _spike(subject: Subject) -> Section:
         sentence = f"No spike: {life.reason}."
         return Section("spike", sentence, {"reason": life.reason}, short=sentence)
     tokens = evidence.lc7_few_tokens(life, subject.model.tokenizer.decode)
-    found = {"LC1": evidence.lc1_step_up(life), "LC3": evidence.lc3_step_down(life)}
-    found |= {"LC4": evidence.lc4_few_channels(life), "LC7": tokens}
+    judged = {"LC1": evidence.lc1_step_up(life), "LC3": evidence.lc3_step_down(life)}
+    judged |= {"LC4": evidence.lc4_few_channels(life), "LC7": tokens}
     frequent = ", ".join(map(repr, tokens.measured["spike_tokens"])) if isinstance(tokens, Evidence) else ""
-    sentences, facts = _describe(found, most_frequent=frequent)
+    sentences, facts = _describe(judged, most_frequent=frequent)
     return Section("spike", " ".join(sentences), facts, picture=plots.magnitudes(life), short=sentences[0])
 
 
@@ -260,8 +260,8 @@ def _sink(subject: Subject) -> Section:
     model, tokens, life, seed = subject.model, subject.tokens, subject.life, subject.seed
     collapsed = collapse.measure_collapse(model, tokens, life, seed)
     attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
-    found = {"SK1": evidence.sk1_many_heads(attention.scores), "X-SK9": evidence.x_sk9_secondary(attention.secondary)}
-    sentences, facts = _describe(found)
+    judged = {"SK1": evidence.sk1_many_heads(attention.scores), "X-SK9": evidence.x_sk9_secondary(attention.secondary)}
+    sentences, facts = _describe(judged)
     mean = attention.scores.at.mean(0)  # layer, head
     order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
     rows = [(*divmod(i, mean.shape[1]), f"{float(mean.flatten()[i]):.0%}") for i in order]

@@ -63,16 +63,13 @@ def quantizer_steps(ranges: Mapping[str, Range]) -> Figure:
         ax.set(yscale="log", ylim=(max(smallest, 1e-6) / 5, None))
         ax.set_title(site, fontsize=10)
         whole(ax)
+    for ax in axes.flat:
+        ax.tick_params(labelbottom=True)
     for ax in axes.flat[len(ranges) :]:
         ax.axis("off")
-    for ax in axes.flat[: len(ranges)][-columns:]:  # those with none below
-        ax.set_xlabel("layer")
-        ax.tick_params(labelbottom=True)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("size of an entry")
-    free = len(ranges) < axes.size
-    handles = axes.flat[0].get_legend_handles_labels()
-    axes.flat[-1 if free else 0].legend(*handles, fontsize=8.5, loc="center" if free else "best")
+    fig.supxlabel("layer")
+    fig.supylabel("size of an entry")
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8.5, loc="center")  # a free place
     worst = max((site for site in ranges if site in INPUTS), key=lambda site: float(ranges[site].zeroed.max()))
     zeroed, n = ranges[worst].zeroed, len(ranges[worst].set_by_spike)
     above(

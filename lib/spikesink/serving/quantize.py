@@ -152,7 +152,7 @@ def measure_ranges(
     hooks = [names[0] for layers in shown.values() for names in layers]
     entries = {name: [] for name in hooks}
     for rows in progress(batches(model.anatomy, tokens), "ranges", "batch"):
-        batch, spike = (of[rows.start : rows.stop] for of in (tokens, where))
+        batch, spike = tokens[rows.start : rows.stop], where[rows.start : rows.stop]
         _, activations = model.run_with_cache(batch.to(model.cfg.device), names_filter=hooks)
         for name in hooks:
             entries[name].append(_measure_entries(activations[name].flatten(2).cpu(), spike))
