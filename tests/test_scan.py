@@ -55,7 +55,8 @@ def test_the_spike_is_where_it_is_largest_though_the_median_grows(measured):
     mean[:, 3] = torch.tensor([1, 1, 400, 400, 700, 700, 1000, 1000, 1000, 400, 700, 700, -100])
     median = torch.tensor([1.0, 1, 1, 1, 4, 4, 8, 8, 8, 8, 8, 8, 100])
     mean[12, 5] = 2000  # the largest of all, and 20 medians of its point
-    ramp = replace(measured, mean=mean, median=median)
+    nothing = {"share": torch.zeros(13, 8), "block_gain": None, "expert": None, "suspects": None}
+    ramp = replace(measured, mean=mean, median=median, **nothing)
     assert ramp.peak == (6, 3)
     assert ramp.steps() == ([2, 4, 6], [9, 12])
     turned = replace(ramp, mean=-mean)
