@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn import functional
 
-from spikesink.chain.collapse import VARIANTS, Collapse, Replaced, closed_form, spike_ratio
+from spikesink.chain.collapse import Collapse, Replaced, closed_form, spike_ratio
 from spikesink.chain.lifecycle import Lifecycle, plateau_layers
 from spikesink.common import brief
 from spikesink.plots.style import (
@@ -117,35 +117,22 @@ def collapse_of_size(
     collapse: Collapse, ratio: Float[Tensor, " size"], measured: Mapping[str, Float[Tensor, " size"]]
 ) -> Figure:
     """06: what the norm does to one entry of growing size, on random vectors, with the closed form and the model."""
-    d, root = collapse.anatomy.d_model, (collapse.anatomy.d_model - 1) ** 0.5
+    root = (collapse.anatomy.d_model - 1) ** 0.5
     fine = torch.logspace(float(ratio.min().log10()), float(ratio.max().log10()), 300)
-    curves = closed_form(fine, d)
+    curves, sizes = closed_form(fine, collapse.anatomy.d_model), spike_ratio(collapse)
     risen = np.linspace(collapse.before, collapse.cycle.middle, MARKED)
     points = sorted({*map(int, risen), int(collapse.cycle.plateau[1])})
-    sizes = spike_ratio(collapse)
-    model = {
-        "largest": collapse.spike.share[..., collapse.cycle.channel].sqrt(),
-        "participation": collapse.spike.participation,
-        "cosine": collapse.spike.cosine,
-    }
-    names = {
-        "largest": "|h~_k| ÷ √d of the large entry",
-        "participation": "participation ratio, channels",
-        "cosine": "cosine between two such vectors",
-    }
+    largest = collapse.spike.share[..., collapse.cycle.channel].sqrt()
     fig, axes = figure(1, 3, size=(12, 4.2))
-    for ax, (key, label) in zip(axes, names.items(), strict=True):
+    for ax, key, model, label in (
+        (axes[0], "largest", largest, "|h~_k| ÷ √d of the large entry"),
+        (axes[1], "participation", collapse.spike.participation, "participation ratio, channels"),
+        (axes[2], "cosine", collapse.spike.cosine, "cosine between two such vectors"),
+    ):
         ax.plot(fine / root, curves[key], color="black", lw=1, label="closed form")
-        ax.plot(ratio / root, measured[key], color=ORDINARY, marker="s", ms=4, lw=0, label="random vectors")
-        ax.plot(
-            sizes[points] / root,
-            model[key][points],
-            color=SPIKE,
-            marker="o",
-            ms=6,
-            lw=0,
-            label="the model's spike tokens, at several depths",
-        )
+        ax.plot(ratio / root, measured[key], "s", color=ORDINARY, ms=4, label="random vectors")
+        of_model = "the model's spike tokens, at several depths"
+        ax.plot(sizes[points] / root, model[points], "o", color=SPIKE, ms=6, label=of_model)
         ax.axvline(1, color="black", lw=0.6, ls=":")
         ax.set(xscale="log", xlabel="spike ÷ norm of all the rest", ylabel=label)
         thousands(ax, "x")
@@ -161,27 +148,16 @@ def collapse_of_size(
 def implicit(replaced: Replaced) -> Figure:
     """06: perplexity and attention, with one fixed vector in place of what the spike tokens' blocks read."""
     fig, (left, right) = figure(1, 2, size=(11, 4), width_ratios=(1, 1.7))
-    looks = {"clean": "black", "replaced": SPIKE, "other_tokens_mean": ORDINARY}
-    names = {"clean": "as it is", "replaced": "one fixed vector", "other_tokens_mean": "others' mean\n(control)"}
-    values = [replaced.perplexity[v] for v in VARIANTS]
-    bars = left.bar([names[v] for v in VARIANTS], values, color=[looks[v] for v in VARIANTS], width=0.6)
+    names, colours = ("as it is", "one fixed vector", "others' mean\n(control)"), ("black", SPIKE, ORDINARY)
+    values = list(replaced.perplexity.values())
+    bars = left.bar(names, values, color=colours, width=0.6)
     left.bar_label(bars, [brief(v) for v in values], padding=2)
     left.set(ylabel="perplexity", ylim=(0, 1.12 * max(values)))
-    change = replaced.perplexity["replaced"] / replaced.perplexity["clean"] - 1
+    change = values[1] / values[0] - 1
     text = f"by {change:+.2%}" if abs(change) >= 1e-4 else "by less than 0.01%"
     left.set_title(f"Perplexity changes {text}", fontsize=11)
-    layers = range(replaced.to_spike.shape[1])
-    for i, (variant, marker, style) in enumerate(zip(VARIANTS, "so^", ("-", "--", "-"), strict=True)):
-        right.plot(
-            layers,
-            100 * replaced.to_spike[i],
-            color=looks[variant],
-            marker=marker,
-            ms=6 if variant == "clean" else 4,
-            ls=style,
-            mfc="none" if variant == "clean" else looks[variant],
-            label=names[variant].replace("\n", " "),
-        )
+    for name, colour, look, share in zip(names, colours, ("o-", "s--", "^-"), 100 * replaced.to_spike, strict=True):
+        right.plot(share, look, color=colour, ms=4, label=name.replace("\n", " "))
     right.axvspan(replaced.layers[0] - 0.5, replaced.layers[-1] + 0.5, color=SINK, alpha=0.07, lw=0)
     right.set(xlabel="layer (shaded: replaced)", ylabel="% of their attention that later\ntokens give spike tokens")
     whole(right)
