@@ -263,10 +263,6 @@ MODELS_THAT_CANNOT_BE_LOADED = {
 PLACES_THAT_CANNOT_BE_WRITTEN = {
     "figures": (lambda w: w.under(lambda: w.ledger().save(plots.chain(), "a"), SPIKESINK_FIGURES=w.file()), UNWRITABLE),
     "a ledger": (lambda w: w.under(lambda: w.ledger().record({"LC1": NONE}), SPIKESINK_FIGURES=w.file()), UNWRITABLE),
-    "layers": (
-        lambda w: scan.scan(w.whole, 40, w.file() / "kept"),
-        r"\(Not a directory\); make room there, or keep them",
-    ),
 }
 
 TEXTS_THAT_DO_NOT_DO = {
