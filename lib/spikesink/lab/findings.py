@@ -298,14 +298,13 @@ def compare_waits(records: Sequence[Record]) -> pd.DataFrame:
 @measure
 def tabulate_waits(waits: pd.DataFrame, family: str) -> pd.DataFrame:
     """What `compare_waits` gives of the base and a family, a number a seed."""
-    ours = waits[waits["family"].isin(["", family])]
-    columns = {"nothing to copy": ("idle", "{:.0%}"), "triggers": ("trigger", "{:.0%}")}
-    columns["loss on copied tokens"] = ("copy_loss", "{:.3f}")
-    table = {
-        shown: ours.groupby("name", sort=False)[column].agg(lambda seeds, form=form: ", ".join(map(form.format, seeds)))
-        for shown, (column, form) in columns.items()
-    }
-    return pd.DataFrame(table).rename_axis("variant")
+    ours = waits[waits["family"].isin(["", family])].groupby("name", sort=False)
+    forms = {"idle": "{:.0%}", "trigger": "{:.0%}", "copy_loss": "{:.3f}"}
+    table = ours.agg(
+        {name: lambda seeds, form=form: ", ".join(map(form.format, seeds)) for name, form in forms.items()}
+    )
+    table = table.rename_axis("variant")
+    return table.set_axis(["nothing to copy", "triggers", "loss on copied tokens"], axis="columns")
 
 
 @measure

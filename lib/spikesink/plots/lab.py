@@ -120,11 +120,20 @@ def decoupling(means: pd.DataFrame, named: Sequence[str]) -> Figure:
 
 
 @styled
-def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
+def emergence(curves: pd.DataFrame) -> Figure:
     """09: loss, largest activations, position 0's as a multiple of the rest, and sinks over training, of some runs."""
     fig, axes = figure(1, 4, size=(14.5, 3.8))
+    panels = (
+        ("Loss", "loss on held-out text (nats)"),
+        ("Sizes", "largest activation"),
+        ("Spike", "position 0 over elsewhere"),
+        ("Sink", "sink ratio, attention to position 0"),
+    )
+    for ax, (title, label) in zip(axes, panels, strict=True):
+        ax.set(xlabel="tokens trained on (million)", ylabel=label)
+        ax.set_title(title, fontsize=11)
     for _, run in curves.groupby(["name", "seed"], sort=False):
-        x = run[unit].clip(lower=1) / 1e6
+        x = run["tokens"].clip(lower=1) / 1e6
         axes[0].plot(x, run["held_out_loss"], color="black", lw=1.4)
         axes[1].plot(x, run["max_first"], color=SPIKE, lw=1.6)
         axes[1].plot(x, run["max_elsewhere"], color=ORDINARY, lw=1.4, ls="--")
@@ -132,31 +141,19 @@ def emergence(curves: pd.DataFrame, unit: str = "tokens") -> Figure:
         axes[3].plot(x, run["sink_ratio"], color=SINK, lw=1.6)
         axes[3].plot(x, run["attention"], color=SINK, lw=1.2, ls="--")
     last = curves.groupby(["name", "seed"], sort=False).last()
-    axes[1].set_yscale("log")
-    thousands(axes[1])
     for ax, name, y, below, colour in (
         (axes[1], "position 0", last["max_first"].max(), 8, SPIKE),
         (axes[1], "elsewhere", last["max_elsewhere"].min(), -14, ORDINARY),
         (axes[3], "sink ratio", last["sink_ratio"].max(), 8, SINK),
         (axes[3], "attention", last["attention"].min(), -14, SINK),
     ):
-        ax.annotate(name, (x.iloc[-1], y), (0, below), textcoords="offset points", ha="right", color=colour)
+        at = (last["tokens"].max() / 1e6, y)
+        ax.annotate(name, at, (0, below), textcoords="offset points", ha="right", color=colour)
+    axes[1].set_yscale("log")
+    thousands(axes[1])
     axes[2].axhline(1, color="black", lw=0.8, ls=":")
     axes[2].set_ylim(bottom=0)
     axes[3].margins(y=0.12)
-    for ax, title, label in zip(
-        axes,
-        ("Loss", "Sizes", "Spike", "Sink"),
-        (
-            "loss on held-out text (nats)",
-            "largest activation",
-            "position 0 over elsewhere",
-            "sink ratio, attention to position 0",
-        ),
-        strict=True,
-    ):
-        ax.set(xlabel="tokens trained on (million)", ylabel=label)
-        ax.set_title(title, fontsize=11)
     return fig
 
 
