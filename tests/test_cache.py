@@ -156,7 +156,7 @@ def test_a_cache_without_the_sink_fails_by_routing(served):
     model, tokens = served
     life = find_lifecycle(trace_windows(model, tokens))
     held_out = spikesink.windows(model, texts.Text("planted", planted.text(6, 48)), 3, 48, seed=5)
-    means, where = spike_means(model, held_out, life), find_spikes(model, life, tokens)
+    means, where = spike_means(model, held_out, life), find_spikes(model, tokens, life)
     sink, name = cuts.sink_held(means), model.anatomy.pattern_hooks[-1]
     techniques = eviction_techniques(model, 8, where, sink)
     firsts = [first for n, first in cache.FIRST.items() if n < 8]

@@ -47,10 +47,10 @@ def passing(broken, planted_model):
 
 
 def test_spikes_of_any_prompt_are_found_by_the_rule_that_found_the_cycle(planted_model, trigger_tokens, life):
-    assert torch.equal(find_spikes(planted_model, life, trigger_tokens), is_spike(life, life.main))
+    assert torch.equal(find_spikes(planted_model, trigger_tokens, life), is_spike(life, life.main))
     prompts = trigger_tokens[:2, 10:20].clone()
     prompts[0, 7] = trigger_tokens[1, 0]
-    assert find_spikes(planted_model, life, prompts).nonzero().tolist() == [[0, 7]]
+    assert find_spikes(planted_model, prompts, life).nonzero().tolist() == [[0, 7]]
 
 
 def test_means_are_of_other_windows(broken, planted_model, trigger_tokens, life):

@@ -308,7 +308,7 @@ WRONG_ARGUMENTS = {
         OTHER_WINDOWS,
     ),
     "another model, amplifier": (lambda w: amplifier.step_up_direction(weights_of(w.other()), w.life), OTHER_MODEL),
-    "another model, spikes": (lambda w: spikesink.find_spikes(w.other(), w.life, w.tokens), OTHER_MODEL),
+    "another model, spikes": (lambda w: spikesink.find_spikes(w.other(), w.tokens, w.life), OTHER_MODEL),
     "another model, collapse": (
         lambda w: collapse.measure_collapse(w.other(), w.tokens, w.life),
         OTHER_MODEL,

@@ -30,7 +30,7 @@ def planted():
         model.blocks[3].mlp.out.weight[:, 0] = 0
     tokens = data.held_out(Backcopy(), 4, 32)
     life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
-    return model, tokens, life, find_spikes(model, life, tokens)
+    return model, tokens, life, find_spikes(model, tokens, life)
 
 
 def round_by_loops(x: torch.Tensor, bits: int, per: str, split: tuple[int, ...] = ()) -> torch.Tensor:

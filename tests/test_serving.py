@@ -306,8 +306,8 @@ def spoken():
 def test_what_a_spike_breaks_shows_where_tokens_share_a_step(spoken):
     model, tokens, life = spoken
     held_out, judged = tokens[:8], tokens[8:]
-    means, where = spike_means(model, held_out, life), find_spikes(model, life, judged)
-    ranges = measure_ranges(model, held_out, find_spikes(model, life, held_out))
+    means, where = spike_means(model, held_out, life), find_spikes(model, judged, life)
+    ranges = measure_ranges(model, held_out, find_spikes(model, held_out, life))
     crossed = cross(model, judged, make_cells(means, where), rounding_techniques(model, ranges, where), where)
     diagnoses = diagnose(crossed)
     assert diagnoses[PER_TENSOR].verdict == OUTLIERS

@@ -227,7 +227,7 @@ def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
     return spikes
 
 
-def find_spikes(model: TransformerBridge, life: Lifecycle, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n length"]:
+def find_spikes(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Bool[Tensor, "n length"]:
     """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
 
     Raises:

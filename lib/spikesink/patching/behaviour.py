@@ -98,7 +98,7 @@ def compare_on(
     seed: int,
 ) -> dict[str, Outcome]:
     """Cuts on other prompts: their spike tokens are looked for, the means are the same."""
-    where = find_spikes(model, life, prompts)
+    where = find_spikes(model, prompts, life)
     cuts = aim_cuts(broken.means, choose_tokens(where, seed), names) if where.any() else {}
     return compare(model, prompts, cuts)
 

@@ -109,7 +109,7 @@ def unsink(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> tuple[I
 
 def _spikes(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> Where:
     tokens = tokens if isinstance(tokens, Tensor) and tokens.ndim == 2 else one_prompt(tokens)[None]
-    where = find_spikes(model, life, tokens)
+    where = find_spikes(model, tokens, life)
     if not where.any():
         raise ValueError("none of these tokens spikes, so there is nothing to take apart; give another prompt.")
     return where

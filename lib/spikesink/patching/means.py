@@ -70,7 +70,7 @@ def spike_means(
         raise NotApplicable(life.reason)
     if not plateau_layers(cycle):
         raise NotApplicable("no layer reads the plateau of the spike, so there is nothing to cut between it and a sink")
-    where = find_spikes(model, life, tokens) if where is None else where
+    where = find_spikes(model, tokens, life) if where is None else where
     if not where.any() or where.all():
         kind = "no" if not where.any() else "every"
         raise NotApplicable(f"{kind} token of the windows that means are taken of spikes; measure more windows")
