@@ -236,8 +236,8 @@ def test_seventy_billion_parameters_are_planned_from_a_configuration_alone(tmp_p
     said = planned.sentences(5e11)
     assert said.startswith("llama-70b: 70.6 billion parameters in 80 layers.")
     assert re.search(r"about \d+\.\d h here", said)
-    assert "makes 3,370 trillion operations" in replace(planned, operations=3.3712e15).sentences()
-    assert "reads up to 1,410 GB" in replace(planned, read=1.411e12).sentences()
+    assert "makes 3,370 trillion operations" in replace(planned, operations=3_371_200_000_000_000).sentences()
+    assert "reads up to 1,410 GB" in replace(planned, read=1_411_000_000_000).sentences()
     assert "First" not in said
 
 

@@ -370,11 +370,11 @@ def matmul_peak(size: int = 2048, repeats: int = 6) -> float:
     return 2 * size**3 / min(timer.timeit(1).median for _ in range(repeats))
 
 
-def _size(n_bytes: float) -> str:
+def _size(n_bytes: int) -> str:
     return f"{brief(n_bytes / 1e9)} GB" if n_bytes >= 1e9 else f"{brief(n_bytes / 1e6)} MB"
 
 
-def _count(n: float) -> str:
+def _count(n: int) -> str:
     size, word = next((pair for pair in ((1e12, "trillion"), (1e9, "billion")) if n >= pair[0]), (1e6, "million"))
     return f"{brief(n / size)} {word}"
 
