@@ -1,7 +1,7 @@
 """The life cycle against ground truth: a spike planted by hand is found exactly, and where there is none, none is."""
 
 import math
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +12,14 @@ from spikesink.chain import trace as module
 from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence, verdict
-from spikesink.model.anatomy import Anatomy
 from tests import planted
+
+pytestmark = pytest.mark.usefixtures("any_types")  # stand-ins for the anatomy
 
 
 @pytest.fixture(scope="module")
 def life(planted_model, trigger_tokens):
     return spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
-
-
-def found(directory, tokens):
-    return spikesink.find_lifecycle(spikesink.trace_windows(spikesink.load(directory), tokens))
 
 
 def test_planted_spike_is_found_at_its_blocks_and_channels(life):
@@ -62,89 +59,6 @@ def test_claims_say_what_was_planted(life, planted_model):
     assert verdict("LC3", down.measured) == "holds"
 
 
-def test_negative_spike_is_found_with_its_sign(tmp_path, trigger_tokens):
-    model = planted.plant(planted.random_llama(400), planted.Plant(size=-1000.0, channel=20, side_channel=40))
-    cycle = found(planted.save(model, tmp_path / "negative"), trigger_tokens).main
-    assert (cycle.channel, cycle.step_up, cycle.step_down) == (20, (4,), (10,))
-    assert cycle.value == pytest.approx(-1000, rel=0.05)
-
-
-def test_two_step_up_and_two_step_down_blocks_are_all_found(tmp_path, trigger_tokens):
-    spike = planted.Plant(step_up_layers=(0, 2), step_down_layers=(4, 5))
-    cycle = found(planted.save(planted.plant(planted.random_llama(400), spike), tmp_path / "two"), trigger_tokens).main
-    assert (cycle.step_up, cycle.step_down) == ((2, 6), (10, 12))
-    assert cycle.shape == "step"
-
-
-def test_many_small_writes_are_a_ramp(tmp_path, trigger_tokens):
-    spike = planted.Plant(step_up_layers=(0, 1, 2, 3, 4), step_down_layers=())
-    life = found(planted.save(planted.plant(planted.random_llama(400), spike), tmp_path / "ramp"), trigger_tokens)
-    assert life.main.shape == "ramp"
-    assert life.main.step_up == (2, 4, 6, 8, 10)
-    assert life.main.step_down == ()
-    assert verdict("LC1", evidence.lc1_step_up(life).measured) == "differs"
-
-
-def test_a_smaller_cycle_on_other_tokens_is_reported_too(planted_model, trigger_tokens):
-    trace = spikesink.trace_windows(planted_model, trigger_tokens)
-    rows = trace.rows
-    ordinary = (~rows.candidate).nonzero()[:3, 0]
-    channel = int((trace.channels == planted.Plant.side_channel).nonzero()[0])
-    rows.stream[ordinary, 3:7, channel] = 40.0
-    rows.writes[ordinary, 2, channel] = 40.0
-    rows.writes[ordinary, 6, channel] = -40.0
-    cycles = spikesink.find_lifecycle(trace).cycles
-    assert [c.channel for c in cycles] == [planted.Plant.channel, planted.Plant.side_channel]
-    assert (cycles[1].step_up, cycles[1].step_down, cycles[1].plateau) == ((3,), (7,), (3, 6))
-    assert cycles[1].is_spike.nonzero()[:, 0].tolist() == ordinary.tolist()
-
-
-def test_without_a_spike_every_claim_says_why_it_does_not_apply(random_model):
-    life = spikesink.find_lifecycle(
-        spikesink.trace_windows(random_model, spikesink.windows(random_model, "house", 3, 64))
-    )
-    assert life.main is None
-    assert life.cycles == ()
-    for measure in (
-        "lc1_step_up",
-        "lc2_plateau",
-        "lc3_step_down",
-        "lc4_few_channels",
-        "lc5_same_channels",
-        "lc6_fixed_ratios",
-    ):
-        assert isinstance(getattr(evidence, measure)(life), NotApplicable)
-    assert isinstance(evidence.lc7_few_tokens(life, random_model.tokenizer.decode), NotApplicable)
-
-
-def test_windows_without_a_spike_token_only_have_none(planted_model, trigger_tokens):
-    assert spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens[:1])).main is None
-
-
-def test_a_larger_step_leaves_out_the_smaller_writes(tmp_path, trigger_tokens):
-    spike = planted.Plant(step_up_layers=(0, 2))
-    model = spikesink.load(planted.save(planted.plant(planted.random_llama(400), spike), tmp_path / "halves"))
-    trace = spikesink.trace_windows(model, trigger_tokens)
-    assert spikesink.find_lifecycle(trace, step=0.4).main.step_up == (2, 6)
-    assert spikesink.find_lifecycle(trace, step=0.6).main.step_up == ()
-
-
-@pytest.mark.parametrize("step", [0, 1, -0.1, 2])
-def test_a_step_outside_0_and_1_is_refused(planted_model, trigger_tokens, step):
-    trace = spikesink.trace_windows(planted_model, trigger_tokens[:2])
-    with pytest.raises(ValueError, match="step must lie between 0 and 1"):
-        spikesink.find_lifecycle(trace, step)
-
-
-def test_controls_are_measured_on_tokens_and_channels_that_do_not_spike(life):
-    ordinary = lifecycle.ordinary_rows(life)
-    assert len(ordinary) > 0
-    assert 1 not in ordinary.token.tolist()
-    controls = set(life.trace.channels[life.trace.ordinary].tolist())
-    assert controls.isdisjoint(life.main.channels)
-    assert evidence.lc1_step_up(life).control["share_written_ordinary_tokens"] == pytest.approx(0, abs=1e-3)
-
-
 def test_default_model_has_the_cycle_that_was_measured_before(default_model):
     """The blocks and channel that an independent run on other text found (they are the model's, not the text's)."""
     tokens = spikesink.windows(default_model, "pydoc", 3, 128)
@@ -155,12 +69,58 @@ def test_default_model_has_the_cycle_that_was_measured_before(default_model):
     assert life.main.value == pytest.approx(22_500, rel=0.1)
 
 
-def test_evidence_is_finite(life, planted_model):
-    for measure in (evidence.lc1_step_up, evidence.lc2_plateau, evidence.lc3_step_down, evidence.lc4_few_channels):
-        result = measure(life)
-        assert isinstance(result, Evidence)
-        numbers = [v for values in (result.measured, result.control) for v in values.values()]
-        assert all(torch.tensor(v, dtype=torch.float64).isfinite().all() for v in numbers)
+@pytest.mark.parametrize(
+    ("spike", "step_up", "step_down", "shape"),
+    [
+        (planted.Plant(size=-1000.0, channel=20, side_channel=40), (4,), (10,), "step"),
+        (planted.Plant(step_up_layers=(0, 2), step_down_layers=(4, 5)), (2, 6), (10, 12), "step"),
+        (planted.Plant(step_up_layers=(0, 1, 2, 3, 4), step_down_layers=()), (2, 4, 6, 8, 10), (), "ramp"),
+    ],
+    ids=["negative", "two blocks up and two down", "a ramp"],
+)
+def test_a_spike_is_found_with_its_sign_and_all_its_blocks(spike, step_up, step_down, shape, tmp_path, trigger_tokens):
+    model = spikesink.load(planted.save(planted.plant(planted.random_llama(400), spike), tmp_path / "planted"))
+    trace = spikesink.trace_windows(model, trigger_tokens)
+    life = spikesink.find_lifecycle(trace)
+    cycle = life.main
+    assert (cycle.channel, cycle.step_up, cycle.step_down, cycle.shape) == (spike.channel, step_up, step_down, shape)
+    assert cycle.value == pytest.approx(spike.size, rel=0.05)
+    assert (verdict("LC1", evidence.lc1_step_up(life).measured) == "differs") == (shape == "ramp")
+    if len(step_up) == 2:  # each writes half: 0.6 is more than either
+        assert [spikesink.find_lifecycle(trace, step=step).main.step_up for step in (0.4, 0.6)] == [(2, 6), ()]
+
+
+@pytest.mark.parametrize("model", ["random_model", "planted_model"])
+def test_where_nothing_spikes_every_claim_says_so(model, trigger_tokens, request):
+    model = request.getfixturevalue(model)
+    life = spikesink.find_lifecycle(spikesink.trace_windows(model, trigger_tokens[:1]))  # without the trigger
+    assert (life.main, life.cycles) == (None, ())
+    claims = [evidence.lc1_step_up, evidence.lc2_plateau, evidence.lc3_step_down, evidence.lc4_few_channels]
+    for claim in (*claims, evidence.lc5_same_channels, evidence.lc6_fixed_ratios, lifecycle.writes_table):
+        assert claim(life) == NotApplicable(life.reason)
+    assert evidence.lc7_few_tokens(life, model.tokenizer.decode) == NotApplicable(life.reason)
+    assert not lifecycle.find_spikes(model, life, trigger_tokens).any()
+
+
+@pytest.mark.parametrize("step", [0, 1, -0.1, 2])
+def test_a_step_outside_0_and_1_is_refused(life, step):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        spikesink.find_lifecycle(life.trace, step)
+
+
+def test_controls_are_measured_on_tokens_and_channels_that_do_not_spike(life):
+    ordinary = lifecycle.ordinary_rows(life)
+    assert len(ordinary) > 0
+    assert 1 not in ordinary.token.tolist()
+    assert set(life.trace.channels[life.trace.ordinary].tolist()).isdisjoint(life.main.channels)
+    assert evidence.lc1_step_up(life).control["share_written_ordinary_tokens"] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_tables_say_what_the_cycle_holds(life):
+    writes, (line,) = lifecycle.writes_table(life), lifecycle.cycles_table(life).to_dict("records")
+    assert writes["step"].to_dict() == {"L1 MLP (block 4)": "up", "L4 MLP (block 10)": "down"}
+    assert writes["share of the plateau"].tolist() == pytest.approx([1, -planted.Plant.cancelled], abs=0.05)
+    assert (line["step-up"], line["tokens"], line["at position 0"]) == (life.main.step_up, 6, 2)
 
 
 # Hand-made traces: every number below can be worked out on paper.
@@ -196,46 +156,15 @@ def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
         top_channels=top.indices,
         top_values=top.values,
     )
-    about = replace(ANATOMY, n_layers=N_BLOCKS // 2, d_model=576)
+    anatomy = SimpleNamespace(n_layers=N_BLOCKS // 2, n_blocks=N_BLOCKS, d_model=576)
     zeros = torch.zeros(N_BLOCKS + 1, 3)
     channels = torch.tensor([10, 11, 12, 13, 14, 15])
     n = int(rows.candidate.sum())
     text = torch.full((n_windows, length), 6)
     text[rows.window, rows.position] = rows.token
-    return module.Trace(about, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
+    return module.Trace(anatomy, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
 
 
-ANATOMY = Anatomy(
-    family="hand",
-    n_layers=6,
-    n_heads=1,
-    n_kv_heads=1,
-    d_model=576,
-    d_head=8,
-    d_mlp=8,
-    d_vocab=100,
-    context=64,
-    norm="RMS",
-    norm_placement="pre",
-    norm_scale_offset=0.0,
-    norm_eps=1e-6,
-    gate_activation="silu",
-    qk_norm=False,
-    parallel=False,
-    n_experts=0,
-    residual_multiplier=1.0,
-    attention_norm="ln1",
-    ffn_norm="ln2",
-    sight=(None,) * 6,
-    softcap=None,
-    query_scale=0.25,
-    sees_rotation=True,
-    prepends_bos=False,
-    bos_token=None,
-    layer_hooks=(),
-    write_hooks=(),
-    pattern_hooks=(),
-)
 ORDINARY = [(0, 5, {4: 0.1}), (0, 9, {4: -0.1}), (1, 5, {4: 0.1}), (1, 9, {4: 0.1})]
 
 
@@ -329,13 +258,9 @@ def test_the_same_tokens_later_in_the_windows_are_the_control_of_place():
     assert result.control["n_same_tokens_elsewhere"] == 5
     assert result.control["same_tokens_elsewhere_share"] == pytest.approx(0.2)
     assert result.control["other_positions_share"] == pytest.approx(1 / 38)
-
-
-def test_a_first_token_that_occurs_nowhere_else_has_no_such_control():
-    result = evidence.lc7_few_tokens(
-        spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)), str
-    )
-    assert set(result.control) == {"other_positions_share"}
+    nowhere_else = handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)
+    control = evidence.lc7_few_tokens(spikesink.find_lifecycle(nowhere_else), str).control
+    assert set(control) == {"other_positions_share"}
 
 
 def test_one_outlier_does_not_set_the_size():
@@ -347,51 +272,50 @@ def test_one_outlier_does_not_set_the_size():
     assert len(life.cycles) == 1
 
 
-def two_spike_tokens(later):
-    """Two tokens that spike from block 4 to block 8, after `later` has changed their rows' stream and writes."""
-    trace = handmade([(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)], ORDINARY)
-    later(trace.rows.stream[:2], trace.rows.writes[:2])
-    return spikesink.find_lifecycle(trace)
+LARGE = [(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)]
 
 
-def test_what_a_spike_leaves_behind_on_its_tokens_is_no_cycle_of_its_own():
-    def second_channel_stays(stream, writes):
-        writes[:, 7, SECOND] = 0
-        stream[:, 8:, SECOND] = 5_000
-
-    assert len(two_spike_tokens(second_channel_stays).cycles) == 1
+def later(stream, writes):
+    """The second channel stays when the first falls."""
+    writes[:, 7, SECOND], stream[:, 8:, SECOND] = 0, 5_000
 
 
-def test_what_leads_up_to_a_spike_on_its_tokens_is_no_cycle_of_its_own():
-    def second_channel_begins_earlier(stream, writes):
-        writes[:, 0, SECOND] = 300
-        stream[:, 1:4, SECOND] = 300
-
-    assert len(two_spike_tokens(second_channel_begins_earlier).cycles) == 1
+def earlier(stream, writes):
+    """The second channel rises before the first."""
+    writes[:, 0, SECOND], stream[:, 1:4, SECOND] = 300, 300
 
 
-def test_a_rise_that_does_not_outlive_its_layer_is_no_cycle():
-    def second_channel_comes_and_goes(stream, writes):
-        writes[:, 0, SECOND], writes[:, 2, SECOND] = 300, -290
-        stream[:, 1:3, SECOND], stream[:, 3, SECOND] = 300, 10
-
-    life = two_spike_tokens(second_channel_comes_and_goes)
-    assert (life.main.channel, life.main.step_up, int(life.main.is_spike.sum())) == (10, (4,), 2)
-    assert len(life.cycles) == 1
+def brief(stream, writes):
+    """The second channel rises and falls before the first rises."""
+    writes[:, 0, SECOND], writes[:, 2, SECOND] = 300, -290
+    stream[:, 1:3, SECOND], stream[:, 3, SECOND] = 300, 10
 
 
-def test_the_weak_tail_of_a_cycle_is_none_of_its_own():
-    """Two tokens get a twentieth of the spike from the same block: too small to be its tokens, and no other cycle."""
-    weak = [(w, 3, {4: 500.0, 8: -490.0}) for w in (0, 1)]
-    life = spikesink.find_lifecycle(handmade([(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)] + weak, ORDINARY))
+@pytest.mark.parametrize("change", [later, earlier, brief])
+def test_what_else_a_spikes_tokens_do_is_no_cycle_of_its_own(change):
+    trace = handmade(LARGE, ORDINARY)
+    change(trace.rows.stream[:2], trace.rows.writes[:2])
+    (cycle,) = spikesink.find_lifecycle(trace).cycles
+    assert (cycle.channel, cycle.step_up, int(cycle.is_spike.sum())) == (10, (4,), 2)
+
+
+@pytest.mark.parametrize(("block", "step_ups"), [(4, [(4,)]), (3, [(4,), (3,)])])
+def test_a_weak_cycle_is_one_of_its_own_unless_it_is_the_tail_of_another(block, step_ups):
+    """Two tokens get a twentieth of the spike, too small to be its tokens: from the same block, or from another."""
+    weak = [(w, 3, {block: 500.0, 8: -490.0}) for w in (0, 1)]
+    life = spikesink.find_lifecycle(handmade(LARGE + weak, ORDINARY))
     assert life.main.is_spike.sum() == 2
-    assert len(life.cycles) == 1
+    assert [cycle.step_up for cycle in life.cycles] == step_ups
 
 
-def test_a_weak_cycle_that_another_block_wrote_is_one_of_its_own():
-    weak = [(w, 3, {3: 500.0, 8: -490.0}) for w in (0, 1)]
-    life = spikesink.find_lifecycle(handmade([(w, 0, {4: 10_000.0, 8: -9_900.0}) for w in (0, 1)] + weak, ORDINARY))
-    assert [c.step_up for c in life.cycles] == [(4,), (3,)]
+def test_a_smaller_cycle_on_other_tokens_is_reported_too():
+    trace = handmade(LARGE, [(w, p, {}) for w in (0, 1) for p in (5, 9)])
+    trace.rows.stream[2:4, 3:7, SECOND] = 400.0
+    trace.rows.writes[2:4, 2, SECOND], trace.rows.writes[2:4, 6, SECOND] = 400.0, -400.0
+    cycles = spikesink.find_lifecycle(trace).cycles
+    assert [c.channel for c in cycles] == [10, 11]
+    assert (cycles[1].step_up, cycles[1].step_down, cycles[1].plateau) == ((3,), (7,), (3, 6))
+    assert cycles[1].is_spike.nonzero()[:, 0].tolist() == [2, 3]
 
 
 def test_spike_tokens_that_are_drawn_are_no_controls():

@@ -11,12 +11,6 @@ from spikesink.chain import trace as module
 from tests import planted
 
 
-@pytest.fixture(scope="module")
-def both(planted_model, trigger_tokens):
-    _, cache = planted_model.run_with_cache(trigger_tokens)
-    return spikesink.trace_windows(planted_model, trigger_tokens), cache
-
-
 def stream_of(cache, n_layers):
     """[window, point, token, channel]"""
     points = [cache["blocks.0.hook_resid_pre"]]
@@ -25,49 +19,29 @@ def stream_of(cache, n_layers):
     return torch.stack(points, dim=1)
 
 
-def writes_of(cache, n_layers):
+def test_the_trace_is_what_the_cache_holds(planted_model, trigger_tokens):
+    _, cache = planted_model.run_with_cache(trigger_tokens)
+    trace = spikesink.trace_windows(planted_model, trigger_tokens)
+    rows, n_layers, close = trace.rows, trace.anatomy.n_layers, {"rtol": 1e-5, "atol": 1e-4}
+    stream = stream_of(cache, n_layers)
     names = [f"blocks.{layer}.hook_{kind}_out" for layer in range(n_layers) for kind in ("attn", "mlp")]
-    return torch.stack([cache[name] for name in names], dim=1)
-
-
-def test_stream_and_writes_are_what_the_cache_holds(both):
-    trace, cache = both
-    rows = trace.rows
-    stream = stream_of(cache, trace.anatomy.n_layers)[rows.window, :, rows.position][..., trace.channels]
-    writes = writes_of(cache, trace.anatomy.n_layers)[rows.window, :, rows.position][..., trace.channels]
-    torch.testing.assert_close(rows.stream, stream, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(rows.writes, writes, rtol=1e-5, atol=1e-4)
-
-
-def test_medians_and_largest_channels_are_what_the_cache_holds(both):
-    trace, cache = both
-    stream = stream_of(cache, trace.anatomy.n_layers).abs()
-    medians = stream.flatten(2).median(2).values
-    torch.testing.assert_close(trace.window_medians, medians, rtol=1e-5, atol=1e-6)
-    top = stream.amax(2).topk(module.TOP).values.mean(0)
-    torch.testing.assert_close(trace.top_stream, top, rtol=1e-5, atol=1e-4)
-    over = (stream > module.SPIKE_OVER_MEDIAN * medians[..., None, None]).any(-1).any(1)
-    assert trace.n_candidates == int(over.sum())
-    assert trace.rows.candidate.sum() == over.sum()
-
-
-def test_attention_to_the_first_token_is_what_the_cache_holds(both):
-    trace, cache = both
-    patterns = [cache[f"blocks.{i}.attn.hook_pattern"][..., 0].mean((0, 2)) for i in range(trace.anatomy.n_layers)]
-    torch.testing.assert_close(trace.attention_to_first, torch.stack(patterns), rtol=1e-5, atol=1e-6)
-
-
-def test_writes_add_up_to_the_stream(both):
-    trace, _ = both
+    writes = torch.stack([cache[name] for name in names], dim=1)
+    torch.testing.assert_close(rows.stream, stream[rows.window, :, rows.position][..., trace.channels], **close)
+    torch.testing.assert_close(rows.writes, writes[rows.window, :, rows.position][..., trace.channels], **close)
     assert trace.closure < 1e-6
 
-
-def test_every_channel_that_spikes_anywhere_is_followed(both):
-    trace, cache = both
-    stream = stream_of(cache, trace.anatomy.n_layers).abs()
-    ratio = stream / stream.flatten(2).median(2).values[..., None, None]
-    spiking = (ratio > module.SPIKE_OVER_MEDIAN).any(0).any(0).any(0).nonzero()[:, 0]
+    size = stream.abs()
+    medians = size.flatten(2).median(2).values
+    torch.testing.assert_close(trace.window_medians, medians, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trace.top_stream, size.amax(2).topk(module.TOP).values.mean(0), **close)
+    torch.testing.assert_close(trace.top_writes, writes.abs().amax(2).topk(module.TOP).values.mean(0), **close)
+    over = size > module.SPIKE_OVER_MEDIAN * medians[..., None, None]  # window, point, token, channel
+    assert trace.n_candidates == int(over.any(-1).any(1).sum()) == int(rows.candidate.sum())
+    spiking = over.any(0).any(0).any(0).nonzero()[:, 0]
     assert set(spiking.tolist()) <= set(trace.channels[: trace.n_followed].tolist())
+
+    patterns = [cache[f"blocks.{i}.attn.hook_pattern"][..., 0].mean((0, 2)) for i in range(n_layers)]
+    torch.testing.assert_close(trace.attention_to_first, torch.stack(patterns), rtol=1e-5, atol=1e-6)
 
 
 def test_a_channel_that_spikes_only_in_a_later_window_is_followed(planted_model, trigger_tokens):
@@ -108,14 +82,6 @@ def test_a_spike_is_followed_though_weaker_channels_fill_the_list_first(planted_
     assert trace.channels[: trace.n_followed].tolist() == [9]
 
 
-@pytest.mark.parametrize("dtype", ["float16"])
-def test_overflow_is_an_error_and_not_the_absence_of_a_spike(tmp_path, trigger_tokens, dtype):
-    model = planted.plant(planted.random_llama(400), planted.Plant(size=1e5))
-    model = spikesink.load(planted.save(model, tmp_path / "large"), dtype=dtype)
-    with pytest.raises(FloatingPointError, match="load it in float32"):
-        spikesink.trace_windows(model, trigger_tokens)
-
-
 def test_profile_is_what_the_cache_holds(planted_model, trigger_tokens):
     window = trigger_tokens[2]
     profile = spikesink.profile(planted_model, window)
@@ -134,24 +100,30 @@ def test_no_hooks_are_left_behind(planted_model, trigger_tokens):
     assert not any(point.fwd_hooks for point in planted_model.hook_dict.values())
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5,), (2, 3, 4)])
-def test_tokens_of_another_shape_are_refused(random_model, shape):
-    with pytest.raises(ValueError, match="windows, length"):
+def test_overflow_is_an_error_and_not_the_absence_of_a_spike(tmp_path, trigger_tokens):
+    large = planted.plant(planted.random_llama(400), planted.Plant(size=1e5))
+    model = spikesink.load(planted.save(large, tmp_path / "large"), dtype="float16")
+    with pytest.raises(FloatingPointError, match="float32"):
+        spikesink.trace_windows(model, trigger_tokens)
+
+
+@pytest.mark.usefixtures("any_types")
+@pytest.mark.parametrize("shape", [(0, 5), (5,), (2, 3, 4), (1, 513)])
+def test_windows_of_another_shape_or_longer_than_the_context_are_refused(random_model, shape):
+    with pytest.raises(ValueError, match=r"windows|context"):
         spikesink.trace_windows(random_model, torch.zeros(shape, dtype=torch.long))
 
 
-def test_windows_longer_than_the_context_are_refused(random_model):
-    with pytest.raises(ValueError, match="longer than the model's context of 512"):
-        spikesink.trace_windows(random_model, torch.zeros((1, 513), dtype=torch.long))
-    with pytest.raises(ValueError, match="give 1 to 512 tokens"):
-        spikesink.profile(random_model, torch.zeros(513, dtype=torch.long))
-    with pytest.raises(ValueError, match="give 1 to 512 tokens"):
-        spikesink.profile(random_model, torch.zeros(0, dtype=torch.long))
+@pytest.mark.parametrize("length", [0, 513])
+def test_a_prompt_of_no_tokens_or_too_many_is_refused(random_model, length):
+    with pytest.raises(ValueError, match="1 to 512 tokens"):
+        spikesink.profile(random_model, torch.zeros(length, dtype=torch.long))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_resident_memory_is_flat_and_far_below_a_cache():
-    """On the real model, in a process of its own: resident memory at its peak, after each step."""
+    """On the default model, in a process of its own: resident memory at its peak, after each step."""
     script = """
 import re
 import spikesink

@@ -151,16 +151,16 @@ class Census:
         pairs = zip(where.tolist(), values.tolist(), strict=True)
         return [(self.blocks[i // width], i % width, value) for i, value in pairs]
 
-    def rank(self, block: Block, channel: int) -> int:
+    def rank(self, block: int, channel: int) -> int:
         """The place of a pair among all pairs, 1 for the largest gain; ValueError where there is no such pair."""
         return int((self.gain > self._of(block, channel)[channel]).sum()) + 1
 
-    def rank_in_block(self, block: Block, channel: int) -> int:
+    def rank_in_block(self, block: int, channel: int) -> int:
         """The place of a channel within its block, 1 for the largest gain."""
         of_block = self._of(block, channel)
         return int((of_block > of_block[channel]).sum()) + 1
 
-    def over_median(self, block: Block, channel: int) -> float:
+    def over_median(self, block: int, channel: int) -> float:
         """A channel's gain over the median gain of its block."""
         of_block = self._of(block, channel)
         return float(of_block[channel] / of_block.median())

@@ -89,7 +89,7 @@ class Lifecycle:
         return self.main
 
 
-def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
+def find_lifecycle(trace: Trace, step: Real = STEP) -> Lifecycle:
     """Find the cycles in a trace, by the rules at the top of this module.
 
     Args:
@@ -118,7 +118,7 @@ def find_lifecycle(trace: Trace, step: float = STEP) -> Lifecycle:
     return Lifecycle(trace, tuple(cycles))
 
 
-def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) -> tuple[Cycle, int, int]:
+def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: Real) -> tuple[Cycle, int, int]:
     """The cycle around the largest entry of what is left, and the first and last point at which it is alive."""
     rows = trace.rows
     row, peak, index = (int(i) for i in torch.unravel_index(left.argmax(), left.shape))
@@ -151,7 +151,7 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: float) 
 
 
 def _spike_tokens(
-    rows: Rows, entry: Float[Tensor, " row"], above: Bool[Tensor, " row"], largest: int, step: float
+    rows: Rows, entry: Float[Tensor, " row"], above: Bool[Tensor, " row"], largest: int, step: Real
 ) -> tuple[Bool[Tensor, " row"], Float[Tensor, ""]]:
     """Which rows are spike tokens, by their entry at the peak, and the cycle's signed size.
 
@@ -169,7 +169,7 @@ def _spike_tokens(
 
 
 def _size_and_least(
-    rows: Rows, entry: Float[Tensor, " row"], among: Bool[Tensor, " row"], step: float
+    rows: Rows, entry: Float[Tensor, " row"], among: Bool[Tensor, " row"], step: Real
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """A cycle's size, and the least entry of a spike token: `step` of it, and nearer to it than to an ordinary one."""
     by_window = [entry[among & (rows.window == window)].max() for window in rows.window[among].unique()]

@@ -97,7 +97,7 @@ class Trace:
     top_writes: Float[Tensor, "block top"]  # the same of the block outputs
     attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, of the queries that see it, mean
     closure: float  # largest |embedding + sum of writes - stream| at the followed channels, over the point's max |h|
-    threshold: float = SPIKE_OVER_MEDIAN  # medians of |h| that a spike exceeds
+    threshold: Real = SPIKE_OVER_MEDIAN  # medians of |h| that a spike exceeds
 
     @property
     def n_windows(self) -> int:
@@ -127,7 +127,7 @@ class Profile:
 
 
 def trace_windows(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0, threshold: float = SPIKE_OVER_MEDIAN
+    model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0, threshold: Real = SPIKE_OVER_MEDIAN
 ) -> Trace:
     """Follow the residual stream, every block's write and the attention on position 0 through all windows.
 
@@ -291,7 +291,7 @@ def _run_hooked(model: TransformerBridge, tokens: Int[Tensor, " length"], calls:
 class _Pass:
     """One pass over windows: what is summed over them, and the rows that are kept."""
 
-    def __init__(self, model: TransformerBridge, followed: Sequence[int], seed: int, threshold: float):
+    def __init__(self, model: TransformerBridge, followed: Sequence[int], seed: int, threshold: Real):
         self.model, self.anatomy, self.threshold = model, anatomy(model), threshold
         self.generator = torch.Generator().manual_seed(seed)
         d_model = self.anatomy.d_model
@@ -317,7 +317,7 @@ class _Pass:
             self.rows = kept if self.rows is None else _joined(self.rows, kept)
         return self
 
-    def above(self, medians: float) -> list[int]:
+    def above(self, medians: Real) -> list[int]:
         """Channels with an entry above so many medians, the strongest first."""
         order = self.ratio.argsort(descending=True, stable=True).tolist()
         return [c for c in order if self.ratio[c] > medians][:MAX_CHANNELS]

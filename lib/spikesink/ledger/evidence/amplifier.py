@@ -279,5 +279,5 @@ def x_mx2_one_writer(routing: Routing) -> Evidence:
     )
 
 
-def _median(values: Sequence[float]) -> float:
+def _median(values: Sequence[int | float]) -> float:
     return median(torch.tensor(values, dtype=torch.float))
