@@ -1,7 +1,6 @@
 """The life cycle against ground truth: a spike planted by hand is found exactly, and where there is none, none is."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from spikesink.chain import trace as module
 from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence, verdict
+from spikesink.model.anatomy import Anatomy
 from tests import planted
-
-pytestmark = pytest.mark.usefixtures("any_types")  # stand-ins for the anatomy
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +154,45 @@ def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
         top_channels=top.indices,
         top_values=top.values,
     )
-    anatomy = SimpleNamespace(n_layers=N_BLOCKS // 2, n_blocks=N_BLOCKS, d_model=576)
     zeros = torch.zeros(N_BLOCKS + 1, 3)
     channels = torch.tensor([10, 11, 12, 13, 14, 15])
     n = int(rows.candidate.sum())
     text = torch.full((n_windows, length), 6)
     text[rows.window, rows.position] = rows.token
-    return module.Trace(anatomy, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
+    return module.Trace(ANATOMY, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
 
 
+ANATOMY = Anatomy(
+    family="hand",
+    n_layers=6,
+    n_heads=1,
+    n_kv_heads=1,
+    d_model=576,
+    d_head=8,
+    d_mlp=8,
+    d_vocab=100,
+    context=64,
+    norm="RMS",
+    norm_placement="pre",
+    norm_scale_offset=0.0,
+    norm_eps=1e-6,
+    gate_activation="silu",
+    qk_norm=False,
+    parallel=False,
+    n_experts=0,
+    residual_multiplier=1.0,
+    attention_norm="ln1",
+    ffn_norm="ln2",
+    sight=(None,) * 6,
+    softcap=None,
+    query_scale=0.25,
+    sees_rotation=True,
+    prepends_bos=False,
+    bos_token=None,
+    layer_hooks=(),
+    write_hooks=(),
+    pattern_hooks=(),
+)
 ORDINARY = [(0, 5, {4: 0.1}), (0, 9, {4: -0.1}), (1, 5, {4: 0.1}), (1, 9, {4: 0.1})]
 
 
