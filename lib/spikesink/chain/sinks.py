@@ -72,7 +72,7 @@ def score(
             such key position, a token is not in the vocabulary, or a window holds nothing but padding.
         FloatingPointError: as `follow` does.
     """
-    kind, groups = anatomy(model), groups or {}
+    groups = groups or {}
     length = _checked_length(model, tokens, length)
     check_not_padding(model, tokens)
     if position not in range(length):
@@ -82,7 +82,7 @@ def score(
             f"the set {wrong[0]!r} of key tokens must have the shape of the windows, {list(tokens.shape)}, and hold "
             "truth values."
         )
-    scores = ScoreReducer(kind, check_epsilon(epsilon), length, position, groups)
+    scores = ScoreReducer(anatomy(model), check_epsilon(epsilon), length, position, groups)
     reduce_windows(model, tokens[:, :length], [scores], "scoring attention")
     return scores.result()
 
@@ -128,15 +128,20 @@ class ScoreReducer(Reducer):
     """Makes `Scores`."""
 
     def __init__(
-        self, kind: Anatomy, epsilon: float, length: int, position: int, groups: Mapping[str, Bool[Tensor, "n length"]]
+        self,
+        anatomy: Anatomy,
+        epsilon: float,
+        length: int,
+        position: int,
+        groups: Mapping[str, Bool[Tensor, "n length"]],
     ):
-        self.anatomy, self.epsilon, self.length, self.position = kind, epsilon, length, position
+        self.anatomy, self.epsilon, self.length, self.position = anatomy, epsilon, length, position
         self.groups = {name: tokens[:, :length] for name, tokens in groups.items()}
-        heads = (kind.n_layers, kind.n_heads)
+        heads = (anatomy.n_layers, anatomy.n_heads)
         self.at: list[Tensor] = []
         self.mean, self.above = Mean(*heads, length), Mean(*heads, length)
         self.received = {name: Mean(*heads) for name in groups}
-        self.sinks = {name: torch.zeros(2, kind.n_layers, dtype=torch.long) for name in groups}
+        self.sinks = {name: torch.zeros(2, anatomy.n_layers, dtype=torch.long) for name in groups}
 
     def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
         """Make room for its scores."""
