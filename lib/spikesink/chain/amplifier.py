@@ -71,11 +71,7 @@ class Eigenpairs(NamedTuple):
 
 
 def eigenpairs(ffn: FFN, channel: int, n: int = 2) -> Eigenpairs:
-    """The n eigenpairs of S_k of largest size, by Lanczos on `operator`.
-
-    Raises:
-        ValueError: there are not so many.
-    """
+    """The n eigenpairs of S_k of largest size, by Lanczos on `operator`; ValueError where there are not so many."""
     d = ffn.gate.shape[1]
     if not isinstance(n, Integral) or isinstance(n, bool) or not 0 < n < d:
         raise ValueError(f"{n} eigenpairs were asked for, and Lanczos finds 1 to {d - 1} of {d}.")
@@ -327,10 +323,7 @@ def _compare_gates(
 
 
 def draw_gates(reading: Reading) -> dict[str, Float[Tensor, " spike"]]:
-    """What gates drawn at random, as large as the spike tokens' own, give in `silu_cosine` and its like.
-
-    Half of them are negative, and the activation drops those; the weighting drops them too.
-    """
+    """What gates drawn at random, as large as the spike tokens' own, give in `silu_cosine` and its like."""
     ffn = reading.ffn
     gate = functional.linear(reading.h, ffn.gate, ffn.gate_bias)
     random = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * gate.square().mean().sqrt()
