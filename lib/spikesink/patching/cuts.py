@@ -344,7 +344,7 @@ def aim_cuts(
     return {name: cut for name, cut in made.items() if cut}
 
 
-def split_windows(life: Lifecycle, length: int) -> tuple[tuple[Tensor, Where], tuple[Tensor, Where]]:
+def split_windows(life: Lifecycle, length: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The first `length` tokens of every second window, to take means of, and of the others, to judge on.
 
     Each with its spike tokens; none where nothing spikes.

@@ -61,7 +61,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _annotate_end(ax, x: float, y: float, text: str, colour: str = "black") -> None:
+def _annotate_end(ax, x: float | int, y: float, text: str, colour: str = "black") -> None:
     """Name a line at its right end."""
     offset = {"xytext": (5, 0), "textcoords": "offset points"}
     ax.annotate(text, (x, float(y)), color=colour, va="center", fontsize=9, annotation_clip=False, **offset)
