@@ -11,6 +11,7 @@ from spikesink import plots
 from spikesink.chain import amplifier, collapse, firsttoken, keys, sinks
 from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
+from spikesink.model.anatomy import mlp
 from spikesink.model.weights import weights_of
 from spikesink.plots import style
 
@@ -30,7 +31,7 @@ def title(figure, axes=0):
 def test_figures_of_the_amplifier_say_what_they_show(parts, planted_model):
     life, weights, reading, _ = parts
     census = amplifier.census(weights)
-    ranks = [census.rank(block, reading.channel) for block in (4, 10)]
+    ranks = [census.rank(step, reading.channel) for step in (mlp(1), mlp(4))]
     text = f"channel {reading.channel} of the step blocks ranks {min(ranks)} to {max(ranks)} of 384 pairs"
     assert text in title(plots.gains(census, life))
     share = float(reading.spike.shares[0])

@@ -5,7 +5,7 @@ by hand, in `reasons.md` beside the ledgers, with placeholders for numbers that 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def find_link(claim_id: str) -> str:
     return LINKS.get(claim_id.removeprefix("X-")[:2], OTHERS)
 
 
-def sort_claims(claim_ids) -> list[str]:
+def sort_claims(claim_ids: Iterable[str]) -> list[str]:
     """Claims in the order of the chain; those that have no rule here come last of their link, by name."""
     links, ids = [*dict.fromkeys(LINKS.values()), OTHERS], list(RULES)
 
