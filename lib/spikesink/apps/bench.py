@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.benchmark import Timer
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import patching
 from spikesink.chain import amplifier
@@ -27,7 +26,7 @@ from spikesink.chain.lifecycle import Lifecycle, find_lifecycle, first_step_up
 from spikesink.chain.trace import trace_windows
 from spikesink.common import NotApplicable, brief, check_writable, escape, write_atomically
 from spikesink.model import paths
-from spikesink.model.anatomy import Block
+from spikesink.model.anatomy import Block, Model
 from spikesink.model.load import load, prepare
 from spikesink.model.names import DEFAULT_MODEL, slug
 from spikesink.model.texts import Text, windows
@@ -120,7 +119,7 @@ def compare_loading(spec: str) -> Row:
     return time_in_turns("loading", {"from the cache": lambda: load(spec)(tokens), "dequantized first": cold}, turns=1)
 
 
-def compare_static_path(model: TransformerBridge, step_up: Block, channel: int) -> Row:
+def compare_static_path(model: Model, step_up: Block, channel: int) -> Row:
     """The stream of vocabulary entries at position 0 after the step-up, against whole forward passes."""
     tokens = torch.arange(0, model.anatomy.d_vocab, max(1, model.anatomy.d_vocab // SAMPLE))
     hook = model.anatomy.layer_hooks[step_up.layer + 1]
@@ -162,7 +161,7 @@ def compare_eigenpairs(ffn: FFN, channel: int) -> Row:
     return time_in_turns(f"top eigenpair of S_k, width {ffn.down.shape[0]}", ways)
 
 
-def compare_sweep(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> Row:
+def compare_sweep(model: Model, tokens: Tensor, life: Lifecycle) -> Row:
     """Ten doses of the spike in one sweep, against as many evaluations."""
     site = patching.stream(life.main.plateau[0])
     cuts = {dose: patching.scale(site, dose, 0, channels=life.main.channels) for dose in DOSES}
@@ -178,7 +177,7 @@ def compare_sweep(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> 
     return time_in_turns(what, {"one sweep": sweep, "ten evaluations, one by one": one_by_one}, turns=1)
 
 
-def compare_trace(model: TransformerBridge, tokens: Tensor) -> Iterator[Row]:
+def compare_trace(model: Model, tokens: Tensor) -> Iterator[Row]:
     """The trace against run_with_cache, which keeps every activation: how long they take, and what they keep."""
     kept = {}
 

@@ -12,7 +12,6 @@ from IPython.display import Markdown
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import paper, plots
 from spikesink.apps.once import once
@@ -24,7 +23,7 @@ from spikesink.ledger import claims
 from spikesink.ledger.claims import Evidence, Header
 from spikesink.ledger.table import show_value
 from spikesink.model import texts
-from spikesink.model.anatomy import Block
+from spikesink.model.anatomy import Block, Model
 
 ROUNDING = 1e-5  # relative errors of float32 arithmetic stay below it
 
@@ -37,7 +36,7 @@ class Ledger:
     folder: Path
     header: Header
 
-    def once(self, function: Callable, model: TransformerBridge, *args: Any) -> Any:
+    def once(self, function: Callable, model: Model, *args: Any) -> Any:
         """What `function(model, *args)` gives: measured once a run, however many notebooks ask for it."""
         return once(function, model, *args)
 
@@ -71,7 +70,7 @@ class Ledger:
 
 def open_ledger(
     notebook: str,
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     text: str = "house",
     seed: int = 0,

@@ -7,11 +7,10 @@ from html import escape
 
 import ipywidgets
 from ipywidgets import Layout
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import plots
 from spikesink.chain.lifecycle import Lifecycle
-from spikesink.model.anatomy import Block
+from spikesink.model.anatomy import Block, Model
 from spikesink.patching.interventions import Intervention, mask_key, scale
 from spikesink.patching.outcome import view
 from spikesink.patching.sites import stream
@@ -43,7 +42,7 @@ def parse_channels(text: str, d_model: int, spike: Sequence[int]) -> list[int]:
 class Panel(ipywidgets.VBox):
     """Controls and a picture that follows them: `panel` makes one. Where no widgets are shown, the picture stands."""
 
-    def __init__(self, model: TransformerBridge, life: Lifecycle, prompt: str):
+    def __init__(self, model: Model, life: Lifecycle, prompt: str):
         anatomy, cycle = model.anatomy, life.main
         self.model, self.spike = model, cycle.channels if cycle else ()
         blocks = [Block(b) for b in range(0, anatomy.n_blocks + 1, 2)]
@@ -107,8 +106,6 @@ class Panel(ipywidgets.VBox):
         return bundle | {"image/png": picture, "text/plain": "a panel of controls"}
 
 
-def panel(
-    model: TransformerBridge, life: Lifecycle, prompt: str = "The old clock at the station ran backwards."
-) -> Panel:
+def panel(model: Model, life: Lifecycle, prompt: str = "The old clock at the station ran backwards.") -> Panel:
     """Controls for one cut of one prompt of at most 64 tokens: where, which channels, by what factor."""
     return Panel(model, life, prompt)

@@ -20,7 +20,6 @@ from jaxtyping import Int
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink import plots
 from spikesink.apps.notebook import say
@@ -30,6 +29,7 @@ from spikesink.common import NotApplicable, brief, write_atomically, writing_to
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.model import texts
+from spikesink.model.anatomy import Model
 from spikesink.patching import cuts
 from spikesink.patching.means import SpikeMeans, spike_means
 from spikesink.serving import cache, cells, context, diagnosis, quantize
@@ -99,7 +99,7 @@ class Section:
 class Subject:
     """A model, and the windows it is measured on."""
 
-    model: TransformerBridge
+    model: Model
     tokens: Int[Tensor, "window position"]
     source: str
     seed: int
@@ -122,7 +122,7 @@ class Subject:
 
 
 def diagnose(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "window position"],
     source: str,
     out: Path,

@@ -23,12 +23,11 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, first_step_up, is_spike
 from spikesink.chain.trace import median
 from spikesink.common import measure, progress
-from spikesink.model.anatomy import Anatomy, Block, mlp
+from spikesink.model.anatomy import Anatomy, Block, Model, mlp
 from spikesink.model.weights import FFN, Weights, require_form, weights_of
 
 KERNEL = 2**22  # entries of a d_mlp x d_mlp kernel that are held at a time
@@ -229,9 +228,7 @@ class Reading:
 
 
 @measure
-def read_block(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, block: Block | None = None
-) -> Reading:
+def read_block(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, block: Block | None = None) -> Reading:
     """Run the windows up to a step-up block and see what it does to each token.
 
     Args:
@@ -280,7 +277,7 @@ def ffn_hooks(anatomy: Anatomy, layer: int) -> tuple[str, str]:
 
 @torch.inference_mode()
 def cache_hooks(
-    model: TransformerBridge, window: Int[Tensor, " token"], names: Sequence[str]
+    model: Model, window: Int[Tensor, " token"], names: Sequence[str]
 ) -> list[Float[Tensor, "token width"]]:
     """What hooks carry while one window runs up to the last layer that is named, in float32 on the CPU."""
     n_layers = 1 + max(int(name.split(".")[1]) for name in names)
@@ -379,7 +376,7 @@ def find_spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, 
 
 @measure
 def census_on_text(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, census: Census, n: int = 10
+    model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, census: Census, n: int = 10
 ) -> pd.DataFrame:
     """The census's n largest pairs, and what becomes of them on text.
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import (
     Cycle,
@@ -27,7 +26,7 @@ from spikesink.chain.lifecycle import (
 )
 from spikesink.chain.trace import Mean, Reducer, reduce_windows
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy, Block, normalise
+from spikesink.model.anatomy import Anatomy, Block, Model, normalise
 from spikesink.model.weights import Weights, require_separate_ffn
 
 MOST_KEPT = 32  # tokens of either kind whose h~ is kept at every point
@@ -85,9 +84,7 @@ class Collapse:
 
 
 @measure
-def measure_collapse(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0
-) -> Collapse:
+def measure_collapse(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0) -> Collapse:
     """Normalise the stream at every point, and see how alike spike tokens are, and how alike others.
 
     One pass; what is kept are sums, and h~ of a few tokens: of others as many as there are spike tokens in a window.
@@ -261,9 +258,7 @@ class Replaced:
 
 @measure
 @torch.inference_mode()
-def replace_input(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, collapse: Collapse
-) -> Replaced:
+def replace_input(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, collapse: Collapse) -> Replaced:
     """Let every block of the plateau's layers read one fixed vector at the spike tokens, in place of their own h~.
 
     Three runs of each window, side by side in one batch: as it is; with the vector (the mean h~ of the spike tokens and

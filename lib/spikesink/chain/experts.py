@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.amplifier import cache_hooks, compute_write, ffn_hooks, gains
 from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, first_step_up, is_spike
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy, Block, mlp
+from spikesink.model.anatomy import Anatomy, Block, Model, mlp
 from spikesink.model.weights import Weights, weights_of
 
 
@@ -85,7 +84,7 @@ class Routing:
 
 
 @measure
-def route(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Routing:
+def route(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Routing:
     """Run the windows up to the first step-up block and see which experts its router sends each token to.
 
     Raises:

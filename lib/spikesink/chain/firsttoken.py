@@ -14,12 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.amplifier import step_up_direction
 from spikesink.chain.lifecycle import STEP, Cycle, Lifecycle, check_model, check_windows, first_step_up, is_spike
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Block, block, check_tokens, normalise
+from spikesink.model.anatomy import Block, Model, block, check_tokens, normalise
 from spikesink.model.paths import after_text, prefixes, static_path
 from spikesink.model.weights import Weights, weights_of
 
@@ -123,7 +122,7 @@ class Fork:
 
 @measure
 def trace_fork(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     life: Lifecycle,
     probe: Probe,
@@ -198,7 +197,7 @@ class Elsewhere:
 
 @measure
 def place_elsewhere(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     probe: Probe,
     n: int = 128,
@@ -224,16 +223,14 @@ def place_elsewhere(
 
 
 def _values_after(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], probe: Probe, some: Int[Tensor, " token"], position: int
+    model: Model, tokens: Int[Tensor, "n length"], probe: Probe, some: Int[Tensor, " token"], position: int
 ) -> Float[Tensor, " token"]:
     """What the spike's channel holds of some tokens, each put at a position of another window."""
     return probe.read(after_text(model, some, prefixes(tokens, len(some), position), probe.block)[-1])
 
 
 @measure
-def try_word(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], probe: Probe, word: str, position: int = 5
-) -> pd.DataFrame:
+def try_word(model: Model, tokens: Int[Tensor, "n length"], probe: Probe, word: str, position: int = 5) -> pd.DataFrame:
     """Put a word, or each token of one, at position 0 and after the beginning of every window: does it spike there?
 
     Raises:
@@ -295,7 +292,7 @@ class SelfAttention:
 
 @torch.inference_mode()
 def read_self_attention(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], last: int, channel: int, sign: float = 1
+    model: Model, tokens: Int[Tensor, "n length"], last: int, channel: int, sign: float = 1
 ) -> SelfAttention:
     """Run windows up to block `last`; see how much each token attends to itself and what a channel then holds."""
     anatomy = model.anatomy
@@ -331,7 +328,7 @@ FirstReplaced = Sequence[tuple[str, SelfAttention]]  # what stands first, and ho
 
 @measure
 def replace_first(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     probe: Probe,
     counts: Int[Tensor, " vocabulary"],
@@ -392,7 +389,7 @@ class Delimiters:
 
 @measure
 def compare_delimiters(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, cycle: Cycle | None
+    model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, cycle: Cycle | None
 ) -> Delimiters:
     """Do delimiters that spike in a cycle attend to themselves, and do their embeddings lie near the norm's scale?
 

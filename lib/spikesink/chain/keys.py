@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.collapse import Collapse
 from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, is_spike, plateau_layers
@@ -28,7 +27,7 @@ from spikesink.chain.sinks import (
 )
 from spikesink.chain.trace import EPSILON, Hook, Mean, Reducer, reduce_windows
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy
+from spikesink.model.anatomy import Anatomy, Model
 from spikesink.model.weights import Weights, require_projections
 
 HOOKS = {"q": "attn.q.hook_out", "k": "attn.k.hook_out", "v": "attn.v.hook_out"}
@@ -76,7 +75,7 @@ class AttentionReading:
 
 
 def read_attention(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     life: Lifecycle,
     collapse: Collapse | NotApplicable,
@@ -347,7 +346,7 @@ def choose_heads(attention: AttentionReading, life: Lifecycle) -> list[tuple[int
 @measure
 @torch.inference_mode()
 def project_heads(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     life: Lifecycle,
     attention: AttentionReading,

@@ -24,11 +24,10 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.trace import Rows, Trace, follow
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Block, anatomy, check_ids, check_tokens
+from spikesink.model.anatomy import Block, Model, anatomy, check_ids, check_tokens
 from spikesink.model.weights import Weights
 
 STEP = 0.1
@@ -227,7 +226,7 @@ def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
     return spikes
 
 
-def find_spikes(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Bool[Tensor, "n length"]:
+def find_spikes(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Bool[Tensor, "n length"]:
     """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
 
     Raises:
@@ -301,7 +300,7 @@ def right_after(tokens: Bool[Tensor, "*window position"]) -> Bool[Tensor, "*wind
     return tokens.roll(1, dims=-1).index_fill(-1, torch.tensor(0), False)
 
 
-def check_model(model: TransformerBridge | Weights, life: Lifecycle) -> None:
+def check_model(model: Model | Weights, life: Lifecycle) -> None:
     """Raise ValueError where a life cycle was found in a model of another shape than this one's."""
     ours, theirs = anatomy(model), life.trace.anatomy
     if any(getattr(ours, name) != getattr(theirs, name) for name in ("family", "n_layers", "d_model", "d_vocab")):

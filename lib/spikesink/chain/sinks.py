@@ -19,13 +19,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.collapse import Collapse
 from spikesink.chain.lifecycle import Lifecycle, is_spike, right_after
 from spikesink.chain.trace import EPSILON, Mean, Reducer, median, reduce_windows
 from spikesink.common import NotApplicable
-from spikesink.model.anatomy import Anatomy, anatomy, check_length, check_not_padding, check_tokens, normalise
+from spikesink.model.anatomy import Anatomy, Model, anatomy, check_length, check_not_padding, check_tokens, normalise
 
 ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the same way
 MOST_ROWS = 512  # of secondary sinks kept
@@ -54,7 +53,7 @@ class Scores:
 
 
 def score(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     epsilon: float = EPSILON,
     length: int | None = None,
@@ -94,7 +93,7 @@ def check_epsilon(epsilon: float) -> float:
     return epsilon
 
 
-def _checked_length(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int | None) -> int:
+def _checked_length(model: Model, tokens: Int[Tensor, "n length"], length: int | None) -> int:
     check_tokens(model, tokens)
     if tokens.shape[1] < 2:
         raise ValueError("windows of one token have nobody to attend to; cut longer ones.")

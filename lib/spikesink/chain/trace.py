@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import progress
 from spikesink.model.anatomy import (
     Anatomy,
     Block,
+    Model,
     anatomy,
     check_ids,
     check_length,
@@ -127,7 +127,7 @@ class Profile:
 
 
 def trace_windows(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], seed: int = 0, threshold: Real = SPIKE_OVER_MEDIAN
+    model: Model, tokens: Int[Tensor, "n length"], seed: int = 0, threshold: Real = SPIKE_OVER_MEDIAN
 ) -> Trace:
     """Follow the residual stream, every block's write and the attention on position 0 through all windows.
 
@@ -155,7 +155,7 @@ def trace_windows(
         channels = traced.above(threshold / 2)
 
 
-def profile(model: TransformerBridge, tokens: Int[Tensor, " length"]) -> Profile:
+def profile(model: Model, tokens: Int[Tensor, " length"]) -> Profile:
     """How large each token of one prompt gets at every point, and how much attention it draws.
 
     `tokens` has no batch dimension: `model.to_tokens(prompt)[0]`.
@@ -223,7 +223,7 @@ def received(pattern: Float[Tensor, "head query key"], sight: int | None = None)
 
 
 def follow(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, " length"],
     on_stream: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None,
     on_write: Callable[[Block, Float[Tensor, "token d_model"]], None] | None = None,
@@ -270,7 +270,7 @@ def follow(
     _run_hooked(model, tokens, [*calls, *also])
 
 
-def _run_hooked(model: TransformerBridge, tokens: Int[Tensor, " length"], calls: Sequence[Hook]) -> None:
+def _run_hooked(model: Model, tokens: Int[Tensor, " length"], calls: Sequence[Hook]) -> None:
     """Run one window, and call each function with the value of its hook, without its batch and in float32."""
     fired: set[str] = set()
 
@@ -291,7 +291,7 @@ def _run_hooked(model: TransformerBridge, tokens: Int[Tensor, " length"], calls:
 class _Pass:
     """One pass over windows: what is summed over them, and the rows that are kept."""
 
-    def __init__(self, model: TransformerBridge, followed: Sequence[int], seed: int, threshold: Real):
+    def __init__(self, model: Model, followed: Sequence[int], seed: int, threshold: Real):
         self.model, self.anatomy, self.threshold = model, anatomy(model), threshold
         self.generator = torch.Generator().manual_seed(seed)
         d_model = self.anatomy.d_model
@@ -425,9 +425,7 @@ class Reducer:
         """The window has passed."""
 
 
-def reduce_windows(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], reducers: Sequence[Reducer], label: str
-) -> None:
+def reduce_windows(model: Model, tokens: Int[Tensor, "n length"], reducers: Sequence[Reducer], label: str) -> None:
     """Run every window once, through all reducers."""
     streams = [reducer.on_stream for reducer in reducers if reducer.on_stream]
     scores = [reducer.on_scores for reducer in reducers if reducer.on_scores]

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Anatomy, Model, check_tokens, check_vocabulary, normalise, not_finite, run_layers
@@ -168,7 +167,7 @@ class StaticMap:
 
 @measure
 @torch.inference_mode()
-def compare_static_map(model: TransformerBridge, tokens: Int[Tensor, "n length"], length: int = 16) -> StaticMap:
+def compare_static_map(model: Model, tokens: Int[Tensor, "n length"], length: int = 16) -> StaticMap:
     """Compare what attention writes in the first `length` positions with the map that holds at position 0.
 
     In bfloat16 and float16 rounding alone is larger than the tolerance, so they are not asked.
@@ -198,7 +197,7 @@ def compare_static_map(model: TransformerBridge, tokens: Int[Tensor, "n length"]
 
 @torch.inference_mode()
 def after_text(
-    model: TransformerBridge, tokens: Int[Tensor, " token"], before: Int[Tensor, "token position"], last: int
+    model: Model, tokens: Int[Tensor, " token"], before: Int[Tensor, "token position"], last: int
 ) -> Float[Tensor, "point token d_model"]:
     """The stream from the embedding to block `last`, of tokens that each stand after a text of their own, in `before`.
 

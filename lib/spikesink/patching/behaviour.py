@@ -7,10 +7,10 @@ from itertools import pairwise, takewhile
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import Lifecycle, find_spikes
 from spikesink.common import NotApplicable, measure, progress
+from spikesink.model.anatomy import Model
 from spikesink.model.texts import bos
 from spikesink.patching.cuts import Broken, aim_cuts, choose_tokens, named
 from spikesink.patching.interventions import patched
@@ -41,7 +41,7 @@ class Behaviour:
 
 @measure
 def measure_behaviour(
-    model: TransformerBridge,
+    model: Model,
     life: Lifecycle,
     broken: Broken,
     names: Sequence[str] = MAIN,
@@ -90,7 +90,7 @@ def _edges(n: int) -> tuple[int, ...]:
 
 
 def compare_on(
-    model: TransformerBridge,
+    model: Model,
     prompts: Int[Tensor, "n length"],
     life: Lifecycle,
     broken: Broken,
@@ -109,7 +109,7 @@ def _loss_at(loss: Float[Tensor, "prompt position"], at: Sequence[slice]) -> flo
 
 
 def repeated(
-    model: TransformerBridge, tokens: Int[Tensor, "window position"], n: int, length: int = 40, seed: int = 0
+    model: Model, tokens: Int[Tensor, "window position"], n: int, length: int = 40, seed: int = 0
 ) -> Int[Tensor, "n twice"]:
     """Random tokens, out of those that occur in some windows, twice in a row; BOS first, where it is the habit.
 
@@ -122,11 +122,11 @@ def repeated(
     return torch.cat([_bos(model, n), once, once], dim=1)
 
 
-def _bos(model: TransformerBridge, n: int) -> Int[Tensor, "n bos"]:
+def _bos(model: Model, n: int) -> Int[Tensor, "n bos"]:
     return torch.tensor([bos(model)] * n, dtype=torch.long)
 
 
-def recall_prompts(model: TransformerBridge, n: int, seed: int = 0) -> tuple[Int[Tensor, "prompt length"], list[slice]]:
+def recall_prompts(model: Model, n: int, seed: int = 0) -> tuple[Int[Tensor, "prompt length"], list[slice]]:
     """Prompts that say where nine things are, and at last ask for one out of their middle.
 
     Returns:
@@ -152,21 +152,21 @@ def recall_prompts(model: TransformerBridge, n: int, seed: int = 0) -> tuple[Int
     return torch.cat([begin, torch.tensor(rows)], dim=1), at
 
 
-def asked(model: TransformerBridge, question: str, answer: str) -> tuple[list[int], int]:
+def asked(model: Model, question: str, answer: str) -> tuple[list[int], int]:
     """A question and its answer in tokens, without BOS, and how many of them, at the end, are the answer's."""
     alone, whole = (ids_of(model, text) for text in (question, f"{question} {answer}"))
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False)))
     return whole, len(whole) - common
 
 
-def ids_of(model: TransformerBridge, text: str) -> list[int]:
+def ids_of(model: Model, text: str) -> list[int]:
     """A text's tokens, without BOS."""
     return model.tokenizer(text, add_special_tokens=False).input_ids
 
 
 @torch.inference_mode()
 def write_greedily(
-    model: TransformerBridge, prompts: Int[Tensor, "n position"], broken: Broken, names: Sequence[str], n: int
+    model: Model, prompts: Int[Tensor, "n position"], broken: Broken, names: Sequence[str], n: int
 ) -> dict[str, Int[Tensor, "n new"]]:
     """What the model writes greedily after the first part of some windows, as it is and under each cut."""
     where = broken.targets.spike[: len(prompts), : prompts.shape[1]]

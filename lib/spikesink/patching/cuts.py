@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike, plateau_layers
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Block
+from spikesink.model.anatomy import Block, Model
 from spikesink.model.weights import require_projections
 from spikesink.patching.interventions import (
     Intervention,
@@ -75,7 +74,7 @@ def sink_held(means: SpikeMeans | NotApplicable, positions: At = 0, start: int =
 
 
 def decouple(
-    model: TransformerBridge,
+    model: Model,
     tokens: Tokens,
     life: Lifecycle,
     held_out: Int[Tensor, "m length"] | None = None,
@@ -99,7 +98,7 @@ def decouple(
     return decoupled(means, _spikes(model, tokens, life), hold_readout)
 
 
-def unsink(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> tuple[Intervention, ...]:
+def unsink(model: Model, tokens: Tokens, life: Lifecycle) -> tuple[Intervention, ...]:
     """Interventions that mask the spike tokens' keys in all layers that read the plateau; the spike stays.
 
     Takes and raises what `decouple` does.
@@ -107,7 +106,7 @@ def unsink(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> tuple[I
     return (mask_key(_spikes(model, tokens, life), plateau_layers(life.main)),)
 
 
-def _spikes(model: TransformerBridge, tokens: Tokens, life: Lifecycle) -> Where:
+def _spikes(model: Model, tokens: Tokens, life: Lifecycle) -> Where:
     tokens = tokens if isinstance(tokens, Tensor) and tokens.ndim == 2 else one_prompt(tokens)[None]
     where = find_spikes(model, tokens, life)
     if not where.any():
@@ -308,7 +307,7 @@ class Broken:
 
 @measure
 def break_chain(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     means: SpikeMeans,
     where: Where,
@@ -366,7 +365,7 @@ class Doses:
 
 
 @measure
-def dose_spike(model: TransformerBridge, broken: Broken, factors: Sequence[Real] = FACTORS) -> Doses:
+def dose_spike(model: Model, broken: Broken, factors: Sequence[Real] = FACTORS) -> Doses:
     """Scale the spike channels by each factor, and as many random channels by the largest and by 0.
 
     What `break_chain` has run already (0 is "zeroed", 1 the clean run) is not run again.
@@ -397,7 +396,7 @@ class BlockMap:
 
 
 @measure
-def map_blocks(model: TransformerBridge, tokens: Int[Tensor, "n length"], means: SpikeMeans, where: Where) -> BlockMap:
+def map_blocks(model: Model, tokens: Int[Tensor, "n length"], means: SpikeMeans, where: Where) -> BlockMap:
     """Let every block of the model in turn write nothing at the spike tokens. Takes what `break_chain` does."""
     if not where.any():
         raise NotApplicable(NONE_TO_JUDGE)

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, plateau_layers
 from spikesink.common import NotApplicable, measure
-from spikesink.model.anatomy import Anatomy, Block
+from spikesink.model.anatomy import Anatomy, Block, Model
 from spikesink.patching.recordings import means_of
 from spikesink.patching.sites import key, read, readout, stream, value
 
@@ -57,7 +56,7 @@ class SpikeMeans:
 
 @measure
 def spike_means(
-    model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, where: Where | None = None
+    model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, where: Where | None = None
 ) -> SpikeMeans:
     """Measure the means that cuts put in place of things, in one pass over windows that are then not judged.
 

@@ -2,7 +2,6 @@
 
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from spikesink.chain import amplifier, collapse, experts, firsttoken, keys
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle
@@ -18,6 +17,7 @@ from spikesink.ledger.evidence import lifecycle as lc
 from spikesink.ledger.evidence import serving as sv
 from spikesink.ledger.evidence import sinks
 from spikesink.model import paths, texts
+from spikesink.model.anatomy import Model
 from spikesink.model.weights import weights_of
 from spikesink.patching import cuts
 from spikesink.patching.means import spike_means
@@ -28,7 +28,7 @@ Claims = dict[str, Evidence | NotApplicable]
 
 
 def measure_all(
-    model: TransformerBridge,
+    model: Model,
     tokens: Int[Tensor, "n length"],
     seed: int = 0,
     text: str | texts.Text = "house",
@@ -50,12 +50,12 @@ def measure_all(
     )
 
 
-def measure_chain(model: TransformerBridge, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0) -> Claims:
+def measure_chain(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, seed: int = 0) -> Claims:
     """What the claims of the chain itself are judged by: a spike's life, the block that writes it, h~, and the sink."""
     return _lifecycle(model, life) | _amplifier(model, tokens, life) | _norm_and_sinks(model, tokens, life, seed)
 
 
-def _lifecycle(model: TransformerBridge, life: Lifecycle) -> Claims:
+def _lifecycle(model: Model, life: Lifecycle) -> Claims:
     return {
         "LC1": lc.lc1_step_up(life),
         "LC2": lc.lc2_plateau(life),
@@ -67,7 +67,7 @@ def _lifecycle(model: TransformerBridge, life: Lifecycle) -> Claims:
     }
 
 
-def _amplifier(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> Claims:
+def _amplifier(model: Model, tokens: Tensor, life: Lifecycle) -> Claims:
     weights = weights_of(model)
     reading, census = amplifier.read_block(model, tokens, life), amplifier.census(weights)
     routing = experts.route(model, tokens, life)
@@ -85,9 +85,7 @@ def _amplifier(model: TransformerBridge, tokens: Tensor, life: Lifecycle) -> Cla
     }
 
 
-def _first_token(
-    model: TransformerBridge, tokens: Tensor, life: Lifecycle, text: str | texts.Text, seed: int
-) -> Claims:
+def _first_token(model: Model, tokens: Tensor, life: Lifecycle, text: str | texts.Text, seed: int) -> Claims:
     probe = firsttoken.probe(weights_of(model), life)
     elsewhere = firsttoken.place_elsewhere(model, tokens, probe, seed=seed)
     smaller = life.cycles[1] if len(life.cycles) > 1 else None
@@ -100,7 +98,7 @@ def _first_token(
     }
 
 
-def _norm_and_sinks(model: TransformerBridge, tokens: Tensor, life: Lifecycle, seed: int) -> Claims:
+def _norm_and_sinks(model: Model, tokens: Tensor, life: Lifecycle, seed: int) -> Claims:
     weights = weights_of(model)
     collapsed = collapse.measure_collapse(model, tokens, life, seed)
     attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
@@ -122,7 +120,7 @@ def _norm_and_sinks(model: TransformerBridge, tokens: Tensor, life: Lifecycle, s
     }
 
 
-def _cuts_and_serving(model: TransformerBridge, life: Lifecycle, long: LongRun, seed: int) -> Claims:
+def _cuts_and_serving(model: Model, life: Lifecycle, long: LongRun, seed: int) -> Claims:
     """On windows that the means are not taken from: shorter ones for cuts and rounding, whole ones for caches."""
     length = life.trace.length
     budget = length // 4
