@@ -97,7 +97,7 @@ def test_where_nothing_spikes_every_claim_says_so(model, trigger_tokens, request
     for claim in (*claims, evidence.lc5_same_channels, evidence.lc6_fixed_ratios, lifecycle.writes_table):
         assert claim(life) == NotApplicable(life.reason)
     assert evidence.lc7_few_tokens(life, model.tokenizer.decode) == NotApplicable(life.reason)
-    assert not lifecycle.find_spikes(model, life, trigger_tokens).any()
+    assert not lifecycle.find_spikes(model, trigger_tokens, life).any()
 
 
 @pytest.mark.parametrize("step", [0, 1, -0.1, 2])

@@ -257,7 +257,7 @@ def channels(life: Lifecycle) -> Figure:
         held = rows.stream[:, cycle.middle, : trace.n_followed].abs() / trace.medians[cycle.middle]
         largest = held.quantile(0.5, dim=0).sort(descending=True).values[:n]
         ax.plot(range(1, n + 1), largest, color=colour, marker=marker, ms=5, lw=1)
-        _annotate_end(ax, n, largest[-1], name, colour)
+        _annotate_end(ax, n, float(largest[-1]), name, colour)
         for rank, channel in enumerate(cycle.channels[:6] if colour == SPIKE else (), 1):
             ax.annotate(channel, (rank, largest[rank - 1]), (4, 4), textcoords="offset points", fontsize=8)
     ax.axhline(trace.threshold, color="black", lw=0.8, ls="--")
@@ -290,7 +290,7 @@ def plateau(life: Lifecycle) -> Figure:
         (share, SPIKE, "o", f"channel {cycle.channel}"),
     ):
         ax.plot(blocks, values, color=colour, marker=marker, ms=3.5, lw=0.8)
-        _annotate_end(ax, blocks[-1], values[-1], name, colour)
+        _annotate_end(ax, blocks[-1], float(values[-1]), name, colour)
     ax.axhline(0.01, color="black", lw=0.8, ls="--")
     _annotate_end(ax, blocks[-1], 0.01, "1%")
     span(ax, cycle)
@@ -400,9 +400,9 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
         label = f"channel {cycle.channel} on {len(rows)} tokens: {' '.join(common)} …"
         ax.plot(points, cycle.stream.abs(), color=colour, lw=1.6, marker=marker, ms=3, label=label)
     ax.plot(points, trace.threshold * trace.medians, color="black", ls="--", lw=0.8)
-    _annotate_end(ax, points[-1], trace.threshold * trace.medians[-1], f"{trace.threshold:g}\nmedians")
+    _annotate_end(ax, points[-1], trace.threshold * float(trace.medians[-1]), f"{trace.threshold:g}\nmedians")
     ax.plot(points, trace.medians, color=ORDINARY, lw=1.4)
-    _annotate_end(ax, points[-1], trace.medians[-1], "median", ORDINARY)
+    _annotate_end(ax, points[-1], float(trace.medians[-1]), "median", ORDINARY)
     _label_layers(ax.xaxis, trace.anatomy.n_layers, room=0.08)
     ax.set(yscale="log", ylabel="|h| of the first channel,\nmedian over the cycle's tokens")
     ax.margins(y=0.12)
