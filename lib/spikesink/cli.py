@@ -2,7 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
 
@@ -23,6 +28,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Say what is wrong and where help is, and leave."""
         self.exit(2, f"{message} (see --help)\n")
+
+
+def open_console(stderr: bool = False) -> Console:
+    """Where a command says what it does."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def make_table(columns: Iterable[object], rows: Iterable[Iterable[object]]) -> Table:
+    """A table for the console."""
+    shown = Table(*map(str, columns), box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.columns[0].no_wrap = True
+    for row in rows:
+        shown.add_row(*map(str, row))
+    return shown
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,10 +15,7 @@ from tqdm.auto import tqdm
 
 
 class NotApplicable(Exception):  # noqa: N818 (an answer, not an error: "n/a" in the ledger)
-    """Why something cannot be asked of this model. Measures raise it; to who calls a measure it is a value.
-
-    Two are equal when their reasons are.
-    """
+    """Why something cannot be asked of this model. Measures raise it; to who calls a measure it is a value."""
 
     @property
     def reason(self) -> str:
@@ -36,10 +33,7 @@ _inside: ContextVar[bool] = ContextVar("inside a measure", default=False)
 
 
 def measure(function):
-    """Turn a raised NotApplicable into the value returned, and pass on one that is given as an argument.
-
-    Only the outermost measure does: inside another one it goes on being raised, so nobody in between has to look.
-    """
+    """Turn a raised NotApplicable into the value that the outermost measure returns; pass on one that is given."""
 
     @wraps(function)
     def measured(*args, **options):
@@ -64,7 +58,7 @@ INTERRUPTED = 130  # the exit code of a command that was
 
 
 class CommandError(RuntimeError):
-    """A command that cannot do what it was asked for; the message is a sentence that says why and what would do."""
+    """What cannot be done as it was asked for; the message is a sentence that says why and what would do."""
 
 
 def check_writable(folder: Path, keep: bool = True) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -24,6 +23,7 @@ from spikesink import patching
 from spikesink.chain import amplifier
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle, first_step_up
 from spikesink.chain.trace import trace_windows
+from spikesink.cli import open_console
 from spikesink.common import NotApplicable, brief, check_writable, escape, write_atomically
 from spikesink.model import paths
 from spikesink.model.anatomy import Block, Model
@@ -63,9 +63,10 @@ class Row:
         return self.what, self.way, takes, self.against, against_takes, f"{self.ratio:.1f}x", agree
 
 
-def command(chosen: argparse.Namespace, console: Console) -> None:
+def command(chosen: argparse.Namespace) -> None:
     """Run the bench that the arguments of `spikesink bench` ask for."""
     check_writable(chosen.figures)
+    console = open_console()
     with console.status("timing"):
         rows = list(bench(chosen.model))
     console.print(markdown(rows), markup=False)

@@ -4,6 +4,7 @@
 page that opens offline.
 """
 
+import argparse
 import base64
 import io
 import json
@@ -25,11 +26,14 @@ from spikesink import plots
 from spikesink.apps.notebook import say
 from spikesink.chain import collapse, keys, sinks, trace
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle
-from spikesink.common import NotApplicable, brief, write_atomically, writing_to
+from spikesink.cli import make_table, open_console
+from spikesink.common import NotApplicable, brief, check_writable, write_atomically, writing_to
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence
 from spikesink.model import texts
 from spikesink.model.anatomy import Model
+from spikesink.model.load import load
+from spikesink.model.names import slug
 from spikesink.patching import cuts
 from spikesink.patching.means import SpikeMeans, spike_means
 from spikesink.serving import cache, cells, context, diagnosis, quantize
@@ -80,6 +84,26 @@ NOT_TESTED = (
     "ranges that are fixed beforehand (static quantization), and training with a remedy",
     "any other text, and anything beyond perplexity and the recall of one sentence",
 )
+
+
+def command(chosen: argparse.Namespace) -> None:
+    """Measure the model that `spikesink report` is given, and show each section as it is finished."""
+    out, console, sections = chosen.out or Path("reports") / slug(chosen.model), open_console(), {}
+    check_writable(out, keep=False)
+    with console.status(f"loading {chosen.model}") as status:
+        model = load(chosen.model, chosen.device, chosen.dtype)
+        tokens = texts.windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
+        for section in diagnose(model, tokens, chosen.text, out, chosen.long, chosen.seed, status.update):
+            sections[section.key] = section
+            console.print(f"\n[bold]{TITLES[section.key]}[/bold]")
+            console.print(section.prose, markup=False)
+            if section.table is not None:
+                table = (section.table[list(section.narrow)] if section.narrow else section.table).reset_index()
+                console.print(make_table(table.columns, table.itertuples(index=False)))
+    console.print("\n[bold]In short[/bold]")
+    for line in in_short(sections):
+        console.print(line, markup=False)
+    console.print(f"\nWritten to {out / 'report.html'} and report.json")
 
 
 @dataclass(frozen=True)

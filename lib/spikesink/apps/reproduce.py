@@ -25,21 +25,23 @@ from rich.console import Console
 
 from spikesink.apps import publish
 from spikesink.apps.once import FOLDER
-from spikesink.cli import absolute
+from spikesink.cli import absolute, open_console
 from spikesink.common import CommandError, check_writable, write_atomically
 from spikesink.lab.config import LAB
 from spikesink.model.names import local, slug
 
 LIBRARY = Path(__file__).parents[1]
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # the kernel warns of its transport at each start, and tells how it was stopped
+ASKED = ("MODEL", "DEVICE", "DTYPE", "TEXT", "N_PROMPTS", "SEQ_LEN", "SEED")
 VERSIONS = ("torch", "transformers", "transformer-lens", "matplotlib")
 
 
-def command(chosen: argparse.Namespace, console: Console) -> int:
+def command(chosen: argparse.Namespace) -> int:
     """Run what the arguments of `spikesink figures` ask for; returns 0 when all notebooks ran, else 1."""
     notebooks = sorted(chosen.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not notebooks:
         raise CommandError(f"there are no notebooks in {chosen.notebooks}; run this from the project's root.")
+    console = open_console()
     os.environ["TQDM_DISABLE"] = "1"  # progress bars have no place in a notebook that is stored
     code = store_all(notebooks, console) if chosen.store else run_all(plan(chosen, notebooks), console, chosen.jobs)
     if chosen.figures.is_dir():
@@ -134,16 +136,14 @@ def prepare(run: Run, console: Console, jobs: int = 1) -> None:
 
 
 def check(parameters: Mapping[str, Any]) -> None:
-    """Raise CommandError with the message of the LoadError or TextError that every notebook would raise."""
-    from spikesink.model.errors import LoadError
+    """Raise, as a CommandError, what every notebook would raise of the model or the text."""
     from spikesink.model.load import prepare
     from spikesink.model.texts import TextError, windows
 
-    n, length, seed = (parameters[key] for key in ("N_PROMPTS", "SEQ_LEN", "SEED"))
+    model, device, dtype, text, *which = (parameters[key] for key in ASKED)
     try:
-        ready = prepare(parameters["MODEL"], parameters["DEVICE"], parameters["DTYPE"])
-        windows(ready, parameters["TEXT"], n, length, seed)
-    except (LoadError, TextError) as error:
+        windows(prepare(model, device, dtype), text, *which)
+    except TextError as error:
         raise CommandError(str(error)) from None
 
 

@@ -28,10 +28,11 @@ from transformers import AutoModelForCausalLM
 from spikesink.chain import amplifier
 from spikesink.chain.lifecycle import STEP
 from spikesink.chain.trace import SPIKE_OVER_MEDIAN
+from spikesink.cli import make_table, open_console
 from spikesink.common import CommandError, NotApplicable, brief, check_writable, progress, write_atomically
 from spikesink.model import paths
 from spikesink.model.anatomy import Block, mlp
-from spikesink.model.errors import LoadError, quiet
+from spikesink.model.errors import quiet
 from spikesink.model.gguf import cache_directory, is_dequantized
 from spikesink.model.load import Prepared, gguf_file, prepare, read_configuration
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
@@ -385,13 +386,36 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def command(chosen: argparse.Namespace, console: Console) -> int:
+def show_census(chosen: argparse.Namespace) -> None:
+    """Show the (block, channel) pairs of largest gain, as `spikesink census` does."""
+    weights, console = open_weights(chosen.model), open_console()
+    census = amplifier.census(weights)
+    if isinstance(census, NotApplicable):
+        raise ValueError(f"{census.reason}.")
+    rows = [
+        (block, channel, brief(gain), brief(census.over_median(block, channel)))
+        for block, channel, gain in census.top(chosen.top)
+    ]
+    console.print(make_table(["block", "channel", "||U_k||_F", "over its block's median"], rows))
+    if weights.anatomy.norm_placement != "pre":
+        console.print(
+            "In this model what an FFN gives passes another norm before it is added. Its scale is not in these gains, "
+            "so the spike's channel can be another one: probe names it."
+        )
+
+
+def show_probe(chosen: argparse.Namespace) -> None:
+    """Say where the first token spikes, as `spikesink probe` does."""
+    open_console().print(scan(chosen.model, chosen.entries).sentence())
+
+
+def command(chosen: argparse.Namespace) -> int:
     """Plan and scan what the arguments of `spikesink scan` ask for; returns 0, or 1 where a model failed."""
-    failed = False
+    failed, console = False, open_console()
     for model in chosen.models:
         try:
             _scan_one(model, chosen, console)
-        except (LoadError, ValueError, FloatingPointError, CommandError, OSError) as error:
+        except (CommandError, ValueError, FloatingPointError, OSError) as error:
             console.print(str(error), style="bold red")
             failed = True
     return int(failed)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers.utils import logging as transformers_logging
 
+from spikesink.common import CommandError
 from spikesink.model.names import BUILTINS, local
 
 
-class LoadError(RuntimeError):
+class LoadError(CommandError):
     """A model that cannot be loaded; the message is one sentence that names the cause and the way out."""
 
 

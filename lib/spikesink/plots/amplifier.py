@@ -13,7 +13,8 @@ from spikesink.chain.amplifier import Census, Reading, pair_cosines
 from spikesink.chain.lifecycle import Lifecycle
 from spikesink.chain.trace import median
 from spikesink.common import brief
-from spikesink.plots.style import ORDINARY, SPIKE, SPIKE_MAP, drawn_where_applicable, figure, thousands
+from spikesink.plots.palette import ORDINARY, SPIKE, SPIKE_MAP
+from spikesink.plots.style import drawn_where_applicable, figure, note, thousands
 
 MOST_POINTS = 4000  # of ordinary tokens drawn, evenly chosen
 
@@ -34,18 +35,16 @@ def gates(reading: Reading) -> Figure:
     norm = LogNorm(low, max(float(size.max()), 10 * low))
     for which, marker, scale in ((others, "s", 7), (spikes, "o", 44)):
         looks = {"c": size[which], "cmap": SPIKE_MAP, "norm": norm, "marker": marker, "s": scale, "rasterized": True}
-        edge = {"edgecolors": "black", "linewidths": 0.7} if marker == "o" else {"linewidths": 0}
-        left.scatter(reading.silu_ratio.flatten()[which], reading.silu_cosine.flatten()[which], **looks, **edge)
-        drawn = right.scatter(
-            reading.silu_cosine.flatten()[which], reading.weighted_cosine.flatten()[which], **looks, **edge
-        )
+        looks |= {"edgecolors": "black", "linewidths": 0.7} if marker == "o" else {"linewidths": 0}
+        values = (reading.silu_ratio, reading.silu_cosine, reading.weighted_cosine)
+        ratio, cosine, weighted = (value.flatten()[which] for value in values)
+        left.scatter(ratio, cosine, **looks)
+        drawn = right.scatter(cosine, weighted, **looks)
     fig.colorbar(drawn, ax=right, label="largest entry of the block's output")
     left.set(xlabel="norm ratio |σ(g)| ÷ |g|", ylabel="cosine of σ(g) and g, all neurons alike")
-    right.set(
-        xlabel="cosine, all neurons alike",
-        ylabel="cosine, neurons weighted by what\nthey add to the spike channel",
-    )
-    plain, weighted = (median(x[reading.is_spike]) for x in (reading.silu_cosine, reading.weighted_cosine))
+    right.set_xlabel("cosine, all neurons alike")
+    right.set_ylabel("cosine, neurons weighted by what\nthey add to the spike channel")
+    plain, weighted = (median(value[reading.is_spike]) for value in values[1:])
     left.set_title(f"All neurons: {plain:.2f} on spike tokens (circles)", fontsize=11)
     right.set_title(f"Those that write the spike: {weighted:.2f}", fontsize=11)
     return fig
@@ -100,14 +99,12 @@ def spectra(reading: Reading, spectra: Mapping[int, Float[Tensor, " pair"]]) -> 
             ax.plot(ranks[of_sign], values.abs()[of_sign], marker=marker, lw=0, ms=6 if spike else 3, **looks)
     first = spectra[reading.channel]
     height, share = float(first[0].abs()), float(reading.spike.shares[0])
-    text, place = f"channel {reading.channel} (spike): {height:.2f}² = {share:.0%}", {"textcoords": "offset points"}
-    ax.annotate(text, (1, height), (10, 0), color=SPIKE, va="center", **place)
+    text = f"channel {reading.channel} (spike): {height:.2f}² = {share:.0%}"
+    note(ax, text, (1, height), (10, 0), color=SPIKE, va="center")
     others = [v for channel, v in spectra.items() if channel != reading.channel]
     if others:
         typical = float(np.median([v[0].abs() for v in others]))
-        ax.annotate(
-            f"{len(others)} ordinary channels", (2, typical), (10, 12), textcoords="offset points", color=ORDINARY
-        )
+        note(ax, f"{len(others)} ordinary channels", (2, typical), (10, 12), color=ORDINARY)
     ax.set(
         yscale="log",
         xlabel="eigenvalues of S_k, the largest in size first (▲ positive, ▼ negative)",
@@ -130,27 +127,25 @@ def shared_directions(reading: Reading) -> Figure:
     fig, ax = figure(size=(7.4, 6.2))
     image = ax.imshow(cosines, cmap=SPIKE_MAP, vmin=0, vmax=1)
     fig.colorbar(image, ax=ax, label="|cos| of the top eigenvectors", pad=0.02)
-    for i in range(len(channels)):
-        for j in range(len(channels)):
-            shade = "white" if cosines[i, j] > 0.55 else "black"
-            number = f"{cosines[i, j]:.1f}".removeprefix("0")
-            ax.text(j, i, number, ha="center", va="center", fontsize=6, color=shade)
-    edge = len(spike.channels) - 0.5
-    ax.axhline(edge, color="black", lw=1.2)
-    ax.axvline(edge, color="black", lw=1.2)
+    for (i, j), cosine in np.ndenumerate(cosines):
+        shade = "white" if cosine > 0.55 else "black"
+        ax.text(j, i, f"{cosine:.1f}".removeprefix("0"), ha="center", va="center", fontsize=6, color=shade)
+    for line in (ax.axhline, ax.axvline):
+        line(len(spike.channels) - 0.5, color="black", lw=1.2)
     ax.set_xticks(range(len(channels)), channels, rotation=90, fontsize=8)
     ax.set_yticks(range(len(channels)), channels, fontsize=8)
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         for i, label in enumerate(labels):
             label.set_color(SPIKE if i < len(spike.channels) else ORDINARY)
-    many = "s" if len(spike.channels) > 1 else ""
+    many = "s" * (len(spike.channels) > 1)
     ax.set(xlabel=f"channel ({len(spike.channels)} spike channel{many}, then {n} ordinary ones)", ylabel="channel")
     ax.spines[:].set_visible(False)
     pairs = pair_cosines(spike.vectors)
     text = "One spike channel, one direction"
     if len(pairs):
-        least = brief(float(pairs.min()))
-        text = f"Spike channels' directions: |cos| {brief(median(pairs))} (median), {least} at least"
+        text = (
+            f"Spike channels' directions: |cos| {brief(median(pairs))} (median), {brief(float(pairs.min()))} at least"
+        )
     ax.set_title(text, fontsize=11)
     return fig
 
@@ -172,7 +167,7 @@ def alignment(reading: Reading) -> Figure:
     for side, style in ((1, "-"), (-1, ":")):
         x = np.linspace(far * 1e-3, far, 400)
         ax.plot(side * x, top * x**2, color="black", lw=1, ls=style)
-    ax.annotate("|λ| d cos²", (0.75 * far, top * (0.75 * far) ** 2), (6, -14), textcoords="offset points", fontsize=10)
+    note(ax, "|λ| d cos²", (0.75 * far, top * (0.75 * far) ** 2), (6, -14), fontsize=10)
     ax.axvline(0, color="black", lw=0.5)
     ax.set(
         yscale="log",

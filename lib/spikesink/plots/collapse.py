@@ -13,19 +13,8 @@ from torch.nn import functional
 from spikesink.chain.collapse import Collapse, Replaced, closed_form, spike_ratio
 from spikesink.chain.lifecycle import Lifecycle, plateau_layers
 from spikesink.common import brief
-from spikesink.plots.style import (
-    ORDINARY,
-    SINK,
-    SPIKE,
-    SPIKE_MAP,
-    above,
-    absent,
-    drawn_where_applicable,
-    figure,
-    span,
-    thousands,
-    whole,
-)
+from spikesink.plots.palette import ORDINARY, SINK, SPIKE, SPIKE_MAP
+from spikesink.plots.style import above, absent, drawn_where_applicable, figure, note, span, thousands, whole
 
 MOST_TOKENS = 24  # of either kind in the cosine matrices
 MOST_CHANNELS = 6  # of either kind in the heat map
@@ -52,8 +41,7 @@ def cosines(collapse: Collapse) -> Figure:
         ax.spines[:].set_visible(False)
         between = collapse.spike.cosine[point], collapse.other.cosine[point]
         ax.set_title(
-            f"After {point}: spike tokens {float(between[0]):.3f}, others {float(between[1]):.3f}",
-            fontsize=11,
+            f"After {point}: spike tokens {float(between[0]):.3f}, others {float(between[1]):.3f}", fontsize=11
         )
     fig.colorbar(image, ax=axes, label="cosine of h~", pad=0.01)
     return fig
@@ -100,8 +88,8 @@ def collapsing(collapse: Collapse, life: Lifecycle) -> Figure:
         for i, label in enumerate(ax.get_yticklabels()):
             label.set_color(SPIKE if i < len(top) else "black")
         ax.set_ylabel("channel")
-        ax.axhline(len(top) - 0.5, color="black", lw=0.8)
-        ax.axhline(len(chosen) - 0.5, color="black", lw=0.8)
+        for below in (top, chosen):
+            ax.axhline(len(below) - 0.5, color="black", lw=0.8)
         for step in (*collapse.cycle.step_up, *collapse.cycle.step_down):
             ax.axvline(step - 0.5, color=SPIKE, lw=1, ls=":")
         held = float(group.share[middle, collapse.cycle.channel])
@@ -174,7 +162,7 @@ def learned_scale(scale: Float[Tensor, " layer"], life: Lifecycle) -> Figure:
     fig, ax = figure(size=(9.5, 3.4))
     ax.plot(range(len(scale)), scale, color=SPIKE, marker="o", ms=4, lw=1.2)
     ax.axhline(1, color=ORDINARY, lw=1)
-    ax.annotate("the median channel", (len(scale) - 1, 1), (0, 3), textcoords="offset points", ha="right", fontsize=9)
+    note(ax, "the median channel", (len(scale) - 1, 1), (0, 3), ha="right", fontsize=9)
     plateau = plateau_layers(life.main)
     ax.axvspan(plateau.start - 0.5, plateau.stop - 0.5, color=SPIKE, alpha=0.1, lw=0)
     ax.set(

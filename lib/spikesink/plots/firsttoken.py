@@ -10,18 +10,8 @@ from torch import Tensor
 from spikesink.chain.firsttoken import Elsewhere, FirstReplaced, Fork, Probe
 from spikesink.chain.trace import median
 from spikesink.common import NotApplicable
-from spikesink.plots.style import (
-    ORDINARY,
-    OTHERS,
-    SINK,
-    SPIKE,
-    drawn_where_applicable,
-    figure,
-    quoted,
-    thousands,
-    whole,
-    x_data,
-)
+from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SPIKE
+from spikesink.plots.style import drawn_where_applicable, figure, quoted, thousands, whole
 
 
 @drawn_where_applicable
@@ -69,11 +59,8 @@ def vocabulary(probe: Probe, decode: Callable[[list[int]], str], counts: Int[Ten
     left.hist(before, bins=bins, histtype="step", color="black", log=True, label="before the step-up")
     left.legend(fontsize=9, loc="upper center")
     left.axvline(probe.threshold, color="black", lw=0.8, ls="--")
-    left.text(probe.threshold, 0.97, " threshold", transform=x_data(left), fontsize=9, va="top")
-    left.set(
-        xlabel=f"channel {probe.channel} at position 0",
-        ylabel="vocabulary entries",
-    )
+    left.text(probe.threshold, 0.97, " threshold", transform=left.get_xaxis_transform(), fontsize=9, va="top")
+    left.set(xlabel=f"channel {probe.channel} at position 0", ylabel="vocabulary entries")
     thousands(left, "x")
     thousands(left)
     left.set_title(_exceptions_in_words(probe.exceptions().tolist(), decode), fontsize=10)

@@ -8,7 +8,8 @@ from spikesink.chain.keys import AttentionReading, Cloud, Geometry, Rebuilt
 from spikesink.chain.lifecycle import Lifecycle, plateau_layers
 from spikesink.chain.trace import spearman
 from spikesink.common import NotApplicable, brief
-from spikesink.plots.style import ORDINARY, OTHERS, SINK, SMALL, SPIKE, above, drawn_where_applicable, figure, whole
+from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SMALL, SPIKE
+from spikesink.plots.style import above, drawn_where_applicable, figure, note, whole
 
 BELOW = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (0, -0.18)}
 
@@ -18,9 +19,9 @@ def sink_keys(geometry: Geometry, rebuilt: Rebuilt | NotApplicable, life: Lifecy
     """07: the spike tokens' keys: how many dimensions, how many rows of W_K, and how small their values."""
     fig, (left, middle, right) = figure(1, 3, size=(13, 4.2))
     layers, plateau = np.arange(geometry.anatomy.n_layers), list(plateau_layers(life.main))
-    for stage, style in zip(geometry.dimension, ("-", ":"), strict=False):
+    for (stage, groups), style in zip(geometry.dimension.items(), ("-", ":"), strict=False):
         for name, colour, label in (("spike", SPIKE, "spike tokens"), ("matched", ORDINARY, "as many others")):
-            values = geometry.dimension[stage][name].quantile(0.5, dim=1)
+            values = groups[name].quantile(0.5, dim=1)
             left.plot(layers, values, color=colour, ls=style, lw=1.6, label=f"{label}, {stage} RoPE")
     left.set(xlabel="layer", ylabel="effective dimension of keys")
     left.set_ylim(0.9, 1.05 * max(1.5, left.get_ylim()[1]))
@@ -108,7 +109,7 @@ def queries_and_keys(clouds: list[Cloud]) -> Figure:
             looks = {"color": colour, "marker": marker, "s": size, "linewidths": 0, "label": label}
             ax.scatter(*cloud.flat[which].T, alpha=0.6 if marker != "*" else 1, rasterized=True, **looks)
         ax.plot(*cloud.origin, marker="+", ms=11, mew=1.4, color="black", lw=0)
-        ax.annotate("0", tuple(cloud.origin.tolist()), (6, 4), textcoords="offset points", fontsize=9)
+        note(ax, "0", tuple(cloud.origin.tolist()), (6, 4), fontsize=9)
         ax.set_aspect("equal", adjustable="datalim")
         ax.set(xticks=[], yticks=[], xlabel=f"{cloud.explained[0]:.0%} of the variance")
         ax.set_ylabel(f"{cloud.explained[1]:.0%}")

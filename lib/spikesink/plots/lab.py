@@ -14,19 +14,8 @@ from spikesink.chain.trace import Profile
 from spikesink.common import brief
 from spikesink.lab.changes import AGREES, DIFFERS, UNDECIDED, Compared, title_of
 from spikesink.lab.families import BASE, FAMILIES, FAMILY
-from spikesink.plots.style import (
-    ORDINARY,
-    OTHERS,
-    SINK,
-    SPIKE,
-    above,
-    absent,
-    drawn_where_applicable,
-    figure,
-    log_ticks,
-    styled,
-    thousands,
-)
+from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SPIKE
+from spikesink.plots.style import above, absent, drawn_where_applicable, figure, log_ticks, note, styled, thousands
 
 FAMILY_COLOURS = dict(zip(FAMILIES, (ORDINARY, OTHERS[0], SPIKE, OTHERS[1], SINK, OTHERS[2]), strict=True))
 FAMILY_MARKERS = dict(zip(FAMILIES, "osD^vP", strict=True))
@@ -104,7 +93,7 @@ def decoupling(means: pd.DataFrame, named: Sequence[str]) -> Figure:
     ax.plot(base["over_median"], base["sink_ratio"], marker="*", color="black", ms=15, lw=0, mec="white", label=BASE)
     for name in named:
         at = (means.loc[name, "over_median"], means.loc[name, "sink_ratio"])
-        ax.annotate(name, at, (7, 5), textcoords="offset points", fontsize=9, color=FAMILY_COLOURS[FAMILY[name]])
+        note(ax, name, at, (7, 5), fontsize=9, color=FAMILY_COLOURS[FAMILY[name]])
     ax.set_yscale("function", functions=(lambda y: np.sign(y) * np.sqrt(np.abs(y)), lambda y: np.sign(y) * y**2))
     ax.set(xscale="log", xlabel="largest activation, in medians of the stream", ylabel="sink ratio")
     ax.set_ylim(bottom=-0.004)
@@ -147,8 +136,7 @@ def emergence(curves: pd.DataFrame) -> Figure:
         (axes[3], "sink ratio", last["sink_ratio"].max(), 8, SINK),
         (axes[3], "attention", last["attention"].min(), -14, SINK),
     ):
-        at = (last["tokens"].max() / 1e6, y)
-        ax.annotate(name, at, (0, below), textcoords="offset points", ha="right", color=colour)
+        note(ax, name, (last["tokens"].max() / 1e6, y), (0, below), ha="right", color=colour)
     axes[1].set_yscale("log")
     thousands(axes[1])
     axes[2].axhline(1, color="black", lw=0.8, ls=":")
@@ -237,9 +225,7 @@ def growing(profiles: Mapping[str, Profile]) -> Figure:
             ("position 0", profile.magnitude[:, 0], SPIKE, 6),
             ("median entry", profile.median, "black", -28),
         ):
-            ax.annotate(
-                text, (points[-1], values[-1]), (-2, below), textcoords="offset points", ha="right", color=colour
-            )
+            note(ax, text, (points[-1], values[-1]), (-2, below), ha="right", color=colour)
         ax.set(yscale="log", xlabel="block", ylabel="largest entry of the stream")
         apart = float((profile.magnitude[:, 0] / profile.magnitude[:, 1:].median(1).values).max())
         ax.set_title(f"{name}: position 0 up to {brief(apart)} times the middle one", fontsize=11)

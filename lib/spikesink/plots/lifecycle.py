@@ -1,7 +1,7 @@
 """The figures of notebooks 00 to 03: one prompt, and the life cycle of a spike."""
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from itertools import groupby
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,19 +14,13 @@ from spikesink.chain.trace import TOP, Profile, summarize, variation
 from spikesink.common import brief
 from spikesink.ledger.evidence.lifecycle import lc3_step_down
 from spikesink.model.anatomy import Block, mlp
+from spikesink.plots.palette import MARKERS, ORDINARY, OTHERS, SINK, SINK_MAP, SMALL, SPIKE, SPIKE_MAP
 from spikesink.plots.style import (
-    MARKERS,
-    ORDINARY,
-    OTHERS,
-    SINK,
-    SINK_MAP,
-    SMALL,
-    SPIKE,
-    SPIKE_MAP,
     above,
-    absent,
     blocks_text,
+    drawn_where_applicable,
     figure,
+    note,
     quoted,
     span,
     styled,
@@ -37,16 +31,6 @@ from spikesink.plots.style import (
 )
 
 CYCLES = ((SPIKE, "o"), (SMALL, "s"), (SINK, "v"), (OTHERS[0], "^"))  # how each is drawn, the largest first
-
-
-def drawn_if_spiking(draw):
-    """For figures of a spike: the reason in its place where there is none."""
-
-    @wraps(draw)
-    def drawn(life: Lifecycle, *args, **options) -> Figure:
-        return absent(life.reason) if life.main is None else styled(draw)(life, *args, **options)
-
-    return drawn
 
 
 def _label_layers(axis, n_layers: int, room: float = 0) -> None:
@@ -63,8 +47,7 @@ def _sentence(text: str) -> str:
 
 def _annotate_end(ax, x: float | int, y: float, text: str, colour: str = "black") -> None:
     """Name a line at its right end."""
-    offset = {"xytext": (5, 0), "textcoords": "offset points"}
-    ax.annotate(text, (x, float(y)), color=colour, va="center", fontsize=9, annotation_clip=False, **offset)
+    note(ax, text, (x, float(y)), (5, 0), color=colour, va="center", fontsize=9, annotation_clip=False)
 
 
 @styled
@@ -92,10 +75,13 @@ def skyline(profile: Profile) -> Figure:
         ax.set_xticks(range(n_tokens), [token_text(t) for t in profile.tokens], rotation=90, fontsize=8)
         ax.spines[:].set_visible(False)
     n_spikes = int((profile.magnitude[point] >= profile.magnitude[point].max() / 2).sum())
-    if n_spikes > 1:
-        above(fig, f"{n_spikes} of {n_tokens} tokens grow about equally large")
-    else:
-        above(fig, "One token becomes a giant" + (", and attention piles onto the same one" if peak == most else ""))
+    same = ", and attention piles onto the same one" if peak == most else ""
+    above(
+        fig,
+        f"{n_spikes} of {n_tokens} tokens grow about equally large"
+        if n_spikes > 1
+        else f"One token becomes a giant{same}",
+    )
     return fig
 
 
@@ -129,8 +115,8 @@ def chain() -> Figure:
         ax.text(x + 0.12, y + 0.22, what, va="top", fontsize=8)
     for start, end in arrows:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 1.2})
-    for x, y, note in (*notes, (3.8, -0.3, "the life of a spike")):
-        ax.text(x, y, note, fontsize=9, style="italic")
+    for x, y, text in (*notes, (3.8, -0.3, "the life of a spike")):
+        ax.text(x, y, text, fontsize=9, style="italic")
     ax.set_title("The chain from spike to sink, by notebook", pad=2)
     return fig
 
@@ -165,26 +151,22 @@ def magnitudes(life: Lifecycle) -> Figure:
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float = 0.02) -> Figure:
     """01: what each block adds to the first channel of the middle-sized spike token; the bars sum to the stream."""
     cycle, token, index = life.main, middle_row(life), index_of(life, life.main.channel)
     writes, stream = token.writes[0, :, index].numpy(), token.stream[0, :, index].numpy()
     bars = [("embed.", 0.0, stream[0], ORDINARY)]  # label, bottom, height, colour
-    first = 1  # of the blocks in between that share a bar
-
-    def between(last: int) -> None:
-        if last >= first:
-            bars.append(("…", stream[first - 1], writes[first - 1 : last].sum(), ORDINARY))
-
-    for block in map(Block, range(1, len(writes) + 1)):
-        if abs(writes[block - 1]) >= least * abs(cycle.value):
-            between(block - 1)
+    large = (np.abs(writes) >= least * abs(cycle.value)).tolist()
+    for shown, group in groupby(map(Block, range(1, len(writes) + 1)), key=lambda block: large[block - 1]):
+        blocks = list(group)
+        if not shown:
+            height = writes[blocks[0] - 1 : blocks[-1]].sum()
+            bars.append(("…", stream[blocks[0] - 1], height, ORDINARY))
+        for block in blocks if shown else ():
             colour = SPIKE if block in cycle.step_up else SINK if block in cycle.step_down else ORDINARY
             label = f"L{block.layer}\n{'attn' if block.is_attention else 'MLP'}"
             bars.append((label, stream[block - 1], writes[block - 1], colour))
-            first = block + 1
-    between(len(writes))
     bars.append(("end", 0.0, stream[-1], "black"))
     fig, ax = figure(size=(9.5, 4.4))
     up = cycle.value > 0
@@ -196,8 +178,7 @@ def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float 
         if colour != ORDINARY or abs(height) >= 0.05 * abs(cycle.value) or len(bars) < 12:
             far = bottom + height if (height > 0) == up else bottom
             text = f"{height:+,.0f}" if abs(height) >= 1 else f"{height:+.2g}"
-            looks = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "va": "bottom" if up else "top"}
-            ax.annotate(text, (x, far), (0, 3 if up else -3), **looks)
+            note(ax, text, (x, far), (0, 3 if up else -3), ha="center", fontsize=8, va="bottom" if up else "top")
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
     ax.set(
@@ -219,7 +200,7 @@ def waterfall(life: Lifecycle, decode: Callable[[list[int]], str], least: float 
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def positions(life: Lifecycle) -> Figure:
     """01: where in the windows the spike tokens are, for each cycle."""
     trace = life.trace
@@ -246,7 +227,7 @@ def positions(life: Lifecycle) -> Figure:
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def channels(life: Lifecycle) -> Figure:
     """01: channels by size half-way through the plateau, on spike tokens and on ordinary ones."""
     cycle, trace = life.main, life.trace
@@ -259,7 +240,7 @@ def channels(life: Lifecycle) -> Figure:
         ax.plot(range(1, n + 1), largest, color=colour, marker=marker, ms=5, lw=1)
         _annotate_end(ax, n, float(largest[-1]), name, colour)
         for rank, channel in enumerate(cycle.channels[:6] if colour == SPIKE else (), 1):
-            ax.annotate(channel, (rank, largest[rank - 1]), (4, 4), textcoords="offset points", fontsize=8)
+            note(ax, channel, (rank, largest[rank - 1]), (4, 4), fontsize=8)
     ax.axhline(trace.threshold, color="black", lw=0.8, ls="--")
     _annotate_end(ax, n, trace.threshold, f"{trace.threshold:g} medians")
     ax.set(
@@ -275,7 +256,7 @@ def channels(life: Lifecycle) -> Figure:
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def plateau(life: Lifecycle) -> Figure:
     """02: the size of every block's write into the first channel, over the plateau value, with ordinary channels."""
     cycle, trace, spikes = life.main, life.trace, spike_rows(life)
@@ -297,19 +278,16 @@ def plateau(life: Lifecycle) -> Figure:
     _label_layers(ax.xaxis, trace.anatomy.n_layers, room=0.08)
     ax.set(yscale="log", ylabel="|write| ÷ what the channel\nholds half-way")
     inside = share[cycle.plateau[0] : cycle.plateau[1]]
-    title = "No block lies between step-up and step-down"
-    if len(inside):
-        title = f"Between step-up and step-down a block's typical write is {float(inside.median()):.2%} of the spike"
-    ax.set_title(title)
+    typical = f"Between step-up and step-down a block's typical write is {float(inside.median()):.2%} of the spike"
+    ax.set_title(typical if len(inside) else "No block lies between step-up and step-down")
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def lives(life: Lifecycle) -> Figure:
     """02: the first channel of every spike token over depth, and of ordinary tokens."""
     cycle, trace, index = life.main, life.trace, index_of(life, life.main.channel)
     fig, ax = figure(size=(9.5, 4))
-    points = np.arange(len(trace.medians))
     smaller = trace.rows.drawn & ~cycle.is_spike & sum(c.is_spike for c in life.cycles).bool()
     groups = (
         (ordinary_rows(life), ORDINARY, 0.25, "tokens drawn at random"),
@@ -318,7 +296,7 @@ def lives(life: Lifecycle) -> Figure:
     )
     for rows, colour, alpha, name in groups:
         if len(rows):
-            ax.plot(points, rows.stream[..., index].T, color=colour, alpha=alpha, lw=0.9)
+            ax.plot(rows.stream[..., index].T, color=colour, alpha=alpha, lw=0.9)
             ax.plot([], [], color=colour, label=f"{len(rows)} {name}")
     ax.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(max(1e-3, float(trace.medians[cycle.middle])))))
     ax.axhline(0, color="black", lw=0.6)
@@ -333,7 +311,7 @@ def lives(life: Lifecycle) -> Figure:
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def ratios(life: Lifecycle) -> Figure:
     """02: each spike channel over the first one, token by token, over its own median; flat lines are fixed ratios."""
     cycle, trace = life.main, life.trace
@@ -360,7 +338,7 @@ def ratios(life: Lifecycle) -> Figure:
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def cancellation(life: Lifecycle) -> Figure:
     """03: what step-down blocks take back from each token, against what the token holds on the plateau."""
     cycle, index, late = life.main, index_of(life, life.main.channel), late_step_down(life)
@@ -387,7 +365,7 @@ def cancellation(life: Lifecycle) -> Figure:
     return fig
 
 
-@drawn_if_spiking
+@drawn_where_applicable
 def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
     """03: every cycle's first channel over depth, on its own tokens, with the words it falls on."""
     trace = life.trace
@@ -408,7 +386,7 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
     ax.margins(y=0.12)
     thousands(ax)
     ax.legend(loc="lower right", fontsize=9)
-    words = ("One cycle", "Two cycles", "Three cycles", "Four cycles")[len(life.cycles) - 1]
+    words = f"{('One', 'Two', 'Three', 'Four')[len(life.cycles) - 1]} cycle{'s' * (len(life.cycles) > 1)}"
     written = " and by ".join(blocks_text(cycle.step_up) for cycle in life.cycles)
     ax.set_title(f"{words}, written by {written}", fontsize=11)
     return fig
@@ -416,11 +394,7 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
 
 @styled
 def across_models(rows: Sequence[tuple[str, int, Sequence[int], Sequence[int], bool]]) -> Figure:
-    """03: step-up and step-down blocks of many models over relative depth.
-
-    Args:
-        rows: a name, the number of blocks, step-up blocks, step-down blocks, and whether the paper measured it.
-    """
+    """03: step-up and step-down blocks of many models over relative depth; `rows` as `across_models` has them."""
     fig, ax = figure(size=(9.5, 0.9 + 0.36 * len(rows)))
     spans = []
     for y, (_, n_blocks, *steps, paper) in enumerate(reversed(rows)):
@@ -435,8 +409,8 @@ def across_models(rows: Sequence[tuple[str, int, Sequence[int], Sequence[int], b
     ax.set_yticks(range(len(rows)), [f"{name}{' (paper)' if paper else ''}" for name, *_, paper in reversed(rows)])
     for tick, (*_, paper) in zip(ax.get_yticklabels(), reversed(rows), strict=True):
         tick.set_fontweight("normal" if paper else "bold")
-    xlabel = "depth of the block, % of all blocks (▲ step-up, ▼ step-down, bar: plateau)"
-    ax.set(xlabel=xlabel, xlim=(-1, 101), ylim=(-0.6, len(rows) - 0.4))
+    ax.set(xlim=(-1, 101), ylim=(-0.6, len(rows) - 0.4))
+    ax.set_xlabel("depth of the block, % of all blocks (▲ step-up, ▼ step-down, bar: plateau)")
     n_long = sum(length > 50 for length in spans)
     ax.set_title(f"In {n_long} of {len(rows)} models the plateau spans more than half of the depth")
     ax.spines["left"].set_visible(False)

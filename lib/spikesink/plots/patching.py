@@ -12,17 +12,13 @@ from spikesink.model.anatomy import Block
 from spikesink.patching.behaviour import Behaviour
 from spikesink.patching.cuts import CUTS, BlockMap, Broken, Doses, named
 from spikesink.patching.outcome import CLEAN, View
+from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SINK_MAP, SPIKE, SPIKE_MAP
 from spikesink.plots.style import (
-    ORDINARY,
-    OTHERS,
-    SINK,
-    SINK_MAP,
-    SPIKE,
-    SPIKE_MAP,
     above,
     drawn_where_applicable,
     figure,
     log_ticks,
+    note,
     quoted,
     span,
     styled,
@@ -38,11 +34,8 @@ LOOKS = {
     "decoupled": (SPIKE, "D", "-"),
 }
 SHOWN_KEYS = 12
+AS_IT_IS = "as it is"
 MAPPED = {"aspect": "auto", "interpolation": "nearest"}
-
-
-def _name(key: str) -> str:
-    return named(key, "as it is")
 
 
 def _is_control(key: str) -> bool:
@@ -70,11 +63,10 @@ def broken_chain(broken: Broken) -> Figure:
         colour, marker = (ORDINARY, "s") if _is_control(name) else ("black", "o")
         last.plot([low, high], [i, i], color=colour, lw=1.2)
         last.plot(perplexity[i], i, color=colour, marker=marker, ms=5)
-        right = (np.nanmax([high, perplexity[i]]), i)
-        last.annotate(brief(perplexity[i]), right, (6, 0), "data", "offset points", va="center", fontsize=8)
+        note(last, brief(perplexity[i]), (np.nanmax([high, perplexity[i]]), i), (6, 0), va="center", fontsize=8)
     last.axvline(perplexity[0], color="black", lw=0.8, ls=":")
     last.set(xscale="log", xlabel="perplexity (line: 95% over windows)", xlim=(None, 30 * max(perplexity)))
-    axes[0].set_yticks(y, [_name(name) for name in names], fontsize=9)
+    axes[0].set_yticks(y, [named(name, AS_IT_IS) for name in names], fontsize=9)
     for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
         label.set_color(ORDINARY if _is_control(name) else "black")
     axes[0].invert_yaxis()
@@ -125,7 +117,7 @@ def where_it_goes(broken: Broken, names: Sequence[str] = (CLEAN, "skipped", "mas
     fig, axes = figure(1, len(shown), size=(3.1 * len(shown), 4.4), sharey=True, squeeze=False)
     for ax, (name, attention) in zip(axes[0], shown.items(), strict=True):
         image = ax.imshow(attention, cmap=SINK_MAP, vmin=0, vmax=1, origin="lower", **MAPPED)
-        ax.set_title(_name(name).capitalize(), fontsize=9.5, fontweight="normal")
+        ax.set_title(named(name, AS_IT_IS).capitalize(), fontsize=9.5, fontweight="normal")
         ax.set_xlabel("key position")
         whole(ax)
         ax.spines[:].set_visible(False)
@@ -151,7 +143,7 @@ def near_and_far(behaviour: Behaviour) -> Figure:
     for name in names[1:]:
         colour, marker, style = LOOKS.get(name, (ORDINARY, "x", "-"))
         change = behaviour.by_position[name] - behaviour.by_position[CLEAN]
-        axes[0].plot(change, color=colour, marker=marker, ls=style, ms=5, label=_name(name))
+        axes[0].plot(change, color=colour, marker=marker, ls=style, ms=5, label=named(name, AS_IT_IS))
     axes[0].axhline(0, color="black", lw=0.8)
     axes[0].set_xticks(range(len(behaviour.edges) - 1), [f"{a}–{b - 1}" for a, b in pairwise(behaviour.edges)])
     axes[0].set(xlabel="position that predicts", ylabel="loss over the clean run's, nats")
@@ -169,7 +161,7 @@ def near_and_far(behaviour: Behaviour) -> Figure:
     axes[3].barh(y, [100 * share for share in same.values()], color=colours, height=0.6)
     axes[3].set_xlabel("% of greedy tokens\nthat are the clean run's")
     for ax in axes[1:]:
-        ax.set_yticks(y, [_name(name) if ax is axes[1] else "" for name in names], fontsize=8)
+        ax.set_yticks(y, [named(name, AS_IT_IS) if ax is axes[1] else "" for name in names], fontsize=8)
         ax.invert_yaxis()
     text = "What a cut costs, near and far, in copying, recall and writing"
     if "decoupled" in same:
@@ -210,7 +202,7 @@ def causal_map(mapped: BlockMap) -> Figure:
 @styled
 def patched_view(view: View, head: int | None = None) -> Figure:
     """11: one prompt's largest entries and the attention its tokens get, as it is and under interventions."""
-    fig, axes = figure(1, 4, size=(13, 0.16 * max(16, len(view.tokens)) + 1.6), width_ratios=(1, 1, 1, 1))
+    fig, axes = figure(1, 4, size=(13, 0.16 * max(16, len(view.tokens)) + 1.6))
     size = view.magnitude.clamp(min=1e-3)
     norm = {"norm": LogNorm(float(size.quantile(0.05)), float(size.max()))}
     attention = view.attention.mean(2) if head is None else view.attention[:, :, head]

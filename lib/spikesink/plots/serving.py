@@ -8,20 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from spikesink.common import brief
-from spikesink.plots.style import (
-    ORDINARY,
-    OTHERS,
-    SINK,
-    SINK_MAP,
-    SPIKE,
-    above,
-    drawn_where_applicable,
-    figure,
-    log_ticks,
-    styled,
-    thousands,
-    whole,
-)
+from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SINK_MAP, SPIKE
+from spikesink.plots.style import above, drawn_where_applicable, figure, log_ticks, styled, thousands, whole
 from spikesink.serving import cache, context
 from spikesink.serving.cells import NEITHER, NO_SINK, NO_SPIKE, SINK_EXEMPT, SINK_HELD, UNCHANGED, Crossed
 from spikesink.serving.context import OTHER, Lengths, LongRun, Recall

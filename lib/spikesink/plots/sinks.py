@@ -11,21 +11,8 @@ from spikesink.chain.lifecycle import Lifecycle, plateau_layers
 from spikesink.chain.sinks import Scores, Secondary
 from spikesink.chain.trace import Profile
 from spikesink.ledger.claims import Evidence
-from spikesink.plots.style import (
-    ORDINARY,
-    OTHERS,
-    SINK,
-    SINK_MAP,
-    SMALL,
-    SPIKE,
-    SPIKE_MAP,
-    drawn_where_applicable,
-    figure,
-    quoted,
-    styled,
-    thousands,
-    whole,
-)
+from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SINK_MAP, SMALL, SPIKE, SPIKE_MAP
+from spikesink.plots.style import drawn_where_applicable, figure, note, quoted, styled, thousands, whole
 
 
 @styled
@@ -47,7 +34,7 @@ def sink_map(scores: Scores, short: Scores) -> Figure:
         name, ratio = f"{some.length} tokens", some.ratio()
         right.plot(epsilons, [some.ratio(float(e)) for e in epsilons], color=colour, ls=style, lw=1.8, label=name)
         right.plot(some.epsilon, ratio, color=colour, marker="o", ms=6)
-        right.annotate(f"{ratio:.2f}", (some.epsilon, ratio), (6, 4), textcoords="offset points", color=colour)
+        note(right, f"{ratio:.2f}", (some.epsilon, ratio), (6, 4), color=colour)
     right.axvline(scores.epsilon, color="black", lw=0.6, ls=":")
     right.set(xlabel="ε: what a sink's score exceeds", ylabel="sink ratio", ylim=(0, 1), xlim=(0, 1))
     right.legend(fontsize=9, loc="upper right")
@@ -133,8 +120,8 @@ def secondary_sinks(
         ax.scatter(depth[:-1:2][sinks], cosine[:-1:2][sinks], s=70 * heads[sinks], color=SINK, zorder=3, linewidths=0)
     ax.plot(depth, secondary.cosine_other, color=ORDINARY, lw=2)
     left = len(depth) // 8
-    looks = {"textcoords": "offset points", "color": ORDINARY, "fontsize": 9, "va": "top"}
-    ax.annotate("all other tokens (mean)", (depth[left], secondary.cosine_other[left]), (0, -6), **looks)
+    at = (depth[left], secondary.cosine_other[left])
+    note(ax, "all other tokens (mean)", at, (0, -6), color=ORDINARY, fontsize=9, va="top")
     for cycle, colour in zip(life.cycles[:2], (SPIKE, SMALL), strict=False):
         for block in (*cycle.step_up, *cycle.step_down):
             ax.axvline((block - 0.5) / 2, color=colour, lw=1, ls=":")

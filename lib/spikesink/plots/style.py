@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
 
@@ -12,14 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from spikesink.chain.lifecycle import Cycle
+from spikesink.chain.lifecycle import Cycle, Lifecycle
 from spikesink.common import NotApplicable, brief, write_atomically, writing_to
 from spikesink.model.anatomy import Block
+from spikesink.plots.palette import ORDINARY, SPIKE
 
-SPIKE, SINK, ORDINARY, SMALL = "#D55E00", "#0072B2", "#7F7F7F", "#E69F00"  # Okabe and Ito's colour-blind safe hues
-OTHERS = ("#009E73", "#CC79A7", "#56B4E9")  # for what is none of these
-SPIKE_MAP, SINK_MAP = "rocket_r", "Blues"
-MARKERS = ("o", "s", "^")
 STYLE = {
     "figure.dpi": 90,
     "savefig.dpi": 160,
@@ -37,12 +33,6 @@ STYLE = {
 }
 
 
-@contextmanager
-def _style():
-    with sns.axes_style("ticks"), plt.rc_context(STYLE):
-        yield
-
-
 def figure(rows: int = 1, columns: int = 1, size: tuple[float | int, float | int] = (9.5, 4.2), **options):
     """A figure and its axes; `options` as plt.subplots takes them."""
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
@@ -55,7 +45,7 @@ def styled(draw):
 
     @wraps(draw)
     def drawn(*args, **options) -> Figure:
-        with _style():
+        with sns.axes_style("ticks"), plt.rc_context(STYLE):
             return draw(*args, **options)
 
     return drawn
@@ -82,11 +72,12 @@ def absent(reason: str) -> Figure:
 
 
 def drawn_where_applicable(draw):
-    """For figures of what a model may not have: the reason in the figure's place, where its first argument is one."""
+    """For figures of what a model may not have: the reason in the figure's place, where there is none of the first."""
 
     @wraps(draw)
     def drawn(first, *args, **options) -> Figure:
-        return absent(first.reason) if isinstance(first, NotApplicable) else styled(draw)(first, *args, **options)
+        nothing = isinstance(first, NotApplicable) or (isinstance(first, Lifecycle) and first.main is None)
+        return absent(first.reason) if nothing else styled(draw)(first, *args, **options)
 
     return drawn
 
@@ -128,6 +119,11 @@ def _font():
     return get_font(findfont(STYLE["font.family"]))
 
 
+def note(ax, text: str, at, offset: tuple[float | int, float | int], **looks) -> None:
+    """Text at a point of the data, moved by an offset in points."""
+    ax.annotate(text, at, offset, textcoords="offset points", **looks)
+
+
 def quoted(text: str) -> str:
     """The same in quotation marks."""
     return f"“{token_text(text)}”"
@@ -149,10 +145,6 @@ def span(ax, cycle: Cycle, label: bool = True) -> None:
         for block in blocks:
             ax.axvspan(block - 0.5, block + 0.5, color=SPIKE, alpha=0.13, lw=0)
         if blocks and label:
-            side = {"ha": "left", "x": blocks[-1] + 0.8} if text == "step-up" else {"ha": "right", "x": blocks[0] - 0.8}
-            ax.text(side["x"], 0.02, text, ha=side["ha"], va="bottom", color=SPIKE, fontsize=9, transform=x_data(ax))
-
-
-def x_data(ax):
-    """Place by x in the data's units and y as a share of the axis."""
-    return ax.get_xaxis_transform()
+            x, side = (blocks[-1] + 0.8, "left") if text == "step-up" else (blocks[0] - 0.8, "right")
+            place = {"ha": side, "va": "bottom", "transform": ax.get_xaxis_transform()}
+            ax.text(x, 0.02, text, color=SPIKE, fontsize=9, **place)

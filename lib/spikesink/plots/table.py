@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 
 from spikesink.common import brief
 from spikesink.ledger.table import Board, Cell, Row
-from spikesink.plots.style import ORDINARY, OTHERS, absent, figure, styled
+from spikesink.plots.palette import ORDINARY, OTHERS
+from spikesink.plots.style import absent, figure, styled
 
 # Neither is a spike's colour or a sink's, and they differ for every kind of colour blindness.
 HOLDS, DIFFERS = OTHERS[0], "#A3487B"
