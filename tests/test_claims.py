@@ -2,9 +2,10 @@
 
 import json
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -123,16 +124,6 @@ def test_rules_with_two_ends_or_none(claim_id, measured, verdict):
     assert claims.verdict(claim_id, measured) == verdict
 
 
-def test_the_words_of_a_rule_are_its_conditions():
-    words = {claim_id: rule.words for claim_id, rule in rules.RULES.items()}
-    assert words["TK1"] == ">= 98% of the vocabulary spikes at position 0"
-    assert words["LC4"] == "channels above 100 medians: >= 1 and <= max(10, 1% of d_model)"
-    assert words["X-MX2"].endswith("it is number 1 of the block's experts")
-    assert words["TR6"] == words["TR1"]
-    assert not any(set("{}") & set(text) for text in words.values())
-    assert max(len(rule.short) for rule in rules.RULES.values()) <= 42  # there is room for it in the picture
-
-
 @pytest.mark.parametrize("name", COMMITTED)
 def test_every_committed_verdict_can_be_recomputed_from_its_file(name):
     for claim_id, row in COMMITTED[name]["claims"].items():
@@ -215,45 +206,33 @@ def claim(claim_id: str = "LC2", **measured) -> claims.Claim:
     return claims.judge(claim_id, Evidence(AT_THE_LIMIT[claim_id] | measured, {"other": 0.5}), "02_plateau")
 
 
-def test_notebooks_merge_their_claims(tmp_path):
+def test_notebooks_merge_their_claims_unless_they_measured_otherwise(tmp_path):
+    def rows() -> dict[str, str]:
+        data = json.loads((tmp_path / "claims.json").read_text())
+        assert data["schema"] == claims.SCHEMA
+        return {claim_id: row["verdict"] for claim_id, row in data["claims"].items()}
+
     claims.record(tmp_path, HEADER, {"LC2": claim("LC2")})
-    path = claims.record(tmp_path, HEADER, {"LC1": claim("LC1")})
-    data = json.loads(path.read_text())
-    assert list(data["claims"]) == ["LC1", "LC2"]
-    assert (data["schema"], data["windows"]) == (claims.SCHEMA, [2, 64])
+    claims.record(tmp_path, HEADER, {"LC1": claim("LC1")})
+    assert list(rows().items()) == [("LC1", "holds"), ("LC2", "holds")]
     claims.record(tmp_path, HEADER, {"LC2": claim("LC2", plateau_write_ratio=0.5)})
-    assert json.loads(path.read_text())["claims"]["LC2"]["verdict"] == "differs"
-
-
-@pytest.mark.parametrize(
-    "change", [{"text_sha256": "ef"}, {"windows": (4, 64)}, {"sha256": "00"}, {"dtype": "bfloat16"}, {"seed": 1}]
-)
-def test_claims_measured_otherwise_are_not_mixed(tmp_path, change):
-    claims.record(tmp_path, HEADER, {"LC2": claim("LC2")})
-    path = claims.record(tmp_path, replace(HEADER, **change), {"LC1": claim("LC1")})
-    assert list(json.loads(path.read_text())["claims"]) == ["LC1"]
+    assert rows()["LC2"] == "differs"
+    for change in ({"text_sha256": "ef"}, {"windows": (4, 64)}, {"sha256": "00"}, {"dtype": "bfloat16"}, {"seed": 1}):
+        claims.record(tmp_path, HEADER, {"LC2": claim("LC2")})
+        claims.record(tmp_path, replace(HEADER, **change), {"LC1": claim("LC1")})
+        assert list(rows()) == ["LC1"], change
 
 
 def test_many_notebooks_at_once_lose_nothing(tmp_path):
-    threads = [
-        threading.Thread(target=claims.record, args=(tmp_path, HEADER, {claim_id: claim(claim_id)}))
-        for claim_id in AT_THE_LIMIT
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(AT_THE_LIMIT)) as pool:
+        list(pool.map(lambda claim_id: claims.record(tmp_path, HEADER, {claim_id: claim(claim_id)}), AT_THE_LIMIT))
     assert json.loads((tmp_path / "claims.json").read_text())["claims"].keys() == AT_THE_LIMIT.keys()
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     common.write_atomically(path, "old")
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(common.os, "replace", interrupted)
+    monkeypatch.setattr(common.os, "replace", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         common.write_atomically(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
@@ -264,14 +243,11 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     ("value", "text"),
     [
         (0.0001234, "0.000123"),
-        (23754.4, "23,800"),
         (-23749.9, "-23,700"),
         (999.6, "1,000"),
         (math.inf, "inf"),
-        ([24, 58], "24, 58"),
         ([[24, 3], [58, 0.5]], "(24, 3), (58, 0.5)"),
         ([], "none"),
-        ("a", "a"),
     ],
 )
 def test_values_are_shortened(value, text):

@@ -37,37 +37,26 @@ def test_every_command_answers_to_help(command, capsys):
         (["no-such"], "invalid choice: 'no-such'"),
         (["report", "a", "--n-prompts", "3"], "whole number of at least 4"),
         (["report", "a", "--out", " "], "empty name is no folder"),
-        (["scan", "a", "--entries", ""], "'' is not a whole number of at least 1"),
         (["figures", "--seq-len", "1.5"], "whole number of at least 2"),
         (["figures", "--model", " , "], "names no model"),
         (["figures", "--model", "a/b,A/B"], "would share the folder a--b"),
         (["lab", "--tier", "foo"], "invalid choice: 'foo'"),
         (["lab", "--checkpoint-every", "-4"], "no number of seconds"),
-        (["lab", "--jobs", "0"], "whole number of at least 1"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(arguments, said, capsys):
     with pytest.raises(SystemExit) as left:
         main(arguments)
-    assert left.value.code == 2
     error = capsys.readouterr().err
+    assert (left.value.code, error.count("\n")) == (2, 1)
     assert said in error
-    assert error.endswith("(see --help)\n")
-    assert error.count("\n") == 1
 
 
 def test_models_are_told_apart_by_commas_unless_a_path_has_them(tmp_path):
     (tmp_path / "a,b").mkdir()
-    given = ("smollm2-135m", f"smollm2-135m, {tmp_path},smollm2-135m,", f"{tmp_path}/a,b", "a/b,c/d")
-    assert [cli.model_names(names) for names in given] == [
-        ["smollm2-135m"],
-        ["smollm2-135m", str(tmp_path)],
-        [f"{tmp_path}/a,b"],
-        ["a/b", "c/d"],
-    ]
-
-
-def test_the_tiers_are_those_of_the_lab():
+    assert cli.model_names(f"smollm2-135m, {tmp_path},smollm2-135m,") == ["smollm2-135m", str(tmp_path)]
+    assert cli.model_names(f"{tmp_path}/a,b") == [f"{tmp_path}/a,b"]
+    assert cli.model_names("a/b,c/d") == ["a/b", "c/d"]
     assert tuple(BASES) == cli.TIERS
 
 

@@ -2,12 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,24 +34,13 @@ from spikesink.lab.train import (
     multiplies_bfloat16,
     rate,
     start,
-    step,
     train,
 )
 from spikesink.model import texts
 
 PLAIN = Machine(compiled=False)
-SMALL = Config(
-    task="backcopy",
-    d_vocab=64,
-    d_model=32,
-    n_layers=2,
-    heads=(16, 2),
-    lengths=(32, 128),
-    batch=512,
-    steps=4,
-    warmup=2,
-    learning_rate=1e-2,
-)
+SIZES = {"d_vocab": 64, "d_model": 32, "n_layers": 2, "heads": (16, 2), "lengths": (32, 128), "batch": 512}
+SMALL = Config(task="backcopy", **SIZES, steps=4, warmup=2, learning_rate=1e-2)
 # Of processes that tests start: one thread each, and the same modules.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 # What each family changes in a model: parameters with one of these words in their names.
@@ -129,26 +118,15 @@ def test_windows_without_bos_are_the_rest_of_windows_with_it(small_corpus):
         assert data.batch(task, config, 3).shape == (config.batch // 64, 64)
 
 
-def test_every_family_of_the_paper_is_there_with_one_name_for_each_variant():
-    assert families.FAMILIES == ("optimization", "ffn", "normalization", "heads", "gates", "context")
-    for tier in families.BASES:
-        labels = [plan.label for plan in families.planned(tier)]
-        assert len(labels) == len(set(labels))
-        assert all(set(label) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for label in labels)
-
-
 @pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"norm": "batch"}, "pre, sandwich"),
         ({"heads": (15, 2)}, "an even number"),
         ({"lengths": (48, 64)}, "double"),
-        ({"lengths": (64, 32)}, "double"),
         ({"lengths": (16, 32)}, "64 or more"),
         ({"batch": 100}, "a multiple of .* 128"),
-        ({"beta2": 1.0}, "less than 1"),
         ({"skipped": 1.0}, "less than 1"),
-        ({"steps": 0}, "no less than 1"),
         ({"learning_rate": -1e-3}, "no less than"),
         ({"n_layers": True}, "no less than 1"),
     ],
@@ -167,177 +145,108 @@ def test_the_base_is_transformers_llama_and_with_qk_norm_its_qwen3(norm):
     for values in ours.parameters():  # scales of one and small matrices would hide much
         values.add_(0.3 * torch.randn(values.shape, generator=generator))
     kind, settings = (LlamaForCausalLM, LlamaConfig) if norm == "pre" else (Qwen3ForCausalLM, Qwen3Config)
-    theirs = kind(
-        settings(
-            vocab_size=config.d_vocab,
-            hidden_size=config.d_model,
-            intermediate_size=config.d_mlp,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_heads,
-            head_dim=config.d_head,
-            rope_theta=10_000.0,
-            rms_norm_eps=1e-6,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    )
-    names = {"unembed": "lm_head", "ln_final": "model.norm"}
-    inner = {
-        "blocks": "model.layers",
-        "attn.q_norm": "self_attn.q_norm",
-        "attn.k_norm": "self_attn.k_norm",
-        "ln1": "input_layernorm",
-        "ln2": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.in": "mlp.up_proj",
-        "mlp.out": "mlp.down_proj",
-    } | {f"attn.{x}.": f"self_attn.{x}_proj." for x in "qkvo"}
-    state = {}
-    for name, values in ours.state_dict().items():
-        for mine, other in (names if not name.startswith("blocks") else inner).items():
-            name = name.replace(mine, other)
-        state["model.embed_tokens.weight" if name == "embed.weight" else name] = values
+    sizes = {"vocab_size": config.d_vocab, "hidden_size": config.d_model, "intermediate_size": config.d_mlp}
+    sizes |= {"num_hidden_layers": config.n_layers, "max_position_embeddings": 64, "head_dim": config.d_head}
+    sizes |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), config.n_heads)
+    more = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    theirs = kind(settings(**sizes, **more, attn_implementation="eager"))
+    names = {"embed.weight": "model.embed_tokens.weight", "unembed": "lm_head", "ln_final": "model.norm"}
+    names |= {"blocks": "model.layers", "ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+    names |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+    names |= {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}
+    names |= {"mlp.gate": "mlp.gate_proj", "mlp.in": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, names))})(?=\.|$)")
+    state = {pattern.sub(lambda match: names[match[1]], name): values for name, values in ours.state_dict().items()}
     theirs.load_state_dict(state)
     tokens = random_tokens(config)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
-def test_norms_are_their_formulas():
+def test_norms_and_ffns_are_their_formulas():
     x = torch.randn(5, 32) * 7
     rms, tanh = RMSNorm(32), DynamicTanh(32)
-    for norm in (rms, tanh):
-        norm.weight.copy_(torch.randn(32))
+    for values in (rms.weight, tanh.weight, tanh.bias):
+        values.normal_()
     torch.testing.assert_close(rms(x), functional.rms_norm(x, (32,), rms.weight, 1e-6))
     tanh.alpha.fill_(0.1)
-    tanh.bias.copy_(torch.randn(32))
     e = torch.exp(0.2 * x)
     torch.testing.assert_close(tanh(x), (e - 1) / (e + 1) * tanh.weight + tanh.bias)
+    ffns = {kind: Decoder(replace(SMALL, ffn=kind)).blocks[0].mlp for kind in ("swiglu", "gelu", "linear", "none")}
+    for kind, activation in (("gelu", functional.gelu), ("linear", lambda y: y)):
+        mlp = ffns[kind]
+        torch.testing.assert_close(mlp(x), activation(x @ getattr(mlp, "in").weight.T) @ mlp.out.weight.T)
+    assert not ffns.pop("none")(x).any()
+    sizes = [sum(p.numel() for p in mlp.parameters()) for mlp in ffns.values()]
+    assert max(sizes) / min(sizes) < 1.05, "FFNs that are compared have as many weights"
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape"), [("channel", (2, 16)), ("head", (2, 1)), ("token", (1, 1)), ("static", None)]
+    ("kind", "shape"), [("channel", (2, 16)), ("head", (2, 1)), ("token", (1, 1)), ("static", (2, 16))]
 )
 @torch.inference_mode()
 def test_a_gate_is_a_sigmoid_of_its_input_and_a_static_one_sees_none(kind, shape):
     gate = Gate(replace(SMALL, gate=kind))
     z, x = torch.randn(3, 5, 2, 16), torch.randn(3, 5, 32)
-    if kind == "static":
-        gate.logit.copy_(torch.randn(32))
-        assert torch.equal(gate(z, x), gate(z, torch.randn(3, 5, 32)))
-        expected = z / (1 + torch.exp(-gate.logit.reshape(2, 16)))
-    else:
-        logit = torch.stack([x @ row for row in gate.logit.weight], -1).reshape(3, 5, *shape)
-        assert logit.shape[2] * logit.shape[3] == {"channel": 32, "head": 2, "token": 1}[kind]
-        expected = z / (1 + torch.exp(-logit))
-    torch.testing.assert_close(gate(z, x), expected)
+    logit = gate.logit.normal_() if kind == "static" else x @ gate.logit.weight.T
+    torch.testing.assert_close(gate(z, x), z / (1 + torch.exp(-logit.unflatten(-1, shape))))
 
 
 @torch.inference_mode()
-def test_a_gate_acts_before_the_output_matrix_and_reads_what_the_block_reads():
-    config = replace(SMALL, gate="head")
-    model, seen = Decoder(config), {}
-    model.blocks[0].attn.gate.logit.weight.mul_(50)
-    names = [
-        f"blocks.0.{name}" for name in ("ln1.hook_normalized", "attn.v.hook_out", "attn.hook_pattern", "hook_attn_out")
-    ]
-    with model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update({hook.name: x})) for name in names]):
-        model(random_tokens(config))
-    h, v, pattern, wrote = (seen[name] for name in names)
-    z = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-    z = z * torch.sigmoid(h @ model.blocks[0].attn.gate.logit.weight.T)[..., None]
-    torch.testing.assert_close(wrote, z.flatten(2) @ model.blocks[0].attn.o.weight.T)
+def test_a_gate_acts_before_the_output_matrix_and_a_sandwich_norms_each_write():
+    gated = Decoder(replace(SMALL, gate="head"))
+    attn = gated.blocks[0].attn
+    attn.gate.logit.weight.mul_(50)
+    _, cache = gated.run_with_cache(random_tokens(SMALL))
+    z = torch.einsum("bhqk,bkhd->bqhd", cache["blocks.0.attn.hook_pattern"], cache["blocks.0.attn.v.hook_out"])
+    z = z * torch.sigmoid(cache["blocks.0.ln1.hook_normalized"] @ attn.gate.logit.weight.T)[..., None]
+    torch.testing.assert_close(cache["blocks.0.hook_attn_out"], z.flatten(2) @ attn.o.weight.T)
+    sandwich = Decoder(replace(SMALL, norm="sandwich"))
+    scales = [norm.weight.normal_() for norm in (sandwich.blocks[1].ln1_post, sandwich.blocks[1].ln2_post)]
+    _, cache = sandwich.run_with_cache(random_tokens(SMALL))
+    for inside, wrote, scale in (("attn.o.hook_out", "attn", scales[0]), ("mlp.hook_out", "mlp", scales[1])):
+        normed = functional.rms_norm(cache[f"blocks.1.{inside}"], (32,), eps=1e-6) * scale
+        torch.testing.assert_close(cache[f"blocks.1.hook_{wrote}_out"], normed)
 
 
-@torch.inference_mode()
-def test_a_sandwich_adds_what_a_second_norm_makes_of_each_write():
-    config = replace(SMALL, norm="sandwich")
-    model, seen = Decoder(config), {}
-    scales = [norm.weight.normal_() for norm in (model.blocks[1].ln1_post, model.blocks[1].ln2_post)]
-    names = [f"blocks.1.{name}" for name in ("attn.o.hook_out", "hook_attn_out", "mlp.hook_out", "hook_mlp_out")]
-    with model.hooks(fwd_hooks=[(name, lambda x, hook: seen.update({hook.name: x})) for name in names]):
-        model(random_tokens(config))
-    for before, after, scale in ((*names[:2], scales[0]), (*names[2:], scales[1])):
-        torch.testing.assert_close(seen[after], functional.rms_norm(seen[before], (32,), eps=1e-6) * scale)
-
-
-@torch.inference_mode()
-def test_the_other_ffns_are_their_formulas():
-    x = torch.randn(2, 3, 32)
-    for kind, activation in (("gelu", functional.gelu), ("linear", lambda y: y), ("none", None)):
-        mlp = Decoder(replace(SMALL, ffn=kind)).blocks[0].mlp
-        if activation is None:
-            assert not mlp(x).any()
-        else:
-            torch.testing.assert_close(mlp(x), activation(x @ getattr(mlp, "in").weight.T) @ mlp.out.weight.T)
-    sizes = {
-        kind: sum(p.numel() for p in Decoder(replace(SMALL, ffn=kind)).blocks[0].mlp.parameters())
-        for kind in ("swiglu", "gelu", "linear")
-    }
-    assert max(sizes.values()) / min(sizes.values()) < 1.05, "FFNs that are compared have as many weights"
-
-
-def test_backcopy_copies_after_a_trigger_and_follows_its_bigram_elsewhere():
+def test_backcopy_copies_after_a_trigger_and_follows_the_bigram_of_the_house_text_elsewhere():
     task = Backcopy()
     rows = task.windows(3, 3000, 48)
     assert (rows[:, 0] == BOS).all()
     assert not (rows[:, 1:] == BOS).any()
-    triggers = np.zeros_like(rows, dtype=bool)
-    for trigger in task.triggers:
-        triggers |= rows == trigger
+    triggers = np.isin(rows, task.triggers)
     assert not triggers[:, :2].any(), "a trigger has a token before it that can be copied"
     copies = triggers[:, 1:-1]
     assert (rows[:, 2:][copies] == rows[:, :-2][copies]).all()
     assert 0.05 < copies.mean() < 0.5
-    first, second = rows[:, 1:-1][~copies], rows[:, 2:][~copies]
     counts = np.zeros((64, 64))
-    np.add.at(counts, (first, second), 1)
+    np.add.at(counts, (rows[:, 1:-1][~copies], rows[:, 2:][~copies]), 1)
     for token in np.argsort(-counts.sum(1))[:5]:
         n, p = counts[token].sum(), task.bigram[token]
-        spread = np.sqrt(p * (1 - p) / n)
-        assert (np.abs(counts[token] / n - p) <= 5 * spread + 1e-9).all()
-    np.testing.assert_allclose(task.bigram.sum(1), 1)
-
-
-def test_backcopys_bigram_is_that_of_the_house_text():
-    task = Backcopy()
-    text = [c for c in texts.read("house").content if c in task.characters]
+        assert (np.abs(counts[token] / n - p) <= 5 * np.sqrt(p * (1 - p) / n) + 1e-9).all()
+    text = "".join(c for c in texts.read("house").content if c in task.characters)
     e, t = task.characters.index("e"), task.characters.index("t")
-    pairs = sum(1 for a, b in pairwise(text) if (a, b) == ("t", "e"))
-    others = sum(1 for a in text[:-1] if a == "t")
-    assert task.bigram[t, e] == pytest.approx((pairs + 1) / (others + 63))
+    assert task.bigram[t, e] == pytest.approx((text.count("te") + 1) / (text[:-1].count("t") + 63))
 
 
-def test_windows_are_functions_of_the_seed_and_held_out_ones_are_others():
-    task = Backcopy()
+def test_batches_are_functions_of_the_seed_of_an_allowed_length_and_as_many_tokens():
+    task, config = Backcopy(), replace(SMALL, lengths=(16, 64))
     np.testing.assert_array_equal(task.windows((1, 2), 4, 32), task.windows((1, 2), 4, 32))
     for other in (task.windows((1, 3), 4, 32), task.windows((1, 2), 4, 32, held_out=True)):
         assert (task.windows((1, 2), 4, 32) != other).any()
-
-
-def test_a_batch_has_one_length_of_those_allowed_and_as_many_tokens_always():
-    config = replace(SMALL, lengths=(16, 64))
-    seen = set()
-    for i in range(30):
-        rows = data.batch(Backcopy(), config, i)
-        assert rows.size == config.batch
-        seen.add(rows.shape[1])
-    assert seen == set(doubled(16, 64)) == {16, 32, 64}
+    batches = [data.batch(task, config, i) for i in range(30)]
+    assert {rows.size for rows in batches} == {config.batch}
+    assert {rows.shape[1] for rows in batches} == set(doubled(16, 64)) == {16, 32, 64}
 
 
 @pytest.fixture(scope="module")
 def small_corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    before = os.environ.get("SPIKESINK_CACHE")
-    os.environ["SPIKESINK_CACHE"] = str(folder)
     text = "\n\n\n".join(f"document {i}: " + f"word{i} and others " * 40 for i in range(120))
     (folder / "text.txt").write_text(text)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPIKESINK_CACHE", str(folder))
         yield data.corpus(str(folder / "text.txt"), 300), text
-    finally:
-        os.environ.pop("SPIKESINK_CACHE") if before is None else os.environ.update(SPIKESINK_CACHE=before)
 
 
 def test_a_window_of_a_corpus_is_bos_and_a_piece_of_one_document(small_corpus):
@@ -352,15 +261,6 @@ def test_a_window_of_a_corpus_is_bos_and_a_piece_of_one_document(small_corpus):
             assert any((i % data.HELD_OUT == 0) == held_out for i in where)
     with pytest.raises(ConfigError, match=r"no document of .* has 100000 tokens"):
         corpus.windows(0, 1, 100_000)
-
-
-def test_a_corpus_is_tokenized_once(small_corpus, monkeypatch):
-    corpus, _ = small_corpus
-    monkeypatch.setattr(data, "_tokenize", None)
-    again = data.corpus.__wrapped__(corpus.name, 300)
-    assert again.sha256 == corpus.sha256
-    np.testing.assert_array_equal(again.tokens, corpus.tokens)
-    assert corpus.tokenizer.bos_token_id == BOS
 
 
 def test_a_corpus_of_a_data_set_has_a_document_for_each_row_up_to_so_many_characters(tmp_path, monkeypatch):
@@ -405,7 +305,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_configuration():
     config = replace(SMALL, steps=50, learning_rate=1e30, warmup=0)
-    with pytest.raises(TrainingError, match=r"at step \d+ of Config\(task='backcopy'.*a smaller learning rate"):
+    with pytest.raises(TrainingError, match=r"at step \d+ of Config\(task='backcopy'"):
         train(config, Backcopy(), None, PLAIN)
 
 
@@ -435,21 +335,13 @@ if rank == 0:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_curve_of_one(tmp_path, processes):
     """Of three, one has fewer windows than the others."""
-    assert SMALL.batch // SMALL.lengths[1] % 3
     script, out = tmp_path / "together.py", tmp_path / "curve.json"
     script.write_text(TOGETHER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [script, out]
-    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, timeout=120)
+    subprocess.run([*command, script, out], check=True, capture_output=True, env=ENVIRONMENT, timeout=120)
     alone = train(replace(SMALL, steps=8), Backcopy(), None, PLAIN)
     for row, other in zip(alone.curve, json.loads(out.read_text()), strict=True):
         assert other == pytest.approx(row, rel=1e-4)
-
-
-def test_more_processes_than_windows_is_one_sentence():
-    run, machine = start(SMALL, PLAIN), replace(PLAIN, world=99)
-    with pytest.raises(TrainingError, match="99 processes; start fewer"):
-        step(run, Backcopy(), make_loss(run.model, PLAIN), machine)
 
 
 @torch.no_grad()
@@ -477,15 +369,13 @@ def test_the_library_sees_a_spike_that_is_written_into_a_lab_model():
     assert life.trace.closure < 1e-5
 
 
-def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_path, monkeypatch):
+def test_a_record_is_read_as_it_was_written_and_weights_give_the_same_model(tmp_path):
     plan = families.Planned("text", families.BASE, replace(SMALL, steps=2, learning_rate=0.01 / 3))
     run = train(plan.config, Backcopy(), None, PLAIN)
     kept = records.keep(run, plan, Backcopy(), PLAIN, tmp_path)
-    again = records.read(records.file_of(plan, tmp_path))
-    assert again.config == plan.config
+    [again] = records.read_all(tmp_path, "text")
+    assert (again.config, again.curve["step"]) == (plan.config, [0, 1, 2])
     assert again.final["held_out_loss"] == pytest.approx(kept.final["held_out_loss"], rel=1e-5)
-    assert again.curve["step"] == [0, 1, 2]
-    assert records.read_all(tmp_path, "text") == [again]
     model = records.open_model(records.file_of(plan, tmp_path).with_suffix(".safetensors"))
     tokens = random_tokens(SMALL)
     torch.testing.assert_close(model(tokens), run.model(tokens), rtol=1e-2, atol=2e-3)
@@ -513,11 +403,10 @@ def written(folder: Path) -> list[str | Path]:
 
 
 def test_a_run_that_is_asked_for_alone_goes_by_its_name_or_its_files(tmp_path, capsys, monkeypatch):
-    places = ["--figures", str(tmp_path), "--build", str(tmp_path)]
+    asked, places = [], ["--figures", str(tmp_path), "--build", str(tmp_path)]
+    monkeypatch.setattr(run, "_is_there", lambda plan, folder: not asked.append(plan.name))
     assert main(["lab", "--only", "no such", *places]) == 2
     assert "'no such' in its name; there are: base, no weight decay, " in capsys.readouterr().err
-    asked = []
-    monkeypatch.setattr(run, "_is_there", lambda plan, folder: not asked.append(plan.name))
     for part in ("d_head x 2, half", "d-head-x-2-half"):
         asked.clear()
         assert main(["lab", "--only", part, *places]) == 0
@@ -540,13 +429,11 @@ def test_the_command_that_was_interrupted_goes_on_and_ends_at_the_same_curve(tmp
     record = tmp_path / "figures" / "lab" / "task" / "base-0.json"
     assert not record.exists()
     assert torch.load(checkpoint, weights_only=True)["step"] < LONGER.steps
-    ended = subprocess.run(command, env=ENVIRONMENT, check=True, timeout=120, **pipes)
-    assert "base-0: loss" in ended.stdout
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=120, **pipes)
     assert not checkpoint.exists()
-    whole = train(LONGER, Backcopy(), None, PLAIN)
-    found = records.read(record).curve
+    curve, whole = records.read(record).curve, train(LONGER, Backcopy(), None, PLAIN).curve
     for name in ("loss", "sink_ratio", "max_activation"):
-        assert found[name] == pytest.approx([row[name] for row in whole.curve], rel=1e-3), name
+        assert curve[name] == pytest.approx([row[name] for row in whole], rel=1e-3), name
     assert "All runs" in subprocess.run(command, env=ENVIRONMENT, check=True, timeout=60, **pipes).stdout
 
 
@@ -596,36 +483,34 @@ def test_where_nothing_can_be_written_nothing_is_trained(where, tmp_path, capsys
     assert f"{tmp_path / 'file' / 'lab'} cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("there", [{"avx512_f": True}, {"avx512_bf16": True}, {"bf16": True}, {"amx_bf16": True}])
-def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+@pytest.mark.parametrize("there", ["avx512_f", "avx512_bf16", "bf16", "amx_bf16"])
+def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {there: True})
     monkeypatch.setattr(run, "can_compile", lambda: True)
     monkeypatch.setattr(run, "_side_by_side", lambda missing, args, machine: used.append(machine.precision))
-    can, used = bool({"avx512_bf16", "amx_bf16"} & there.keys()), []
+    can, used = there in ("avx512_bf16", "amx_bf16"), []
     assert multiplies_bfloat16("cpu") == can
-    arguments = ["--figures", str(tmp_path), "--build", str(tmp_path)]
-    assert main(["lab", *arguments]) == 0
-    assert main(["lab", *arguments, "--precision", "bfloat16", "--eager"]) == 0
-    assert main(["lab", *arguments, "--precision", "bfloat16"]) == (0 if can else 2)
+    command = ["lab", "--figures", str(tmp_path), "--build", str(tmp_path)]
+    assert main(command) == 0
+    assert main([*command, "--precision", "bfloat16", "--eager"]) == 0
+    assert main([*command, "--precision", "bfloat16"]) == (0 if can else 2)
     assert used == ["float32", "bfloat16"] + can * ["bfloat16"]
-    assert ("leave out --precision, or add --eager" in capsys.readouterr().err) != can
 
 
 @torch.inference_mode()
 def test_a_trained_model_is_looked_at_closely():
     model, task = planted_decoder(), Backcopy()
-    found = measure_trained(model, task, 5)
-    tokens = data.held_out(task, 5)
+    measured, tokens = measure_trained(model, task, 5), data.held_out(task, 5)
     score = sinks.score(model, tokens)
-    assert found["sink_ratios"] == {f"{e:g}": pytest.approx(score.ratio(e)) for e in (0.2, 0.4)}
-    assert np.array(found["scores"]) == pytest.approx(score.at.mean(0).numpy(), abs=1e-5)
-    assert np.array(found["sinks"]) == pytest.approx((score.at > 0.3).float().mean(0).numpy())
+    assert measured["sink_ratios"] == {f"{e:g}": pytest.approx(score.ratio(e)) for e in (0.2, 0.4)}
+    assert np.array(measured["scores"]) == pytest.approx(score.at.mean(0).numpy(), abs=1e-5)
+    assert np.array(measured["sinks"]) == pytest.approx((score.at > 0.3).float().mean(0).numpy())
     other = tokens.clone()
     other[:, 0] = torch.randint(1, 64, (5,), generator=torch.Generator().manual_seed(0))
     there = patching.evaluate(model, other)
-    assert found["other_first"]["sink_ratio"] == there.sink_ratio
-    assert found["other_first"]["max_first"] == pytest.approx(float(there.largest[:, 0].median()))
-    assert float(patching.evaluate(model, tokens).largest[:, 0].median()) > 2 * found["other_first"]["max_first"]
+    assert measured["other_first"]["sink_ratio"] == there.sink_ratio
+    assert measured["other_first"]["max_first"] == pytest.approx(float(there.largest[:, 0].median()))
+    assert float(patching.evaluate(model, tokens).largest[:, 0].median()) > 2 * measured["other_first"]["max_first"]
     assert "other_first" not in measure_trained(Decoder(replace(SMALL, bos=False)), task, 5)
     assert "late" not in measure_trained(Decoder(replace(SMALL, lengths=(64, 64))), task, 5)
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from spikesink.lab.changes import Change, direction
 from spikesink.lab.config import Config
 from spikesink.lab.data import BOS, Backcopy
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS
-from spikesink.lab.measures import backcopy_truth, tabulate_gates, tabulate_idle
+from spikesink.lab.measures import backcopy_truth
 from spikesink.lab.model import Decoder
 from spikesink.lab.records import Record
 from spikesink.lab.train import start
@@ -79,14 +80,6 @@ def gates(head: float) -> list[Record]:
     return [*rows, record("gate per token", 0, 0.1, 100.0), record("static gate", 0, 0.30, 100.0)]
 
 
-def every_variant() -> list[Record]:
-    rows = base()
-    for i, v in enumerate(VARIANTS):
-        sink, spike = 0.02 + 0.02 * i, 20.0 + 10 * i
-        rows += three(v.name, sink, spike, 2 + 0.01 * i) if v.headline else [record(v.name, 0, sink, spike)]
-    return rows
-
-
 def change(rows: list[Record], name: str, quantity: str) -> Change:
     return findings.measure_change(findings.tabulate_runs(rows), name, quantity)
 
@@ -97,10 +90,6 @@ def compared(rows: list[Record], name: str):
 
 def judged(rows: list[Record], family: str = "gates") -> Evidence | NotApplicable:
     return evidence.tr_family(findings.tabulate_runs(rows), family)
-
-
-def described(rows: list[Record], family: str = "gates") -> str:
-    return evidence.describe_family(findings.tabulate_runs(rows), family)
 
 
 def test_a_change_has_students_interval_with_the_scatter_that_all_variants_share():
@@ -122,19 +111,14 @@ def test_a_change_has_students_interval_with_the_scatter_that_all_variants_share
         (0.01, 0.03, "up", "agree"),
         (-0.01, 0.30, "up", "undecided"),
         (-0.01, 0.03, "up", "differ"),  # no change beyond the band, whatever it is
-        (-0.03, -0.01, "up", "differ"),
         (-0.30, 0.02, "down", "undecided"),
         (-0.03, -0.01, "down", "agree"),
-        (0.10, 0.30, "down", "differ"),
-        (-0.01, 0.03, "stays", "agree"),
         (0.01, 0.03, "stays", "agree"),
-        (0.10, 0.30, "stays", "differ"),
         (-0.30, -0.10, "stays", "differ"),
         (-0.30, 0.10, "stays", "undecided"),
         (0.02, 0.10, "stays", "undecided"),
         (-0.05, 0.4, paper.AT_LEAST, "agree"),  # 0.40 at least, where the base has 0.46
         (-0.07, 0.4, paper.AT_LEAST, "undecided"),
-        (-0.4, -0.05, paper.AT_LEAST, "undecided"),
         (-0.4, -0.07, paper.AT_LEAST, "differ"),
         (0.1, 0.3, None, None),
     ],
@@ -152,7 +136,6 @@ def test_a_change_agrees_where_its_interval_leaves_no_doubt(low, high, way, outc
         ("gate per head", (0.4, 0.1), "undecided"),
         ("gate per head", (0.1, 0.4), "undecided"),
         ("GeLU", (0.33, 0.33), "differ"),  # it is to rise; hardly any change is no rise
-        ("GeLU", (0.40, 0.40), "undecided"),
         ("static gate", (0.3, 0.1), "undecided"),  # 0.02 less at 0.2 is not less
         ("static gate", (0.2, 0.1), "differ"),
     ],
@@ -161,13 +144,8 @@ def test_what_other_thresholds_of_a_sink_contradict_is_left_open(name, at, outco
     rows = [*base(), record(name, 0, 0.1, 100.0, sink_ratios=dict(zip(("0.2", "0.4"), at, strict=True)))]
     sink = change(rows, name, "sink")
     assert (sink.outcome, [one.value for one in sink.others]) == (outcome, pytest.approx([x - 0.32 for x in at]))
-
-
-def test_a_threshold_by_which_there_are_no_sinks_contradicts_nothing():
-    rows = [*base(), record("gate per head", 0, 0.1, 100.0)]
-    rows = [changed(r, sink_ratios={"0.2": r.final["sink_ratio"], "0.4": 0.0}) for r in rows]
-    sink = change(rows, "gate per head", "sink")
-    assert (sink.outcome, sink.others[1].room) == ("agree", False)
+    none = [changed(r, sink_ratios={"0.2": r.final["sink_ratio"], "0.4": 0.0}) for r in rows]
+    assert change(none, name, "sink").others[1].room is False, "where there are no sinks, nothing is contradicted"
 
 
 def test_what_is_said_of_bad_training_is_asked_where_training_went_worse():
@@ -191,9 +169,7 @@ def test_a_variant_of_a_variant_is_compared_with_that_one():
     for quantity in ("spike", "relative"):
         assert math.exp(change(rows, "sandwich", quantity).value) == pytest.approx(10 / 50)
     assert compared(rows, "sandwich").title == "sandwich (against embeddings of 1)"
-    alone = findings.tabulate_runs(base() + three("sandwich", 0.1, 10.0))
-    assert findings.compare_variants(alone) == []
-    assert "make ablations trains them" in findings.tabulate_family(alone, "normalization").reason
+    assert findings.compare_variants(findings.tabulate_runs(base() + three("sandwich", 0.1, 10.0))) == []
 
 
 def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
@@ -204,9 +180,7 @@ def test_models_that_know_long_contexts_only_are_judged_by_late_queries():
     assert late.sink.others == (), "of late queries there is one threshold"
     assert (late.loss, late.sink_ratio) == pytest.approx((2.5, 0.05))
     assert late.sink_at_loss == (), "curves are of all queries"
-    assert late.title == "contexts from 1/2 on (against only the longest, late queries)"
-    runs = findings.tabulate_runs(rows)
-    sinks = findings.tabulate_family(runs, "context")["sink ratio"]
+    sinks = findings.tabulate_family(findings.tabulate_runs(rows), "context")["sink ratio"]
     assert sinks["only the longest"] == pytest.approx(0.30)
     assert sinks["only the longest, late queries"] == pytest.approx(0.15), "what it is compared with"
     more = findings.tabulate_runs([*rows, *three("contexts from 1/2 on", 0.3, 100.0)])
@@ -243,89 +217,66 @@ def test_scatter_is_taken_from_variants_that_have_what_scatters():
 
 
 def test_a_familys_evidence_lists_what_agrees_and_what_does_not():
-    found = judged(gates(head=0.5))
-    assert found.measured["agree"] == [
-        "gate per channel: sink",
-        "gate per channel: spike",
-        "gate per head: spike",
-        "gate per token: sink",
-    ]
-    assert found.measured["differ"] == ["gate per head: sink"]
-    assert found.measured["undecided"] == ["static gate: sink"]
-    counts = [found.measured[f"sinks_{what}_at_{at}"] for what in ("agree", "differ") for at in ("0.2", "0.3", "0.4")]
-    assert counts == [2, 2, 2, 1, 1, 1], "all are alike, in these"
-    assert [found.measured[f"n_{what}"] for what in ("agree", "differ", "undecided", "reported")] == [4, 1, 1, 6]
-    rows = found.measured["variants"]
+    result = judged(gates(head=0.5))
+    agree = ["gate per channel: sink", "gate per channel: spike", "gate per head: spike", "gate per token: sink"]
+    lists = [result.measured[name] for name in ("agree", "differ", "undecided")]
+    assert lists == [agree, ["gate per head: sink"], ["static gate: sink"]]
+    assert [result.measured[f"n_{what}"] for what in ("agree", "differ", "undecided", "reported")] == [4, 1, 1, 6]
+
+    def counts(result: Evidence) -> list[list[int]]:
+        return [[result.measured[f"sinks_{what}_at_{at}"] for at in (0.2, 0.3, 0.4)] for what in ("agree", "differ")]
+
+    assert counts(result) == [[2, 2, 2], [1, 1, 1]], "all are alike, in these"
+    other = [changed(r, sink_ratios={"0.2": 0.32, "0.4": r.final["sink_ratio"]}) for r in gates(head=0.5)]
+    assert counts(judged(other)) == [[1, 2, 2], [3, 1, 1]], "by 0.2 all sinks stay"
+    rows = result.measured["variants"]
     assert [row["name"] for row in rows][:3] == [BASE, "gate per channel", "gate per head"]
     assert rows[0]["sink_ratio"] == pytest.approx(0.32)
-    assert claims.judge("TR5", found, "09").verdict == "differs"
-    assert found.control["base_sink_ratios"] == pytest.approx(BASE_SINKS)
-    assert (found.control["changes_among_base_seeds"], found.control["of"]) == (0, 6)
-    other = [changed(r, sink_ratios={"0.2": 0.32, "0.4": r.final["sink_ratio"]}) for r in gates(head=0.5)]
-    counts = judged(other).measured
-    assert [counts[f"sinks_agree_at_{at}"] for at in ("0.2", "0.3", "0.4")] == [1, 2, 2], "by 0.2 all sinks stay"
-    assert [counts[f"sinks_differ_at_{at}"] for at in ("0.2", "0.3", "0.4")] == [3, 1, 1]
-
-
-def test_a_family_of_which_little_is_beyond_doubt_does_not_hold():
-    measured = {"n_differ": 0, "n_agree": 2, "n_reported": 5, "unsupported": []}
-    assert claims.verdict("TR5", measured) == "differs"
-    assert claims.verdict("TR5", measured | {"n_agree": 3}) == "holds"
-    assert claims.verdict("TR5", measured | {"n_agree": 4, "n_differ": 1}) == "differs"
+    assert claims.judge("TR5", result, "09").verdict == "differs"
+    assert result.control["base_sink_ratios"] == pytest.approx(BASE_SINKS)
+    assert (result.control["changes_among_base_seeds"], result.control["of"]) == (0, 6)
+    said = evidence.describe_family(findings.tabulate_runs(gates(head=0.5)), "gates")
+    assert "**differs**" in said
+    assert "*significantly another way*: gate per head (sink)" in said
 
 
 @pytest.mark.parametrize(("sinks", "verdict"), [([0.30], "n/a"), ([0.34, 0.36, 0.38], "holds")])
 def test_a_claim_of_several_parts_is_judged_where_each_has_some_support(sinks, verdict):
     rows = [r for r in gates(head=0.02) if r.name != "static gate"]
-    found = judged(rows + [record("static gate", seed, sink, 95.0) for seed, sink in enumerate(sinks)])
-    assert (claims.judge("TR5", found, "09").verdict, found.measured["n_differ"]) == (verdict, 0)
-    assert found.measured["unsupported"] == (["sinks that stay"] if verdict == "n/a" else [])
-    assert ("is none of the sinks that stay" in found.measured.get("reason", "")) == (verdict == "n/a")
+    result = judged(rows + [record("static gate", seed, sink, 95.0) for seed, sink in enumerate(sinks)])
+    assert (claims.judge("TR5", result, "09").verdict, result.measured["n_differ"]) == (verdict, 0)
+    assert result.measured["unsupported"] == (["sinks that stay"] if verdict == "n/a" else [])
+    assert ("is none of the sinks that stay" in result.measured.get("reason", "")) == (verdict == "n/a")
 
 
 def test_a_family_that_fails_for_open_changes_alone_is_not_judged():
     rows = base() + three("gate per channel", 0.31, 100.0) + three("gate per head", 0.31, 100.0)
     rows += [record("gate per token", 0, 0.3, 100.0), record("static gate", 0, 0.30, 100.0)]
     rows = [changed(r, sink_ratio=0.2 * r.config.seed + 0.05, max_activation=4.0**r.config.seed) for r in rows]
-    found = judged(rows)
-    claim = claims.judge("TR5", found, "09")
-    assert (claim.verdict, found.measured["n_differ"]) == ("n/a", 0)
-    n = found.measured["n_undecided"]
-    assert claim.measured["reason"].startswith(f"{n} of 6 changes stay open ({n} that so few seeds do not tell")
-    assert f"**n/a**: {claim.measured['reason']}. *significantly" in described(rows)
+    result = judged(rows)
+    claim = claims.judge("TR5", result, "09")
+    assert (claim.verdict, result.measured["n_differ"]) == ("n/a", 0)
+    assert claim.measured["reason"].startswith(f"{result.measured['n_undecided']} of 6 changes stay open")
     assert claim.measured["variants"], "what was measured stands there all the same"
 
 
 def test_a_base_whose_seeds_differ_more_than_variants_do_raises_false_alarms():
     wild = [record(BASE, i, s, 100.0) for i, s in enumerate((0.1, 0.1, 0.9))]
     names = ("gate per channel", "gate per head", "gate per token", "static gate")
-    found = judged(wild + [r for name in names for r in three(name, 0.2, 9)])
-    assert found.control["changes_among_base_seeds"] == 3, "of the sinks, each beside the two others"
-    assert claims.judge("TR5", found, "09").measured["reason"].endswith("count as changes in 3 of 6 looks")
+    result = judged(wild + [r for name in names for r in three(name, 0.2, 9)])
+    assert result.control["changes_among_base_seeds"] == 3, "of the sinks, each beside the two others"
+    assert claims.judge("TR5", result, "09").measured["reason"].endswith("count as changes in 3 of 6 looks")
     alone = judged(wild + [record(name, 0, 0.1, 9.0) for name in names])
     assert "of" not in alone.control, "nothing to tell the seeds apart by"
 
 
 def test_without_records_or_second_seeds_there_is_no_verdict():
-    assert isinstance(judged([]), NotApplicable)
-    assert judged(base()).reason == findings.NO_RECORDS
+    assert judged([]).reason == judged(base()).reason == findings.NO_RECORDS
     assert "has a second seed" in judged([r for r in gates(0.1) if r.config.seed == 0]).reason
-    found = judged([r for r in gates(0.1) if r.name not in ("static gate", "gate per token")])
-    assert claims.judge("TR5", found, "09").verdict == "n/a"
-    assert "not all is trained yet: gate per token, static gate" in found.measured["reason"]
-    assert found.measured["n_agree"] == 4, "what was measured stands there all the same"
-
-
-def test_a_family_is_summed_up_in_a_sentence():
-    said = described(gates(head=0.5))
-    assert "**differs**" in said
-    assert "*significantly another way*: gate per head (sink)" in said
-    assert said.endswith("*left open*: static gate (sink).")
-    flat = [changed(r, max_elsewhere=r.final["max_first"]) if r.name == "gate per head" else r for r in gates(head=0.5)]
-    assert described(flat).endswith("so that the activation is no spike's*: gate per head.")
-    some = [r for r in gates(0.02) if r.name != "static gate"]
-    assert described(some).endswith("; *not trained yet*: static gate.")
-    assert "*significantly another way*: none" in described(some)
+    result = judged([r for r in gates(0.1) if r.name not in ("static gate", "gate per token")])
+    assert claims.judge("TR5", result, "09").verdict == "n/a"
+    assert "not all is trained yet: gate per token, static gate" in result.measured["reason"]
+    assert result.measured["n_agree"] == 4, "what was measured stands there all the same"
 
 
 def test_the_corners_hold_what_goes_alone():
@@ -348,10 +299,10 @@ def test_the_corners_hold_what_goes_alone():
 
 def test_idle_heads_are_compared_with_themselves_before_training():
     rows = [record(BASE, 0, 0.3, 1.0, attention_other=0.9, attention_trigger=0.01, copy_loss=0.0)]
-    found = evidence.x_tr9_dormant(rows)
-    assert claims.judge("X-TR9", found, "09").verdict == "holds"
-    assert found.control["attention_other_untrained"] == [0.05]
-    assert claims.passing_controls("X-TR9", found.measured, found.control) == []
+    result = evidence.x_tr9_dormant(rows)
+    assert claims.judge("X-TR9", result, "09").verdict == "holds"
+    assert result.control["attention_other_untrained"] == [0.05]
+    assert claims.passing_controls("X-TR9", result.measured, result.control) == []
     assert isinstance(evidence.x_tr9_dormant([]), NotApplicable)
 
 
@@ -376,8 +327,11 @@ def test_what_is_known_of_backcopy_is_measured_as_defined():
 
 
 def test_the_picture_of_changes_counts_them_and_has_the_papers_beside():
-    runs = findings.tabulate_runs(every_variant())
-    several = findings.compare_variants(runs)
+    rows = base()
+    for i, v in enumerate(VARIANTS):
+        sink, spike = 0.02 + 0.02 * i, 20.0 + 10 * i
+        rows += three(v.name, sink, spike, 2 + 0.01 * i) if v.headline else [record(v.name, 0, sink, spike)]
+    several = findings.compare_variants(findings.tabulate_runs(rows))
     outcomes = [c.outcome for one in several for c in (one.sink, one.spike) if c.outcome]
     fig = plots.changes(several)
     numbers = [len(outcomes), *(outcomes.count(what) for what in ("agree", "differ", "undecided"))]
@@ -389,44 +343,20 @@ def test_the_picture_of_changes_counts_them_and_has_the_papers_beside():
         assert diamonds == pytest.approx(expected)
 
 
-def test_the_plane_of_all_is_in_medians_of_the_stream_and_names_what_it_is_asked_for():
-    runs = findings.tabulate_runs([*base(), record("GeLU", 0, 0.3, 90.0, median=3.0), *three("linear", 0.2, 50.0)])
-    fig = plots.decoupling(findings.average_seeds(runs), ["GeLU"])
-    points = [x for line in fig.axes[0].lines if line.get_marker() in "sox*D" for x in line.get_xdata()]
-    assert {30, 25, 55} <= {round(x) for x in points}
-    assert "GeLU" in texts(fig)
-    assert "linear" not in texts(fig)
-
-
 def test_pictures_of_curves_show_what_they_were_given():
     growing = plots.emergence(findings.tabulate_curves({"base": base()}))
-    assert {"position 0", "attention"} <= set(texts(growing))
-    spike, sink = growing.axes[2].lines[0], growing.axes[3].lines[1]
-    assert spike.get_ydata() == pytest.approx([0.0, 2.5, 5.0, 10.0]), "over what is elsewhere"
-    assert sink.get_ydata() == pytest.approx([0.1, 0.1, 0.12, 0.2])
+    assert growing.axes[2].lines[0].get_ydata() == pytest.approx([0.0, 2.5, 5.0, 10.0]), "over what is elsewhere"
+    assert growing.axes[3].lines[1].get_ydata() == pytest.approx([0.1, 0.1, 0.12, 0.2])
 
     def swinging(share: float) -> list[dict[str, float | int]]:
         swings = ((0, 0.9), (5, share - 0.01), (10, share + 0.01))
         return [{"step": at, "copy_loss": 1.0, "attention_other": s, "attention_trigger": 0.0} for at, s in swings]
 
-    means = {"plain": 0.4, "gated": 0.02}
-    runs = {
-        name: [replace(start(replace(SMALL, seed=i)), curve=swinging(mean + (i - 0.5) / 50)) for i in range(2)]
-        for name, mean in means.items()
-    }
+    runs = {"gated": [replace(start(replace(SMALL, seed=i)), curve=swinging((0.01, 0.03)[i])) for i in range(2)]}
     curves = findings.tabulate_curves(runs)
-    held = findings.average_late(curves, "attention_other")
-    assert held["plain"].tolist() == pytest.approx([0.39, 0.41]), "what was in the first half is past"
-    assert "gated: 2% at position 0 when idle (1%, 3%)" in texts(plots.dormant(curves, held))
-
-
-def test_the_table_of_a_family_has_one_row_a_variant():
-    table = findings.tabulate_family(findings.tabulate_runs(every_variant()), "gates")
-    assert list(table.index) == [BASE, *(v.name for v in VARIANTS if v.family == "gates")]
-    assert table.loc["gate per head", ["seeds", "attention"]].tolist() == [3, pytest.approx(0.2)]
-    assert table.loc["gate per head", "times elsewhere"] == pytest.approx(10)
-    assert table.loc[BASE, "sink ratio"] == pytest.approx(0.32)
-    assert table.loc[BASE, "change"] == "", "the base is not compared with itself"
+    late = findings.average_late(curves, "attention_other")
+    assert late["gated"].tolist() == pytest.approx([0.01, 0.03]), "what was in the first half is past"
+    assert "gated: 2% at position 0 when idle (1%, 3%)" in texts(plots.dormant(curves, late))
 
 
 def test_where_nothing_was_trained_it_says_so():
@@ -435,22 +365,20 @@ def test_where_nothing_was_trained_it_says_so():
     assert findings.tabulate_family(nothing, "gates") == nothing
     for fig in (plots.decoupling(nothing, []), plots.waiting(nothing)):
         assert nothing.reason in " ".join(texts(fig))
-    assert "no variant is trained yet" in " ".join(texts(plots.changes([])))
 
 
 def test_the_chain_can_be_put_to_a_model_of_our_own():
     model, tokens = planted_decoder(), torch.from_numpy(Backcopy().windows(0, 6, 64))
-    model.tokenizer = Characters()
+    model.tokenizer = SimpleNamespace(pad_token_id=None, decode=Backcopy().decode)
     measured = inside.measure_inside(model, tokens)
-    assert measured["LC1"].measured["step_up_blocks"] == [4]
-    assert measured["LC1"].measured["channels"][0] == 9
-    assert measured["AM3"].measured["rank_one_share"] > 0.99
-    assert measured["AM2"].measured["gain_rank"] == 1
-    assert measured["LC7"].measured["position0_share"] == 1
-    assert measured["AM5"].measured["median_relative_error"] < 1e-5
-    assert measured["NM3"].measured["cosine_after"] == pytest.approx(1, abs=1e-4)
-    assert any("(LC1)" in claim for claim in inside.list_claims(measured, "holds"))
-    assert any("(SK3)" in claim for claim in inside.list_claims(measured, "n/a"))
+    values = {key: result.measured for key, result in measured.items() if isinstance(result, Evidence)}
+    assert values["LC1"]["step_up_blocks"] == [4]
+    assert values["LC1"]["channels"][0] == 9
+    assert values["AM3"]["rank_one_share"] > 0.99
+    assert values["AM2"]["gain_rank"] == 1
+    assert values["LC7"]["position0_share"] == 1
+    assert values["AM5"]["median_relative_error"] < 1e-5
+    assert values["NM3"]["cosine_after"] == pytest.approx(1, abs=1e-4)
     table = inside.tabulate_claims({"made by hand": measured})
     assert table.loc["LC1", "made by hand"] == f"holds (step up blocks {block(4)})"
     assert table.loc["SK3", "made by hand"] == f"n/a: {measured['SK3'].reason}"
@@ -461,49 +389,16 @@ def test_the_chain_can_be_put_to_a_model_of_our_own():
     assert isinstance(everywhere["SK1"], Evidence), "which asks for no spike"
 
 
-class Characters:
-    pad_token_id = None
-
-    def decode(self, tokens):
-        return Backcopy().decode(tokens)
-
-
-@torch.no_grad()
-def test_what_gates_let_through_is_read_head_by_head():
-    gated, static = (Decoder(replace(SMALL, gate=gate)) for gate in ("head", "static"))
-    for layer in gated.blocks:
-        layer.attn.q.weight.zero_()  # attention is even: 1, 1/2, ... 1/10 on position 0
+def gated_decoder(is_open: list[int]) -> Decoder:
+    """Its attention is even; the gate of the first layer's second head is open on some tokens alone, others at half."""
+    model = Decoder(replace(SMALL, gate="head"))
+    for layer in model.blocks:
+        layer.attn.q.weight.zero_()
         layer.attn.gate.logit.weight.zero_()
-    gated.embed.weight[:, 5] = 1.0
-    gated.embed.weight[32:, 5] = -1.0
-    gated.blocks[0].attn.gate.logit.weight[1, 5] = 1e4  # the second head's is open on tokens below 32 alone
-    tokens = torch.full((4, 10), 40).index_fill(1, torch.tensor(0), 3)
-    table = tabulate_gates({"gated": gated, "static": static, "none": Decoder(SMALL)}, tokens)
-    assert list(table) == ["gated: attention", "gated: gate", "static: attention", "static: gate", "none: attention"]
-    assert list(table["gated: attention"]) == ["0.29, 0.29"] * SMALL.n_layers
-    even = "0.50 (0.50 to 0.50)"
-    assert table["gated: gate"][0] == f"{even}, 0.00 (0.00 to 0.00)", "the first token's does not count"
-    assert set(table["gated: gate"][1:]) | set(table["static: gate"]) == {f"{even}, {even}"}
-    tokens[:, 4:6] = 3
-    assert tabulate_gates({"gated": gated}, tokens)["gated: gate"][0] == f"{even}, 0.00 (0.00 to 1.00)"
-
-
-@torch.no_grad()
-def test_what_heads_and_gates_do_is_told_apart_by_whether_there_is_something_to_copy():
-    task = Backcopy()
-    gated, plain = Decoder(replace(SMALL, gate="head")), Decoder(SMALL)
-    for layer in gated.blocks:
-        layer.attn.gate.logit.weight.zero_()
-    gated.embed.weight[:, 5] = -1.0
-    gated.embed.weight[list(task.triggers), 5] = 1.0
-    gated.blocks[0].attn.gate.logit.weight[1, 5] = 1e4  # the second head's is open on triggers alone
-    table = tabulate_idle({"plain": plain, "gated": gated}, task)
-    assert list(table) == ["plain: attention", "gated: attention", "gated: gate"]
-    assert list(table["gated: gate"]) == ["0.50 (0.50), 0.00 (1.00)", "0.50 (0.50), 0.50 (0.50)"]
-    heads = backcopy_truth(plain, task)["heads"]
-    assert table["plain: attention"][0] == ", ".join(f"{other:.2f} ({trigger:.2f})" for trigger, other in heads[0])
-    one = tabulate_idle({"one": Decoder(replace(SMALL, gate="token"))}, task)
-    assert ", " not in one["one: gate"][0].replace("), ", ""), "one gate for all heads"
+    model.embed.weight[:, 5] = -1.0
+    model.embed.weight[is_open, 5] = 1.0
+    model.blocks[0].attn.gate.logit.weight[1, 5] = 1e4
+    return model
 
 
 def test_the_committed_records_are_of_the_variants_that_there_are():
@@ -536,8 +431,7 @@ def test_kept_weights_are_those_of_their_records():
 
 def test_the_ledger_of_the_lab_is_shown_by_variants_and_counts_as_no_model(tmp_path):
     rows = gates(head=0.5)
-    ledger = open_lab_ledger("09_trained", rows, tmp_path)
-    shown = ledger.record({"TR5": judged(rows)}).data
+    shown = open_lab_ledger("09_trained", rows, tmp_path).record({"TR5": judged(rows)}).data
     assert "**TR5**" in shown
     assert "variants: 5, in a table of their own" in shown
     assert claims.ledgers(tmp_path) == {}
@@ -547,7 +441,7 @@ def test_the_ledger_of_the_lab_is_shown_by_variants_and_counts_as_no_model(tmp_p
     for part in (
         "### [TR5](../notebooks/09_trained.ipynb)",
         "| gate per head | 3 | 2.00 | 0.5 | +0.18 (",
-        "With 4 of 6.",
+        "With 4 of 6",
     ):
         assert part in page
 
@@ -561,8 +455,6 @@ def test_whether_a_sink_is_of_the_place_or_of_the_token():
     assert table["sink ratio"].tolist() == pytest.approx([0.3, 0.0, 0.1])
     assert table["position 0's largest entry"].tolist() == pytest.approx([100, 9, 4])
     assert table["of the sinks, in the first layer"].tolist() == ["67%", "", ""]
-    assert len(findings.tabulate_first_token(rows)) == 2
-    assert "make ablations trains them" in findings.tabulate_first_token([]).reason
 
 
 def waiting(**waits: tuple[float, ...]) -> list[Record]:
@@ -587,9 +479,8 @@ def test_to_leave_position_0_less_is_to_do_so_in_every_seed():
     waits = findings.compare_waits([*rows, late])
     variants = waits.drop_duplicates("name").set_index("name")
     assert list(variants.index[variants["less"]]) == ["gate per head"]
-    assert set(variants.index[variants["judged"]]) == {
-        "gate per head", "gate per channel", "only the longest", "half as long"
-    }  # fmt: skip
+    judged = {"gate per head", "gate per channel", "only the longest", "half as long"}
+    assert set(variants.index[variants["judged"]]) == judged
     assert variants["by_chance"].sum() == pytest.approx(1 / 6 + 1 / 6 + 1 / 10 + 1 / 4)
     axes = plots.waiting(waits).axes[0]
     names = [label.get_text().split(" (")[0] for label in axes.get_yticklabels()]
@@ -597,12 +488,8 @@ def test_to_leave_position_0_less_is_to_do_so_in_every_seed():
         lines = [line for line in axes.lines if line.get_marker() == marker]
         for name, line in zip(names, lines, strict=True):
             assert line.get_xdata() / 100 == pytest.approx(waits[waits["name"] == name][column])
-    is_open = [line.get_markerfacecolor() == "white" for line in axes.lines if line.get_marker() == "o"]
-    assert [name for name, hollow in zip(names, is_open, strict=True) if hollow] == ["contexts from 1/2 on"]
-    table = findings.tabulate_waits(waits, "gates")
-    assert table["nothing to copy"].to_dict() == {
-        BASE: "90%, 40%", "gate per channel": "10%, 41%", "gate per head": "10%, 39%"
-    }  # fmt: skip
+    table = findings.tabulate_waits(waits, "gates")["nothing to copy"]
+    assert table.to_dict() == {BASE: "90%, 40%", "gate per channel": "10%, 41%", "gate per head": "10%, 39%"}
 
 
 def test_gates_that_read_are_compared_with_none_and_a_static_one_within_a_seed():

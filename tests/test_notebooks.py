@@ -1,7 +1,7 @@
 """That the check of the notebooks' stored outputs checks something."""
 
-import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +40,10 @@ def test_a_changed_number_in_a_stored_output_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("instructions", ["the same", "others"])
 def test_what_is_rounded_is_compared_only_where_the_instructions_are_the_same(monkeypatch, instructions):
-    spec = importlib.util.spec_from_file_location("whole", Path(__file__).parent.parent / "conftest.py")
-    whole = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(whole)
-    here = whole.STORED_WITH if instructions == "the same" else "AVX512"
+    whole = runpy.run_path(str(Path(__file__).parent.parent / "conftest.py"))
+    here = whole["STORED_WITH"] if instructions == "the same" else "AVX512"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here)
-    items = [
-        SimpleNamespace(path=Path(name), options={"check": True}, add_marker=lambda mark: None)
-        for name in (whole.ROUNDS, "08_ablation.ipynb")
-    ]
-    whole.pytest_collection_modifyitems(items)
+    names = (whole["ROUNDS"], "08_ablation.ipynb")
+    items = [SimpleNamespace(path=Path(n), options={"check": True}, add_marker=lambda mark: None) for n in names]
+    whole["pytest_collection_modifyitems"](items)
     assert [item.options["check"] for item in items] == [instructions == "the same", True]

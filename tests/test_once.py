@@ -42,20 +42,18 @@ def model(planted_directory):
     return spikesink.load(planted_directory)
 
 
-def test_a_value_comes_back_equal_in_another_process_too(asked, model, planted_directory):
-    tokens = torch.arange(8)[None]
-    first, second = (once.once(measure, model, tokens, 2.0) for _ in range(2))
-    again = once.once(measure, spikesink.load(planted_directory), tokens.clone(), 2.0)
-    assert asked == [2.0]
-    for value in (second, again):
-        assert torch.equal(value.values, first.values)
-        assert (value.reason, value.blocks) == (first.reason, first.blocks)
-
-
-@pytest.mark.parametrize("change", ["weight", "config", "tokens", "number", "kind", "source"])
-def test_whatever_it_depends_on_tells_two_measurements_apart(change, asked, model, monkeypatch):
+@pytest.mark.parametrize("change", ["nothing", "weight", "config", "tokens", "number", "kind", "source", "folder"])
+def test_a_value_comes_back_equal_unless_anything_it_depends_on_changed(
+    change, asked, model, planted_directory, monkeypatch
+):
     tokens, scale = torch.arange(8)[None], 2
-    once.once(measure, model, tokens, scale)
+    first = once.once(measure, model, tokens, scale)
+    if change == "nothing":
+        again = once.once(measure, spikesink.load(planted_directory), tokens.clone(), scale)
+        assert asked == [2]
+        assert torch.equal(again.values, first.values)
+        assert (again.reason, again.blocks) == (first.reason, first.blocks)
+        return
     if change == "weight":
         model.original_model.model.layers[3].mlp.down_proj.weight.data[0, 0] += 1e-6
     elif change == "config":
@@ -64,6 +62,8 @@ def test_whatever_it_depends_on_tells_two_measurements_apart(change, asked, mode
         tokens = tokens.flip(1)
     elif change == "source":
         monkeypatch.setattr(once, "_library", lambda: "changed")
+    elif change == "folder":
+        monkeypatch.delenv(once.FOLDER)
     else:
         scale = 3 if change == "number" else 2.0
     once.once(measure, model, tokens, scale)
@@ -79,14 +79,6 @@ def test_a_model_that_is_hooked_and_arguments_that_cannot_be_told_apart_are_meas
     for _ in range(2):
         once.once(lambda model, function: asked.append(function), model, len)
     assert asked[3:] == [len, len]
-
-
-def test_without_a_folder_nothing_is_kept(asked, model, monkeypatch, tmp_path):
-    monkeypatch.delenv(once.FOLDER)
-    for _ in range(2):
-        once.once(measure, model, torch.arange(8)[None])
-    assert len(asked) == 2
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_life_cycle_and_a_collapse_are_the_same_from_what_is_kept(asked, model):

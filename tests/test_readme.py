@@ -14,14 +14,6 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run_imports(source: str) -> dict:
-    """What an example's imports bind."""
-    lines = [ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    scope = {}
-    exec("\n".join(lines), scope)
-    return scope
-
-
 def look_up(node: ast.expr, scope: dict):
     """What a name or a chain of attributes stands for; None for what only a run can tell."""
     if isinstance(node, ast.Name):
@@ -33,18 +25,16 @@ def look_up(node: ast.expr, scope: dict):
 
 def test_the_examples_call_what_there_is():
     scope, called = {}, set()
-    for source in EXAMPLES:
-        scope |= run_imports(source)
-        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+    for tree in map(ast.parse, EXAMPLES):
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), "README.md", "exec"), scope)
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             if (function := look_up(call.func, scope)) is not None:
                 called.add(ast.unparse(call.func))
                 assert {word.arg for word in call.keywords} <= inspect.signature(function).parameters.keys()
     assert {"ss.load", "patching.zero", "firsttoken.probe", "sinks.score", "amplifier.census", "train"} <= called
-
-
-def test_a_name_that_is_gone_is_noticed():
     with pytest.raises(AttributeError):
-        look_up(ast.parse("ss.lode", mode="eval").body, run_imports("import spikesink as ss"))
+        look_up(ast.parse("ss.lode", mode="eval").body, scope)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"^(?:\w+=\S+ )*make (\w+)", README, flags=re.MULTILINE))))

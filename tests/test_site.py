@@ -27,15 +27,10 @@ def pages(site):
     return {path: BeautifulSoup(path.read_text(), "html.parser") for path in site.rglob("*.html")}
 
 
-def test_every_notebook_and_every_model_with_a_ledger_has_a_page(site):
-    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        assert (site / "notebooks" / notebook.with_suffix(".html").name).is_file()
-    for ledger in (ROOT / "figures").glob("*/claims.json"):
-        assert (site / "figures" / ledger.parent.name / "README.html").is_file()
-    assert (site / "CONTRIBUTING.html").is_file()
-
-
-def test_the_first_page_of_a_server_leads_to_the_readme(pages, site):
+def test_every_notebook_and_every_model_with_a_ledger_has_a_page(site, pages):
+    notebooks = [f"notebooks/{path.stem}.html" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    ledgers = [f"figures/{path.parent.name}/README.html" for path in (ROOT / "figures").glob("*/claims.json")]
+    assert all((site / page).is_file() for page in (*notebooks, *ledgers, "CONTRIBUTING.html"))
     (refresh,) = pages[site / "index.html"].select("meta[http-equiv=refresh]")
     assert refresh["content"] == "0; url=README.html"
 
