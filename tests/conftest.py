@@ -111,7 +111,7 @@ def _no_gradients():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def any_types():
     """Let arguments of wrong types through to the library's own checks, where annotations are checked as well."""
     jaxtyping.config.update("jaxtyping_disable", True)

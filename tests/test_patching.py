@@ -2,15 +2,11 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch.nn import functional
-from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
 
 import spikesink
 from spikesink import patching
@@ -20,11 +16,9 @@ from spikesink.patching import hook as hook_
 from spikesink.patching import value as value_
 from spikesink.patching import write as write_
 from spikesink.patching import z as z_
-from spikesink.patching.interventions import batches
 from spikesink.patching.outcome import Start, find_start, student_interval
 from tests import planted
 from tests.test_families import FAMILIES, SIZES, tiny
-from tests.test_lifecycle import ANATOMY
 
 VECTOR = torch.linspace(-3, 3, 64)
 KEYS = torch.linspace(-1, 1, 32).reshape(2, 16)
@@ -106,23 +100,18 @@ ALL = slice(None)
     ("intervention", "change"),
     [
         (zero(stream(block(4)), 0, [9, 30]), edited("stream", 4, (ALL, 0, [9, 30]), 0)),
-        (zero(stream(block(5)), 3), edited("stream", 5, (ALL, 3), 0)),
         (zero(stream(block(0)), [0, 2], 7), edited("stream", 0, (ALL, [0, 2], 7), 0)),
+        (scale(stream(block(5)), 2.5, 3), edited("stream", 5, (ALL, 3), lambda x: 2.5 * x)),
         (zero(stream(block(12)), 1), edited("stream", 12, (ALL, 1), 0)),
-        (scale(stream(block(6)), 2.5, 4), edited("stream", 6, (ALL, 4), lambda x: 2.5 * x)),
-        (set_to(stream(block(7)), VECTOR), edited("stream", 7, ALL, VECTOR)),
         (set_to(stream(block(6)), VECTOR[:3], 2, [1, 5, 60]), edited("stream", 6, (ALL, 2, [1, 5, 60]), VECTOR[:3])),
         (add(write_(block(8)), VECTOR, 1, factor=-0.5), edited("write", 8, (ALL, 1), lambda x: x - 0.5 * VECTOR)),
         (skip(block(4), [0, 1]), edited("write", 4, (ALL, [0, 1]), 0)),
-        (skip(block(5)), edited("write", 5, ALL, 0)),
         (set_to(read(block(3)), VECTOR, 2), edited("read", 3, (ALL, 2), VECTOR)),
-        (set_to(read(block(6)), VECTOR, 2), edited("read", 6, (ALL, 2), VECTOR)),
         (set_to(readout(), VECTOR, 2), edited("read", 13, (ALL, 2), VECTOR)),
         (apply(query(2), torch.neg, heads=3), edited("query", 2, (ALL, ALL, 3), torch.neg)),
         (set_to(key(2), KEYS, 0), edited("key", 2, (ALL, 0), KEYS)),
         (zero(value_(3), 1, heads=1), edited("value", 3, (ALL, 1, 1), 0)),
         (zero(z_(3), [1, 4], heads=2), edited("z", 3, (ALL, [1, 4], 2), 0)),
-        (apply(key(1), torch.neg, [0, 5], heads=0), edited("key", 1, (ALL, [0, 5], 0), torch.neg)),
     ],
     ids=lambda value: str(value) if isinstance(value, patching.Intervention) else "by hand",
 )
@@ -162,14 +151,6 @@ def test_a_masked_key_leaves_the_softmax(layers, keys, heads, random_model, toke
         torch.testing.assert_close(pattern[:, :, 0, 0], torch.ones(pattern.shape[:2]))  # it has nobody else
 
 
-def test_a_scaled_key_position_shares_out_what_it_loses(random_model, tokens):
-    name = "blocks.2.attn.hook_pattern"
-    expected = seen(random_model, tokens, [name])[0][name]
-    half = seen(random_model, tokens, [name], scale(attention_(2), 0.5, 1))[0][name]
-    expected[..., 1] /= 2
-    torch.testing.assert_close(half, expected / expected.sum(-1, keepdim=True))
-
-
 def test_positions_and_values_can_differ_between_windows_and_places(random_model, tokens):
     mask = torch.zeros(5, 24, dtype=torch.bool)
     mask[1, 4] = mask[3, 2] = mask[3, 5] = True
@@ -187,16 +168,6 @@ def test_positions_and_values_can_differ_between_windows_and_places(random_model
     assert torch.equal(late[names[1]][0, [2, 5]], values[1, 1:])
     with pytest.raises(ValueError, match="of 5 windows, but the model was given 2"):
         seen(random_model, tokens[:2], [], zero(site, mask))
-
-
-def test_a_change_between_attention_and_ffn_leaves_other_channels_to_the_bit(random_model, tokens):
-    name = random_model.anatomy.write_hooks[4]
-    clean = seen(random_model, tokens, [name])[0][name]
-    changed = seen(random_model, tokens, [name], zero(stream(block(5)), 3, 7))[0][name]
-    same = torch.ones_like(clean, dtype=torch.bool)
-    same[:, 3, 7] = False
-    assert torch.equal(changed[same], clean[same])
-    assert not torch.equal(changed, clean)
 
 
 def test_a_masked_key_stays_masked_when_a_sliding_window_moves_on(tmp_path):
@@ -368,11 +339,6 @@ def test_windows_may_come_in_batches(random_model, tokens, monkeypatch):
     apart = patching.evaluate(random_model, tokens, cut)
     torch.testing.assert_close(apart.loss, together.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(apart.score, together.score, rtol=1e-5, atol=1e-6)
-    assert batches(random_model.anatomy, torch.zeros(5, 512, dtype=torch.long)) == [
-        range(0, 2),
-        range(2, 4),
-        range(4, 5),
-    ]
 
 
 def test_intervals_are_bootstrapped_over_windows(random_model, tokens):
@@ -381,20 +347,14 @@ def test_intervals_are_bootstrapped_over_windows(random_model, tokens):
     low, high = outcome.interval()
     assert float(by_window.min()) <= low < outcome.perplexity < high <= float(by_window.max())
     assert outcome.interval() == (low, high)
-    narrow = outcome.interval(level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-    assert outcome.interval("agreement") == (1, 1)
-    assert all(math.isnan(end) for end in patching.evaluate(random_model, tokens[:1]).interval())
-    with pytest.raises(ValueError, match="give one of perplexity"):
-        outcome.interval("loss")
+    one = patching.evaluate(random_model, tokens[:1])
+    assert all(math.isnan(end) for end in (*one.interval(), *one.times(one)))
 
 
 def test_what_windows_differ_in_among_themselves_does_not_widen_a_paired_interval(random_model, tokens):
     clean = patching.evaluate(random_model, tokens)
     worse = replace(clean, loss=clean.loss + math.log(2))
     assert worse.times(clean) == pytest.approx((2, 2))
-    low, high = worse.interval()
-    assert high / low > 1.001
     uneven = replace(clean, loss=clean.loss + torch.linspace(0, 1, len(tokens))[:, None])
     low, high = uneven.times(clean)
     assert 1 < low < uneven.perplexity / clean.perplexity < high < math.e
@@ -402,20 +362,16 @@ def test_what_windows_differ_in_among_themselves_does_not_widen_a_paired_interva
         clean.times(patching.evaluate(random_model, tokens[:1]))
 
 
-def test_an_interval_of_few_windows_is_students(random_model, tokens):
+def test_an_interval_of_few_windows_is_students():
     nats = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     covered = [low <= 1 <= high for low, high in map(student_interval, nats)]
     assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.015)
-    clean = patching.evaluate(random_model, tokens[:1])
-    assert all(math.isnan(end) for end in clean.times(clean))
 
 
 def test_a_sweep_is_a_tidy_table(random_model, tokens):
     doses = {dose: scale(stream(block(4)), dose, 0) for dose in (0.0, 1.0, 2.0)}
     frame = patching.sweep(random_model, tokens, doses, over="dose")
     assert (frame.index.tolist(), frame.index.name) == (["clean", 0.0, 1.0, 2.0], "dose")
-    assert list(frame) == ["perplexity", "low", "high", "kl", "agreement", "sink_ratio", "max_activation"]
-    assert frame.loc[1.0, "perplexity"] == frame.loc["clean", "perplexity"]
     assert frame.loc[0.0, "kl"] > 0
     assert frame.loc[2.0, "perplexity"] == patching.evaluate(random_model, tokens, doses[2.0]).perplexity
 
@@ -455,61 +411,6 @@ def test_any_hook_can_be_named(random_model, tokens):
     clean, changed = (seen(random_model, tokens, [name], *cuts)[0][name] for cuts in ((), (cut,)))
     assert float(changed[:, 2, :40].abs().max()) == 0
     assert torch.equal(changed[:, 2, 40:], clean[:, 2, 40:])
-    firsts = {cut: 3, skip(block(12)): 5, zero(hook_("hook_embed")): 0, zero(readout()): 5}
-    assert all(one.first_layer(random_model.anatomy) == layer for one, layer in firsts.items())
-
-
-class Lab(HookedRootModule):
-    """A model that is none of transformers': two layers of attention and FFN, with TransformerLens hooks."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.unembed = nn.Embedding(20, 8), nn.Linear(8, 20)
-        self.mixes = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-        points = ("hook_in", "hook_out", "hook_attn_out", "hook_mlp_out")
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {name: HookPoint() for name in points} | {"attn": nn.ModuleDict({"hook_pattern": HookPoint()})}
-            )
-            for _ in range(2)
-        )
-        self.cfg = SimpleNamespace(device="cpu")
-        sizes = {"family": "lab", "n_layers": 2, "d_model": 8, "d_vocab": 20, "context": 16, "sight": (None, None)}
-        self.anatomy = replace(
-            ANATOMY,
-            **sizes,
-            attention_norm=None,
-            ffn_norm=None,
-            layer_hooks=("blocks.0.hook_in", "blocks.1.hook_in", "blocks.1.hook_out"),
-            write_hooks=tuple(f"blocks.{i}.{hook}" for i in range(2) for hook in ("hook_attn_out", "hook_mlp_out")),
-            pattern_hooks=tuple(f"blocks.{i}.attn.hook_pattern" for i in range(2)),
-        )
-        self.setup()
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        for layer, mix in zip(self.blocks, self.mixes, strict=True):
-            x = layer["hook_in"](x)
-            scores = x @ x.transpose(1, 2) + torch.full((x.shape[1],) * 2, -math.inf).triu(1)
-            pattern = layer["attn"]["hook_pattern"](scores.softmax(-1)[:, None])
-            x = x + layer["hook_attn_out"](pattern[:, 0] @ x)
-            x = layer["hook_out"](x + layer["hook_mlp_out"](torch.tanh(mix(x))))
-        return self.unembed(x)
-
-
-@pytest.mark.usefixtures("any_types")
-def test_models_of_our_own_can_be_patched_too():
-    model, tokens = Lab(), torch.arange(12).reshape(2, 6)
-    cut = set_to(stream(block(2)), torch.arange(8.0), 1)
-    passing, changed = seen(model, tokens, ["blocks.1.hook_in"], cut)
-    assert torch.equal(passing["blocks.1.hook_in"][:, 1], torch.arange(8.0).expand(2, -1))
-    assert torch.equal(changed[:, 0], model(tokens)[:, 0])
-    outcome = patching.evaluate(model, tokens, cut, mask_key(0, [0, 1]))
-    assert outcome.kl > 0
-    assert float(outcome.score.max()) <= 1 / 6 + 1e-6  # position 0 keeps its own query only
-    with pytest.raises(ValueError, match=r"has no hook blocks.0.attn.k.hook_out"):
-        patching.evaluate(model, tokens, zero(key(0), 0))
 
 
 FOUR = stream(block(4))
@@ -520,52 +421,32 @@ FOUR = stream(block(4))
     ("make", "said"),
     [
         (lambda: zero(stream(block(13))), "block 13.* does not exist; this model has blocks 0 to 12"),
-        (lambda: zero(write_(block(0))), "blocks 1 to 12"),
         (lambda: zero(read(block(13))), "blocks 1 to 12"),
-        (lambda: zero(key(6)), "layer 6 does not exist; this model has layers 0 to 5"),
         (lambda: mask_key(0, [2, -1]), "layer -1 does not exist"),
         (lambda: zero(stream(24)), r"write block\(24\) if it is L11 MLP"),
         (lambda: skip([block(3), 4]), r"or attn\(4\) or mlp\(4\)"),
         (lambda: zero(key(block(4))), "a layer is wanted"),
-        (lambda: zero(stream([])), "no block was given"),
         (lambda: zero(stream("24")), "'24' is no block"),
-        (lambda: zero(FOUR, 0, 64), "channel 64 does not exist; there are channels 0 to 63"),
         (lambda: zero(FOUR, 0, -1), "channel -1 does not exist"),
-        (lambda: zero(FOUR, 0, "507"), "'507' is no channel"),
-        (lambda: zero(FOUR, 0, torch.arange(64) == 9), "False is no channel"),
         (lambda: zero(FOUR, 0, heads=1), "has channels; name them as channels="),
-        (lambda: zero(key(2), 0, 1), "has heads; name them as heads="),
-        (lambda: zero(key(2), 0, heads=2), "head 2 does not exist; there are heads 0 to 1"),
         (lambda: zero(key(2), 0, heads=1.5), "1.5 is no head"),
         (lambda: mask_key(0, 2, 4), "head 4 does not exist; there are heads 0 to 3"),
         (lambda: zero(FOUR, 24), "position 24 does not exist; there are positions 0 to 23"),
-        (lambda: zero(FOUR, -1), "position -1 does not exist"),
         (lambda: zero(FOUR, []), "no position was given"),
-        (lambda: zero(FOUR, "0"), "'0' is no position"),
-        (lambda: zero(FOUR, [1.7]), "1.7 is no position"),
         (lambda: zero(FOUR, True), "True is no position"),
-        (lambda: zero(FOUR, slice(0, 3)), "give a range"),
         (lambda: zero(FOUR, torch.zeros(5, 24)), "truth values"),
         (lambda: zero(FOUR, torch.zeros(5, 24).bool()), "mask of positions is empty"),
         (lambda: zero(FOUR, torch.ones(3, 24).bool()), "are of 3 windows, but there are 5"),
         (lambda: set_to(FOUR, torch.ones(63)), r"values are \[63\], but the stream .* \[64\]"),
-        (lambda: set_to(FOUR, torch.ones(2), 0, [1, 2, 3]), r"\[2\], but .* takes \[3\]"),
-        (lambda: set_to(key(2), torch.ones(3, 16)), r"\[3, 16\], but the keys .* \[2, 16\]"),
         (lambda: set_to(key(2), torch.ones(16)), r"shape \[16\] do not fit the keys of layer 2"),
-        (lambda: set_to(FOUR, torch.ones(3, 64)), "values for 3 places"),
         (lambda: set_to(FOUR, torch.ones(1, 3, 64), [0, 1]), "for 3 positions, but it is 2"),
         (lambda: set_to(FOUR, 3.0), "values must be a tensor"),
-        (lambda: set_to("stream", VECTOR), "'stream' is no site"),
         (lambda: zero(4, 0), "4 is no site"),
-        (lambda: scale(FOUR, "much"), "a factor must be a number"),
         (lambda: add(FOUR, VECTOR, factor="2"), "a factor must be a number"),
         (lambda: apply(FOUR, lambda x: x[..., :3]), "the shape must stay the same"),
-        (lambda: apply(FOUR, lambda x: None), "the function returned None"),
-        (lambda: set_to(attention_(2), torch.ones(4), 0), "attention can be scaled or masked"),
         (lambda: apply(attention_(2), torch.neg, 0), "attention can be scaled or masked"),
         (lambda: mask_key(None, 2), "with every key masked no attention is left"),
         (lambda: zero(hook_("blocks.9.hook_in")), "this llama model has no hook blocks.9.hook_in"),
-        (lambda: zero(hook_("blocks.1.hook_in"), 0, 9999), r"what passes there is \[5, 24, 64\]"),
         (lambda: set_to(hook_("blocks.1.hook_in"), torch.ones(63), 0), "which does not fit: replace"),
     ],
 )
@@ -581,28 +462,22 @@ def test_positions_may_be_numbers_or_masks_of_any_kind():
         assert zero(FOUR, at).positions.same == (1, 3)
     assert zero(FOUR, [False, True]).positions.same == (1,)
     assert zero(FOUR, [[True, False], [True, True]]).positions.by_window == ((0,), (0, 1))
-    assert zero(FOUR, torch.tensor(2)).positions.same == (2,)
+    assert len({zero(FOUR, 0, 7), zero(stream([block(4)]), [0], [7])}) == 1
 
 
 @pytest.mark.usefixtures("any_types")
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (lambda m, t, cut: patching.evaluate(m, "The old clock", cut), r"model.to_tokens\(text\) makes them"),
         (lambda m, t, cut: patching.evaluate(m, t.float(), cut), "a tensor of token ids"),
         (lambda m, t, cut: patching.evaluate(m, t, [cut, cut]), r"\*cuts"),
-        (lambda m, t, cut: patching.evaluate("smollm2-135m", t, cut), "give what load returned"),
         (lambda m, t, cut: patching.evaluate(m, t[:, :0], cut), "and not empty"),
-        (lambda m, t, cut: patching.evaluate(m, t[0, :1], cut), "one token predicts nothing"),
         (lambda m, t, cut: patching.evaluate(m, t + 400, cut), "vocabulary has ids 0 to 399"),
-        (lambda m, t, cut: patching.evaluate(m, t.repeat(1, 22), cut), "context of 512"),
         (lambda m, t, cut: patching.sweep(m, t, [cut]), "a dictionary"),
         (lambda m, t, cut: patching.compare(m, t, {"clean": cut}), "the run without any cut"),
         (lambda m, t, cut: patching.view(m, t, cut), r"one prompt is wanted, but tokens are \[5, 24\]"),
-        (lambda m, t, cut: patching.view(m, t[0, :0]), "not empty"),
         (lambda m, t, cut: patching.record(m, t, FOUR, 0), "one prompt is wanted"),
         (lambda m, t, cut: patching.mean_of(m, t, attention_(2), 0), "attention is not averaged"),
-        (lambda m, t, cut: patching.patched(m, [cut]).__enter__(), r"\*cuts"),
     ],
 )
 def test_what_is_no_model_no_token_and_no_cut_is_said(run, said, random_model, tokens):
@@ -632,36 +507,3 @@ def test_families_without_a_place_say_so(family, site, said, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     with pytest.raises(ValueError, match=said):
         patching.evaluate(model, spikesink.windows(model, "house", 1, 12), zero(site))
-
-
-@pytest.mark.parametrize(
-    ("intervention", "sentence"),
-    [
-        (zero(stream(block(24)), 0, 507), "zero channel 507 of the stream after L11 MLP (block 24) at position 0"),
-        (
-            scale(stream([block(4), block(6)]), 0.5, [0, 1], [1, 2, 3]),
-            "scale by 0.5 channels 1 to 3 of the stream after L1 MLP (block 4), L2 MLP (block 6) at positions 0, 1",
-        ),
-        (skip(block(24)), "zero the write of L11 MLP (block 24) at all positions"),
-        (mask_key(range(9), range(3, 8), 2), "zero head 2 of the attention of layers 3 to 7 at 9 positions"),
-        (
-            set_to(value_(3), KEYS, torch.ones(2, 3).bool()),
-            "replace the values of layer 3 at 6 tokens of 2 windows",
-        ),
-        (
-            add(read(block(3)), VECTOR, 0, range(10), factor=-2),
-            "add -2 times a vector to 10 channels of h~ as read by L1 attn (block 3) at position 0",
-        ),
-        (zero(readout(), 1), "zero h~ as read by the unembedding at position 1"),
-        (apply(hook_("hook_embed"), torch.neg, 1), "apply neg to hook hook_embed at position 1"),
-    ],
-)
-def test_an_intervention_prints_as_a_sentence(intervention, sentence):
-    assert str(intervention) == sentence
-
-
-def test_interventions_are_immutable_values():
-    cut = zero(FOUR, 0, 7)
-    assert len({cut, zero(stream([block(4)]), [0], [7])}) == 1
-    with pytest.raises(AttributeError):
-        cut.positions = None

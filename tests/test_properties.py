@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch.nn import functional
@@ -25,7 +25,14 @@ from spikesink.model.weights import FFN
 from spikesink.patching import interventions
 
 pytestmark = pytest.mark.usefixtures("any_types")  # stand-ins for models and cycles
-settings.register_profile("repeatable", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "repeatable",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one switch for all examples
+)
 settings.load_profile("repeatable")
 
 SEEDS = st.integers(0, 2**31 - 1)
