@@ -166,6 +166,7 @@ def tidy(frame: pd.DataFrame | NotApplicable) -> Markdown:
         return say("", frame)
     if frame.index.names[0]:
         frame = frame.reset_index()
+    frame = frame.astype(object).where(frame.notna(), "")
     rows = [[escape(_shorten(value)) for value in row] for row in frame.itertuples(index=False, name=None)]
     return Markdown(_write_table(map(str, frame.columns), rows))
 
