@@ -41,7 +41,7 @@ FAMILIES = {
     ),
 }
 
-# Families that no other test goes through: built as one of those above, but for one thing.
+# Families that only what goes through every family sees: built as one of those above, but for one thing.
 MORE = {
     "olmo": ("Olmo", GROUPED, ("LN", "pre", 0, "silu", False, False)),  # its norms learn nothing
     "falcon": (  # one K/V head for all
