@@ -76,6 +76,11 @@ def trigger_tokens(planted_model):
 
 
 @pytest.fixture(scope="session")
+def planted_life(planted_model, trigger_tokens):
+    return spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
+
+
+@pytest.fixture(scope="session")
 def sinking_model(tmp_path_factory):
     """The planted model with a head that sinks, head 0 of layer 3: its query is one vector, its key the spike.
 

@@ -10,7 +10,6 @@ from torch.nn import functional
 import spikesink
 from spikesink.chain import collapse
 from spikesink.chain.lifecycle import is_spike, plateau_layers
-from spikesink.common import NotApplicable
 from spikesink.ledger import evidence
 from spikesink.model.weights import weights_of
 from tests.test_families import tiny
@@ -19,13 +18,8 @@ NORMS = [f"blocks.{layer}.{norm}.hook_normalized" for layer in (2, 3, 4) for nor
 
 
 @pytest.fixture(scope="module")
-def life(planted_model, trigger_tokens):
-    return spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
-
-
-@pytest.fixture(scope="module")
-def measured(planted_model, trigger_tokens, life):
-    return collapse.measure_collapse(planted_model, trigger_tokens, life)
+def measured(planted_model, trigger_tokens, planted_life):
+    return collapse.measure_collapse(planted_model, trigger_tokens, planted_life)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +44,8 @@ def test_the_closed_form_is_what_the_norm_does(d, close, random_model):
     assert float(closed["participation"][-1]) == pytest.approx(1, abs=0.01)
 
 
-def test_measures_are_those_of_the_models_own_norms(measured, life, stream):
-    spike, after = is_spike(life, life.main), torch.zeros(6, 48, dtype=torch.bool)
+def test_measures_are_those_of_the_models_own_norms(measured, planted_life, stream):
+    spike, after = is_spike(planted_life, planted_life.main), torch.zeros(6, 48, dtype=torch.bool)
     after[[1, 2, 4, 4, 5], [1, 21, 6, 31, 1]] = True
     for group, mine in ((measured.spike, spike), (measured.other, ~spike), (measured.after, after)):
         h = stream[mine]  # token, layer, d
@@ -72,9 +66,9 @@ def test_measures_are_those_of_the_models_own_norms(measured, life, stream):
     assert kept <= {tuple(row) for row in stream[~spike][:, 0].round(decimals=3).tolist()}
 
 
-def test_cosines_are_of_all_pairs_of_different_windows(measured, life, stream):
+def test_cosines_are_of_all_pairs_of_different_windows(measured, planted_life, stream):
     """With all channels, and without the spike channels."""
-    layer, spike = measured.cycle.middle // 2, is_spike(life, life.main)
+    layer, spike = measured.cycle.middle // 2, is_spike(planted_life, planted_life.main)
     rest = stream.index_fill(3, torch.tensor(measured.cycle.channels), 0)
     for vectors, cosine in ((stream, measured.spike.cosine), (rest, measured.spike.cosine_rest)):
         unit = functional.normalize(vectors[:, :, layer], dim=-1)
@@ -84,25 +78,9 @@ def test_cosines_are_of_all_pairs_of_different_windows(measured, life, stream):
     assert measured.spike.cosine_rest[2 * layer] < measured.spike.cosine[2 * layer]
 
 
-def test_a_planted_spike_collapses_and_other_tokens_do_not(measured, planted_model):
-    """The spike of 1000 with a side channel of -250: |h~|^2 is shared 16 to 1, so the largest entry is 0.97 sqrt(d)."""
-    bounded = evidence.nm1_bounded(measured).measured
-    assert bounded["max_over_sqrt_d"] == pytest.approx(1 / math.sqrt(1 + 1 / 16), abs=1e-3)
-    sparse = evidence.nm2_sparse(measured, weights_of(planted_model))
-    assert sparse.measured["participation_after"] == pytest.approx(17**2 / (16**2 + 1), rel=1e-3)
-    assert sparse.control["participation_after_other_tokens"] > 20
-    constant = evidence.nm3_constant(measured).measured
-    assert constant["cosine_after"] > 0.9999
-    assert abs(constant["cosine_other_tokens"]) < 0.6
-    depth = evidence.nm4_constant_over_depth(measured)
-    assert depth.measured["cosine_of_the_two_least_alike"] > 0.999
-    assert depth.measured["cosine_over_depth"] > depth.control["cosine_over_depth_other_tokens"]
-    assert (depth.measured["first_layer"], depth.measured["last_layer"]) == (2, 4)
-
-
-def test_a_window_is_lent_the_mean_of_the_other_half_over_the_plateau_alone(measured, life, stream):
+def test_a_window_is_lent_the_mean_of_the_other_half_over_the_plateau_alone(measured, planted_life, stream):
     """The plateau is points 4 to 9. The even half has e_0 there, the odd half e_1; both have e_2 everywhere else."""
-    spike, layers = is_spike(life, life.main), list(plateau_layers(life.main))
+    spike, layers = is_spike(planted_life, planted_life.main), list(plateau_layers(planted_life.main))
     for window in range(6):
         others = [w for w in range(6) if w % 2 != window % 2]
         mean = stream[others][spike[others]][:, layers].mean((0, 1))
@@ -110,8 +88,7 @@ def test_a_window_is_lent_the_mean_of_the_other_half_over_the_plateau_alone(meas
         assert functional.cosine_similarity(lent, mean, dim=0) > 0.99999
         assert float(lent.norm()) == pytest.approx(8, rel=1e-6)
     mean = torch.zeros(2, 13, 64)
-    mean[:, :, 2] = 100
-    mean[:, 4:10, 2] = 0
+    mean[:, [0, 1, 2, 3, 10, 11, 12], 2] = 100
     mean[0, 4:10, 0], mean[1, 4:10, 1] = 1, 2
     mean[:, 9, 3] = 6  # the plateau's last point counts
     by_hand = replace(measured, spike=replace(measured.spike, mean=mean))
@@ -121,12 +98,12 @@ def test_a_window_is_lent_the_mean_of_the_other_half_over_the_plateau_alone(meas
 
 
 @pytest.mark.filterwarnings("ignore:A forward hook edited")
-def test_replacing_is_what_runs_of_their_own_give(measured, life, planted_model, trigger_tokens):
+def test_replacing_is_what_runs_of_their_own_give(measured, planted_life, planted_model, trigger_tokens):
     """Window by window: the plateau's norms give the lent vector at spike tokens alone; attention moves by half the sum
     of differences, for the queries after the first spike token.
     """
-    spike, layer = is_spike(life, life.main), 3
-    replaced = collapse.replace_input(planted_model, trigger_tokens, life, measured)
+    spike, layer = is_spike(planted_life, planted_life.main), 3
+    replaced = collapse.replace_input(planted_model, trigger_tokens, planted_life, measured)
     moved, to_spike, losses = [], [], []
     for window, where in enumerate(spike):
         runs = []
@@ -151,113 +128,82 @@ def test_replacing_is_what_runs_of_their_own_give(measured, life, planted_model,
     assert float(replaced.moved[1, layer]) == pytest.approx(sum(moved) / 4, rel=1e-3)
     assert float(replaced.to_spike[0, layer]) == pytest.approx(sum(to_spike) / 4, rel=1e-4)
     assert float(replaced.moved[0].abs().max()) == 0
+    assert float(replaced.moved[1].max()) < float(replaced.moved[2].max()) / 50  # its own vector changes nothing
     own = planted_model.original_model(trigger_tokens, labels=trigger_tokens).loss
     assert float(replaced.loss[0]) == pytest.approx(float(own), rel=1e-5)
 
 
-def test_its_own_vector_changes_nothing(measured, life, planted_model, trigger_tokens):
-    replaced = collapse.replace_input(planted_model, trigger_tokens, life, measured)
-    assert float(replaced.moved[1].max()) < float(replaced.moved[2].max()) / 50
-    assert "makes no use" in evidence.nm5_implicit_parameter(replaced).reason
-    needed = replace(replaced, loss=replaced.loss + torch.tensor([0.0, 0.0, 0.02]))
-    result = evidence.nm5_implicit_parameter(needed)
-    assert result.measured["perplexity_replaced"] == pytest.approx(result.measured["perplexity_clean"], rel=1e-3)
-    assert result.measured["n_tokens_replaced"] == 6
-    assert result.control["attention_moved_other_tokens_mean"] > 5 * result.measured["attention_moved"]
+def test_where_it_does_not_apply_the_reason_is_given(planted_life, planted_model, trigger_tokens, tmp_path):
+    def collapsed(tokens):
+        life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, tokens))
+        return life, collapse.measure_collapse(planted_model, tokens, life)
 
-
-def test_where_it_does_not_apply_the_reason_is_given(life, random_model, planted_model, trigger_tokens, tmp_path):
-    def collapsed(model, tokens):
-        own = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
-        return own, collapse.measure_collapse(model, tokens, own)
-
-    tokens = spikesink.windows(random_model, "house", 2, 32)
-    quiet, none = collapsed(random_model, tokens)
-    assert none == NotApplicable(quiet.reason) == collapse.scale_at_spike(weights_of(random_model), quiet)
-    assert evidence.nm1_bounded(none) == collapse.replace_input(random_model, tokens, quiet, none) == none
     # Windows 1 and 5 spike and are odd; without the even ones' triggers a half has nothing to lend.
-    odd = trigger_tokens[[0, 1, 0, 5]]
-    own, lending = collapsed(planted_model, odd)
+    odd, one = trigger_tokens[[0, 1, 0, 5]], trigger_tokens[1:2]
+    own, lending = collapsed(odd)
     assert "each half" in collapse.replace_input(planted_model, odd, own, lending).reason
-    # One window has no pair of spike tokens in different windows.
-    one = trigger_tokens[1:2]
-    own, alone = collapsed(planted_model, one)
+    lonely, alone = collapsed(one)  # one window has no pair of spike tokens in different windows
     assert "different windows" in evidence.nm3_constant(alone).reason
     with pytest.raises(ValueError, match="windows"):
-        collapse.measure_collapse(planted_model, odd, own)
+        collapse.measure_collapse(planted_model, odd, lonely)
     with pytest.raises(ValueError, match="windows"):
-        collapse.replace_input(planted_model, one.flip(1), own, alone)
+        collapse.replace_input(planted_model, one.flip(1), lonely, alone)
     post = spikesink.load(tiny("olmo2", tmp_path))
-    posted = replace(life, trace=replace(life.trace, anatomy=post.anatomy))
+    posted = replace(planted_life, trace=replace(planted_life.trace, anatomy=post.anatomy))
     assert "not through a norm" in collapse.measure_collapse(post, one, posted).reason
 
 
-def test_the_scale_is_the_one_that_the_norm_multiplies_by(life, tmp_path):
+def test_the_scale_is_the_one_that_the_norm_multiplies_by(planted_life, tmp_path):
     """Gemma's is 1 + weight."""
     model = spikesink.load(tiny("gemma2", tmp_path))
     norms = [layer.input_layernorm.weight for layer in model.original_model.model.layers]
     for layer, weight in enumerate(norms):
         weight.data = torch.linspace(-0.5, 0.5, 64) * (layer + 1)
-    life = replace(life, cycles=(replace(life.main, channel=63),))
+    far = replace(planted_life, cycles=(replace(planted_life.main, channel=63),))
     expected = [float(1 + w[63]) / float((1 + w).abs().quantile(0.5)) for w in norms]
-    assert collapse.scale_at_spike(weights_of(model), life).tolist() == pytest.approx(expected, rel=1e-5)
+    assert collapse.scale_at_spike(weights_of(model), far).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_measure_is_taken_at_its_point(measured, planted_model, monkeypatch):
     """Step-up block 4, so before is point 3; the plateau is points 4 to 9, half-way 6."""
     points = torch.arange(13.0)
-    spike = replace(
-        measured.spike,
-        largest=points / 20,
-        smallest=points / 40,
-        participation=points + 1,
-        cosine=points / 13,
-        cosine_rest=points / 26,
-    )
+    sizes = {"largest": points / 20, "smallest": points / 40, "participation": points + 1}
+    spike = replace(measured.spike, cosine=points / 13, cosine_rest=points / 26, **sizes)
     other = replace(measured.other, largest=points / 100, participation=points + 50, cosine=points / 130)
     by_hand = replace(measured, spike=spike, other=other, after=replace(measured.after, cosine=points / 15))
-    bounded, constant = evidence.nm1_bounded(by_hand), evidence.nm3_constant(by_hand)
-    assert bounded.measured == pytest.approx({"max_over_sqrt_d": 9 / 20, "smallest_over_sqrt_d": 4 / 40})
-    assert bounded.control["max_over_sqrt_d_before"] == pytest.approx(3 / 20)
-    assert bounded.control["max_over_sqrt_d_other_tokens"] == pytest.approx(6 / 100)
-    for key, expected in {
+    expected = {
+        "max_over_sqrt_d": 9 / 20,
+        "smallest_over_sqrt_d": 4 / 40,
+        "max_over_sqrt_d_before": 3 / 20,
+        "max_over_sqrt_d_other_tokens": 6 / 100,
         "cosine_before": 3 / 13,
         "cosine_after": 6 / 13,
         "cosine_other_tokens": 6 / 130,
         "cosine_highest_before": 3 / 13,
         "degrees_before": math.degrees(math.acos(3 / 13)),
-    }.items():
-        assert constant.measured[key] == pytest.approx(expected)
-    assert constant.control == pytest.approx(
-        {
-            "cosine_before_other_tokens": 3 / 130,
-            "cosine_next_tokens": 6 / 15,
-            "cosine_rest_before": 3 / 26,
-            "cosine_rest_after": 6 / 26,
-            "cosine_rest_other_tokens": float(by_hand.other.cosine_rest[6]),
-        }
-    )
+        "cosine_before_other_tokens": 3 / 130,
+        "cosine_next_tokens": 6 / 15,
+        "cosine_rest_before": 3 / 26,
+        "cosine_rest_after": 6 / 26,
+        "participation_before": 4,
+        "participation_lowest_before": 1,
+        "participation_after": 7,
+        "participation_before_other_tokens": 53,
+        "participation_after_other_tokens": 56,
+    }
     scale = torch.full((64,), 0.1).index_fill(0, torch.tensor(2), 1000.0)  # layer 2 is the plateau's first
     weights = weights_of(planted_model)
     monkeypatch.setattr(type(weights), "norm_scale", lambda self, layer: {2: scale}[layer])
-    sparse = evidence.nm2_sparse(by_hand, weights)
     scaled = (measured.spike.kept[:, 4] * scale).square()
-    assert sparse.measured == pytest.approx(
-        {
-            "participation_before": 4,
-            "participation_lowest_before": 1,
-            "participation_after": 7,
-            "participation_scaled": float((scaled.sum(-1) ** 2 / scaled.square().sum(-1)).mean()),
-            "d_model": 64,
-        }
-    )
-    assert sparse.control == pytest.approx(
-        {"participation_before_other_tokens": 53, "participation_after_other_tokens": 56}
-    )
+    expected["participation_scaled"] = float((scaled.sum(-1) ** 2 / scaled.square().sum(-1)).mean())
+    every = (evidence.nm1_bounded(by_hand), evidence.nm2_sparse(by_hand, weights), evidence.nm3_constant(by_hand))
+    values = {name: value for one in every for name, value in (one.measured | one.control).items()}
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
 
 
 def test_depths_are_compared_pair_by_pair(measured):
     depth = evidence.nm4_constant_over_depth(measured)
+    assert (depth.measured["first_layer"], depth.measured["last_layer"]) == (2, 4)
     for key, group, left_out in (
         ("cosine_over_depth", measured.spike, []),
         ("cosine_rest_over_depth", measured.spike, list(measured.cycle.channels)),
@@ -276,6 +222,7 @@ def test_attention_counts_in_the_plateaus_layers():
     assert result.measured["attention_moved"] == pytest.approx(0.09)
     assert result.control["attention_moved_other_tokens_mean"] == pytest.approx(0.15)
     assert result.measured["attention_to_spike_clean"] == pytest.approx(0.13)
+    assert "makes no use" in evidence.nm5_implicit_parameter(replace(replaced, loss=torch.ones(3))).reason
     blind = replace(replaced, moved=moved / 0, to_spike=moved / 0)
     assert "attention_moved" not in evidence.nm5_implicit_parameter(blind).measured
 

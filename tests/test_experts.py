@@ -9,7 +9,6 @@ from torch.nn import functional
 
 import spikesink
 from spikesink.chain import amplifier, experts
-from spikesink.common import NotApplicable
 from spikesink.ledger import claims, evidence
 from spikesink.model.anatomy import mlp
 from spikesink.model.weights import weights_of
@@ -101,26 +100,20 @@ def test_layers_without_a_router_have_one_ffn(tmp_path):
     assert census.gain[0].max() > 0
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "not known here"), ("llama", "no router chooses")])
-def test_where_there_is_no_census_it_says_why(family, reason, tmp_path):
-    gpt_oss = family == "gpt_oss"
-    directory = planted.save(make_moe("GptOss", num_local_experts=4), tmp_path) if gpt_oss else tiny(family, tmp_path)
-    model = spikesink.load(directory)
-    tokens = spikesink.windows(model, "house", 2, 24)
-    assert reason in experts.census_experts(weights_of(model)).reason
-    life = spikesink.find_lifecycle(spikesink.trace_windows(model, tokens))
-    routing = experts.route(model, tokens, life)
-    assert isinstance(routing, NotApplicable)
-    assert evidence.x_mx1_same_choice(routing) == evidence.x_mx2_one_writer(routing) == routing
+def test_where_there_is_no_census_it_says_why(planted_model, tmp_path):
+    gpt_oss = spikesink.load(planted.save(make_moe("GptOss", num_local_experts=4), tmp_path))
+    for model, reason in ((gpt_oss, "not known here"), (planted_model, "no router chooses")):
+        assert reason in experts.census_experts(weights_of(model)).reason
 
 
-def test_no_routing_without_a_router_that_can_be_seen_or_of_other_windows(planted_model, trigger_tokens, monkeypatch):
-    life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
+def test_no_routing_without_a_router_that_can_be_seen_or_of_other_windows(
+    planted_model, planted_life, trigger_tokens, monkeypatch
+):
     with pytest.raises(ValueError, match="windows"):
-        experts.route(planted_model, trigger_tokens[:5], life)
+        experts.route(planted_model, trigger_tokens[:5], planted_life)
     unseen = replace(planted_model.anatomy, n_experts=4, router_hooks=(None,) * 6)
     monkeypatch.setattr(planted_model, "anatomy", unseen)
-    assert "can be seen in L1 MLP (block 4)" in experts.route(planted_model, trigger_tokens, life).reason
+    assert "can be seen in L1 MLP (block 4)" in experts.route(planted_model, trigger_tokens, planted_life).reason
 
 
 def by_hand(**changed) -> experts.Routing:
@@ -154,8 +147,5 @@ def test_the_choice_and_the_writer_by_hand():
     other = by_hand(gain=torch.tensor([9.0, 8, 2]), weight=torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]]))
     assert claims.judge("X-MX1", evidence.x_mx1_same_choice(other), "04").verdict == "differs"
     assert claims.judge("X-MX2", evidence.x_mx2_one_writer(other), "04").verdict == "differs"
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_writer_writes_most_whatever_its_sign(sign):
-    assert by_hand(write=torch.tensor([[0.0, -90, 10], [10, 90 * sign, 0]])).writer == 1
+    for sign in (1, -1):
+        assert by_hand(write=torch.tensor([[0.0, -90, 10], [10, 90 * sign, 0]])).writer == 1

@@ -9,28 +9,17 @@ import transformers
 
 import spikesink
 from spikesink.chain import firsttoken
-from spikesink.common import NotApplicable
-from spikesink.ledger import claims, evidence
+from spikesink.ledger import evidence
 from spikesink.model import paths
-from spikesink.model.anatomy import block
+from spikesink.model.anatomy import block, mlp
 from spikesink.model.weights import weights_of
 from tests import planted
 from tests.test_families import FAMILIES, tiny
 
 
 @pytest.fixture(scope="module")
-def planted_life(planted_model, trigger_tokens):
-    return spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
-
-
-@pytest.fixture(scope="module")
 def planted_probe(planted_model, planted_life):
     return firsttoken.probe(weights_of(planted_model), planted_life)
-
-
-@pytest.fixture(scope="module")
-def trigger(planted_model):
-    return planted_model.tokenizer.convert_tokens_to_ids(planted.TRIGGER)
 
 
 def forward(model, tokens, last):
@@ -46,47 +35,27 @@ def shake(model):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
 
 
-def grown(hf_model, directory, tokens=None):
-    """A model, what traces of windows say of its spike, and its weights."""
-    model = spikesink.load(planted.save(hf_model, directory))
-    tokens = spikesink.windows(model, "house", 6, 48) if tokens is None else tokens
-    return model, spikesink.find_lifecycle(spikesink.trace_windows(model, tokens)), weights_of(model)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_static_path_is_what_a_token_alone_goes_through_in_every_family(family, tmp_path):
-    model, tokens = spikesink.load(tiny(family, tmp_path)), torch.tensor([5, 399, 0, 77, 5])
+def test_the_first_tokens_path_is_static_in_every_family(family, tmp_path, monkeypatch):
+    """Point by point, in batches of three tokens; tokens 0 and 4 are the same one."""
+    monkeypatch.setattr(paths, "BATCH", 3)
+    model, tokens, points = spikesink.load(tiny(family, tmp_path)), torch.tensor([5, 399, 0, 77, 5]), {}
     shake(model)
-    for last in (1, 2, 5, 6):
-        stream = paths.static_path(weights_of(model), tokens, last)
-        torch.testing.assert_close(stream, forward(model, tokens, last)[-1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(stream[0], stream[4], rtol=1e-5, atol=1e-6)  # rows of a product may round apart
+    weights, whole = weights_of(model), forward(model, tokens, 6)
+    last = paths.static_path(weights, tokens, 6, watch=lambda p, _, x: points.setdefault(p, []).append(x.clone()))
+    path = torch.stack([torch.cat(points[point]) for point in range(7)])
+    torch.testing.assert_close(path, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, path[6], rtol=0, atol=0)
+    torch.testing.assert_close(paths.static_path(weights, tokens, 1), path[1])
+    torch.testing.assert_close(last[0], last[4], rtol=1e-5, atol=1e-6)  # rows of a product may round apart
+    result = evidence.tk2_static_map(paths.compare_static_map(model, spikesink.windows(model, "house", 3, 24)))
+    assert result.measured["max_relative_error"] < 1e-5
+    assert result.control["median_relative_error_later_positions"] > 100 * result.measured["max_relative_error"]
+    assert (result.measured["layers"], result.measured["windows"]) == (3, 3)
 
 
-@pytest.mark.parametrize("family", ["granite", "gemma2", "phi3", "stablelm"])
-def test_the_static_path_in_bfloat16_is_near_the_one_in_float32(family, tmp_path):
-    model, tokens = spikesink.load(tiny(family, tmp_path)), torch.arange(50)
-    shake(model)
-    full, short = (paths.static_path(weights_of(model), tokens, 6, dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert float((full - short).norm() / full.norm()) < 0.02
-
-
-@pytest.mark.parametrize("batch", [3, 2048])
-def test_every_point_of_the_path_is_shown_to_whoever_watches(planted_model, batch, monkeypatch):
-    monkeypatch.setattr(paths, "BATCH", batch)
-    tokens, points = torch.arange(7), {}
-    paths.static_path(
-        weights_of(planted_model), tokens, 5, watch=lambda p, _, x: points.setdefault(p, []).append(x.clone())
-    )
-    whole = forward(planted_model, tokens, 5)
-    assert sorted(points) == list(range(6)) == list(range(len(whole)))
-    for point, expected in enumerate(whole):
-        torch.testing.assert_close(torch.cat(points[point]), expected, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_residual_multiplier_counts_for_biases_and_for_any_ffn(bias, tmp_path):
-    config = transformers.GraniteConfig(**FAMILIES["granite"][1], attention_bias=bias, mlp_bias=bias)
+def test_a_residual_multiplier_counts_for_biases_and_for_any_ffn(tmp_path):
+    config = transformers.GraniteConfig(**FAMILIES["granite"][1], attention_bias=True, mlp_bias=True)
     torch.manual_seed(0)
     model = spikesink.load(planted.save(transformers.GraniteForCausalLM(config).eval(), tmp_path / "granite"))
     shake(model)
@@ -95,16 +64,6 @@ def test_a_residual_multiplier_counts_for_biases_and_for_any_ffn(bias, tmp_path)
     for some in (weights, by_modules):
         stream = paths.static_path(some, tokens, 6)
         torch.testing.assert_close(stream, forward(model, tokens, 6)[-1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_first_token_attention_is_static(family, tmp_path):
-    model = spikesink.load(tiny(family, tmp_path))
-    shake(model)
-    result = evidence.tk2_static_map(paths.compare_static_map(model, spikesink.windows(model, "house", 3, 24)))
-    assert result.measured["max_relative_error"] < 1e-5
-    assert result.control["median_relative_error_later_positions"] > 100 * result.measured["max_relative_error"]
-    assert (result.measured["layers"], result.measured["windows"]) == (3, 3)
 
 
 def test_the_largest_error_of_all_windows_counts(planted_model, trigger_tokens, monkeypatch):
@@ -133,43 +92,28 @@ def test_the_probe_is_what_real_forward_passes_give_on_the_default_model(default
     assert torch.equal(firsttoken.probe(weights, life, some, torch.bfloat16).spiking, probe.spiking)
 
 
-@pytest.mark.parametrize("plant", [{}, {"size": -1000.0}, {"size": -1000.0, "step_up_layers": (1, 2)}])
-def test_the_probe_finds_the_planted_trigger_and_nothing_else(plant, tmp_path, trigger_tokens, trigger):
+def test_the_probe_finds_the_planted_trigger_and_nothing_else(tmp_path, trigger_tokens):
     """It needs no first place, and the measures say so: claims that this model does not meet."""
-    plant = planted.Plant(**plant)
-    model, life, weights = grown(planted.plant(planted.random_llama(400), plant), tmp_path, trigger_tokens)
-    probe = firsttoken.probe(weights, life)
-    assert probe.exceptions().tolist() == [trigger]
-    assert (probe.block, probe.sign) == (2 * plant.step_up_layers[-1] + 2, math.copysign(1, plant.size))
-    assert float(probe.value[trigger]) == pytest.approx(1000, rel=1e-3)
+    plant = planted.Plant(size=-1000.0, step_up_layers=(1, 2))
+    model = spikesink.load(planted.save(planted.plant(planted.random_llama(400), plant), tmp_path))
+    life = spikesink.find_lifecycle(spikesink.trace_windows(model, trigger_tokens))
+    probe = firsttoken.probe(weights_of(model), life)
+    assert probe.exceptions().tolist() == [1]
+    assert (probe.block, probe.sign) == (mlp(2), -1)
+    assert float(probe.value[1]) == pytest.approx(1000, rel=1e-3)
     assert probe.threshold == pytest.approx(0.1 * abs(life.main.value))
-    counts = torch.ones(400, dtype=torch.long)
-    counts[trigger] = 401
     elsewhere = firsttoken.place_elsewhere(model, trigger_tokens, probe, positions=(1, 9))
+    counts = torch.ones(400, dtype=torch.long)
+    counts[1] = 401
     nearly = evidence.tk1_nearly_any(probe, counts, elsewhere)
     assert (nearly.measured["spiking"], nearly.measured["share"]) == (1, 1 / 400)
     assert nearly.measured["share_of_text"] == pytest.approx(401 / 800)
     assert nearly.control == {"share_before_step_up": 0.0, "share_after_a_text": 1.0}
-    assert claims.judge("TK1", nearly, "05").verdict == "differs"
-    result = evidence.tk3_not_elsewhere(elsewhere)
-    assert result.measured["share_elsewhere"] == result.control["share_at_position_0"] == 1
-    assert result.measured["share_by_position"] == [[1, 1.0], [9, 1.0]]
-    assert claims.judge("TK3", result, "05").verdict == "differs"
-    table = firsttoken.try_word(model, trigger_tokens, probe, planted.TRIGGER)
-    assert table[["spikes there", "spikes there, windows"]].values.tolist() == [["yes", "6 of 6"]]
-    assert firsttoken.try_word(model, trigger_tokens, probe, "a")["spikes there, windows"].tolist() == ["0 of 6"]
-
-
-def test_where_every_token_but_some_is_a_trigger_those_are_the_exceptions(tmp_path, trigger_tokens):
-    hf_model = planted.plant(planted.random_llama(400), planted.Plant())
-    hf_model.model.embed_tokens.weight[:, 0] = 1.0
-    hf_model.model.embed_tokens.weight[[7, 300], 0] = 0.0
-    model, life, weights = grown(hf_model, tmp_path, trigger_tokens)
-    probe = firsttoken.probe(weights, life)
-    assert sorted(probe.exceptions().tolist()) == [7, 300]
-    table = firsttoken.exceptions_table(probe, model.tokenizer.decode)
-    assert sorted(table["token id"]) == [7, 300]
-    assert (table["channel 9"].abs() < 100).all()
+    later = evidence.tk3_not_elsewhere(elsewhere)
+    assert later.measured["share_elsewhere"] == later.control["share_at_position_0"] == 1
+    assert later.measured["share_by_position"] == [[1, 1.0], [9, 1.0]]
+    for word, spikes in ((planted.TRIGGER, "6 of 6"), ("a", "0 of 6")):
+        assert firsttoken.try_word(model, trigger_tokens, probe, word)["spikes there, windows"].tolist() == [spikes]
 
 
 def test_exceptions_and_quiet_tokens_come_in_order():
@@ -213,13 +157,12 @@ def test_on_the_default_model_the_first_place_is_what_counts(default_model):
 def test_where_the_paths_part_is_told():
     first = torch.tensor([[0.0, 0.1], [0.2, 0.3], [0.3, 0.2], [0.9, 0.8], [0.0, 0.0]])
     later = torch.tensor([[0.0, 0.1], [0.1, 0.0], [0.25, 0.2], [0.1, 0.1], [0.0, 0.0]])
-    alike = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    alike = torch.arange(1, 6) / 10
     fork = firsttoken.Fork(block(4), 8, torch.arange(2), first, later, torch.zeros(5, 0), alike, -alike)
     facts = firsttoken.describe_fork(fork)
-    assert facts["disjoint"] == 3  # after block 1 they are apart too, but not for good
-    assert (facts["first"], facts["later"]) == pytest.approx((0.85, 0.1))
-    assert facts["rising_blocks"] == [1, 3]
-    assert (facts["alike_embedded"], facts["alike_first"], facts["alike_later"]) == pytest.approx((0.1, 0.4, -0.4))
+    assert (facts["disjoint"], facts["rising_blocks"]) == (3, [1, 3])  # after block 1 they are not apart for good
+    expected = {"first": 0.85, "later": 0.1, "alike_embedded": 0.1, "alike_first": 0.4, "alike_later": -0.4}
+    assert {name: facts[name] for name in expected} == pytest.approx(expected)
     assert firsttoken.describe_fork(replace(fork, first=later, later=first))["disjoint"] == "no block"
 
 
@@ -230,7 +173,6 @@ def test_attention_to_oneself_is_the_diagonal_of_the_patterns(planted_model, tri
     patterns = torch.stack([cache[name] for name in about.pattern_hooks[:2]])  # layer, window, head, query, key
     expected = patterns.diagonal(dim1=-2, dim2=-1).mean(2)
     torch.testing.assert_close(attention.by_layer, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(attention.mean, expected.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(attention.value, cache[about.layer_hooks[2]][..., 9], rtol=1e-5, atol=1e-3)
     negative = firsttoken.read_self_attention(planted_model, trigger_tokens, 4, 9, -1.0)
     assert torch.equal(negative.value, -attention.value)
@@ -254,24 +196,13 @@ def test_attention_is_compared_at_the_same_positions():
     assert others.tolist() == [[False, False, False], [False, True, False]]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (".", True),
-        ("\n", True),
-        (" —", True),
-        ("", False),
-        (" the", False),
-        ("x)", False),
-        ("3", False),
-        (". \ufffd", False),
-    ],
-)
-def test_delimiters_hold_no_letter_and_no_digit(text, expected):
-    assert firsttoken.is_delimiter(text) is expected
+def test_delimiters_hold_no_letter_and_no_digit():
+    assert all(map(firsttoken.is_delimiter, (".", "\n", " —")))
+    assert not any(map(firsttoken.is_delimiter, ("", " the", "x)", "3", ". \ufffd")))
 
 
 def test_what_spikes_where_something_else_stands_first_is_told(planted_model, planted_probe, trigger_tokens):
+    """The trigger stands at positions 20, 47, 5 and 30 of three of six windows; what stands first changes nothing."""
     counts = torch.zeros(400, dtype=torch.long)
     counts[[50, 60]] = torch.tensor([2, 3])
     replaced = firsttoken.replace_first(planted_model, trigger_tokens, planted_probe, counts, 2)
@@ -280,11 +211,9 @@ def test_what_spikes_where_something_else_stands_first_is_told(planted_model, pl
     assert torch.equal(other.tokens[:, 1:], trigger_tokens[:, 1:])
     decode = planted_model.tokenizer.decode
     table = firsttoken.first_replaced_table(replaced, planted_probe, decode)
-    # The trigger stands at positions 20, 47, 5 and 30 of three of the six windows; what stands first changes nothing.
     copies = [int(attention.copies.sum()) - 6 for _, attention in replaced]
     assert table["later spikes"].tolist() == [f"4 of {6 * 47 - n}" for n in copies]
     assert table["the commonest"].tolist() == [repr(planted.TRIGGER)] * 3
-    assert table["delimiters"].tolist() == [0] * 3
     later = trigger_tokens[:, 1:][~other.copies[:, 1:]].tolist()
     assert table["of all"][1] == pytest.approx(sum(firsttoken.is_delimiter(decode([t])) for t in later) / len(later))
     at = ([2, 3, 4, 4], [20, 47, 5, 30])
@@ -311,12 +240,9 @@ def test_every_kind_of_token_is_measured_alike(tmp_path):
     kinds = [[firsttoken.is_delimiter(model.tokenizer.decode([t])) for t in window] for window in tokens.tolist()]
     delimiter, elsewhere = torch.tensor(kinds), torch.arange(64).repeat(8, 1) > 0
     elsewhere[1, 1] = False
-    groups = {
-        "spiking": spiking & delimiter & elsewhere,
-        "words": spiking & ~delimiter & elsewhere,
-        "quiet": ~spiking & delimiter & elsewhere,
-        "other": ~spiking & ~delimiter & elsewhere,
-    }
+    groups = {"spiking": spiking & delimiter, "words": spiking & ~delimiter}
+    groups |= {"quiet": ~spiking & delimiter, "other": ~spiking & ~delimiter}
+    groups = {name: which & elsewhere for name, which in groups.items()}
     _, cache = model.run_with_cache(tokens)
     patterns = [cache[f"blocks.{layer}.attn.hook_pattern"] for layer in (0, 1)]
     own = torch.stack([pattern.diagonal(dim1=-2, dim2=-1).mean(1) for pattern in patterns]).mean(0)
@@ -347,31 +273,16 @@ def test_no_spiking_delimiter_is_a_reason(planted_model, planted_life, trigger_t
         assert reason in evidence.tk4_delimiters(delimiters).reason
 
 
-def test_a_model_without_a_spike_gets_the_reason(random_model):
-    tokens, counts = spikesink.windows(random_model, "house", 2, 16), torch.ones(400, dtype=torch.long)
-    life = spikesink.find_lifecycle(spikesink.trace_windows(random_model, tokens))
-    none = firsttoken.probe(weights_of(random_model), life)
-    assert none == NotApplicable(life.reason)
-    assert evidence.tk1_nearly_any(none, counts, none) == none
-    assert evidence.tk3_not_elsewhere(firsttoken.place_elsewhere(random_model, tokens, none)) == none
-    assert firsttoken.describe_fork(firsttoken.trace_fork(random_model, tokens, life, none)) == none
-    assert firsttoken.replace_first(random_model, tokens, none, counts) == none
-    assert firsttoken.compare_delimiters(random_model, tokens, life, life.main) == none
-
-
 def test_bad_requests_are_named(planted_model, planted_probe, trigger_tokens):
-    weights, some = weights_of(planted_model), torch.tensor([3])
-    with pytest.raises(ValueError, match="blocks 1 to 12"):
-        paths.static_path(weights, some, 13)
-    with pytest.raises(ValueError, match="blocks 1 to 12"):
-        forward(planted_model, some, 0)
-    for wrong in (-1, 400):
-        with pytest.raises(ValueError, match="vocabulary"):
-            paths.static_path(weights, torch.tensor([3, wrong]), 4)
-        with pytest.raises(ValueError, match="vocabulary"):
-            forward(planted_model, torch.tensor([wrong]), 4)
-    with pytest.raises(ValueError, match="one-dimensional"):
-        paths.static_path(weights, torch.zeros(0, dtype=torch.long), 4)
+    def static(model, tokens, last):
+        return paths.static_path(weights_of(model), tokens, last)
+
+    some = torch.tensor([3])
+    refused = [(static, some, 13), (forward, some, 0)]
+    refused += [(path, some + wrong, 4) for path in (static, forward) for wrong in (-4, 397)]
+    for path, tokens, last in refused:
+        with pytest.raises(ValueError, match=r"blocks 1 to 12|vocabulary"):
+            path(planted_model, tokens, last)
     with pytest.raises(ValueError, match="48 tokens"):
         paths.prefixes(trigger_tokens, 3, 48)
     with pytest.raises(ValueError, match="give a word"):

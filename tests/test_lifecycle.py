@@ -9,116 +9,64 @@ import spikesink
 from spikesink.chain import lifecycle
 from spikesink.chain import trace as module
 from spikesink.common import NotApplicable
+from spikesink.lab.config import Config
+from spikesink.lab.model import Decoder
 from spikesink.ledger import evidence
-from spikesink.ledger.claims import Evidence, verdict
-from spikesink.model.anatomy import Anatomy
+from spikesink.ledger.claims import verdict
 from tests import planted
 
 
-@pytest.fixture(scope="module")
-def life(planted_model, trigger_tokens):
-    return spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens))
-
-
-def test_planted_spike_is_found_at_its_blocks_and_channels(life):
-    cycle = life.main
-    assert cycle.channel == planted.Plant.channel
-    assert cycle.step_up == (4,)  # the FFN of layer 1
-    assert cycle.step_down == (10,)  # the FFN of layer 4
-    assert cycle.plateau == (4, 9)
-    assert cycle.channels == (planted.Plant.channel, planted.Plant.side_channel)
-    assert cycle.value == pytest.approx(planted.Plant.size, rel=0.05)
-    assert cycle.shape == "step"
-    assert len(life.cycles) == 1
-
-
-def test_spike_tokens_are_found_wherever_they_are(life):
-    rows = lifecycle.spike_rows(life)
-    places = sorted(zip(rows.window.tolist(), rows.position.tolist(), strict=True))
-    assert places == [(1, 0), (2, 20), (3, 47), (4, 5), (4, 30), (5, 0)]
-    assert set(rows.token.tolist()) == {1}
-
-
-def test_claims_say_what_was_planted(life, planted_model):
-    up, down = evidence.lc1_step_up(life), evidence.lc3_step_down(life)
-    assert up.measured["share_written"] == pytest.approx(1, abs=0.01)
+def test_claims_say_what_was_planted(planted_life, planted_model):
+    places = lifecycle.is_spike(planted_life, planted_life.main).nonzero().tolist()
+    assert places == [[1, 0], [2, 20], [3, 47], [4, 5], [4, 30], [5, 0]]
+    up = evidence.lc1_step_up(planted_life)
+    assert up.control["share_written_ordinary_tokens"] == pytest.approx(0, abs=1e-3)
     assert up.measured["largest_attention_share"] == 0  # no attention block writes to that channel
-    assert down.measured["share_cancelled"] == pytest.approx(planted.Plant.cancelled, abs=0.05)
-    assert down.measured["left_at_the_end"] == pytest.approx(1 - planted.Plant.cancelled, abs=0.05)
-    assert evidence.lc2_plateau(life).measured["plateau_write_ratio"] == 0
-    assert evidence.lc6_fixed_ratios(life).measured["ratio"] == pytest.approx(planted.Plant.side_ratio, abs=1e-3)
-    tokens = evidence.lc7_few_tokens(life, planted_model.tokenizer.decode).measured
-    assert tokens["n_spike_tokens"] == 6
+    assert evidence.lc2_plateau(planted_life).measured["plateau_write_ratio"] == 0
+    tokens = evidence.lc7_few_tokens(planted_life, planted_model.tokenizer.decode).measured
     assert tokens["position0_share"] == pytest.approx(2 / 6)
-    assert tokens["spike_tokens"] == [planted.TRIGGER]
     # Position 0 spikes in a third of the windows only, and the rule says so.
     assert verdict("LC7", tokens) == "differs"
-    assert verdict("LC1", up.measured) == "holds"
-    assert verdict("LC3", down.measured) == "holds"
 
 
 def test_default_model_has_the_cycle_that_was_measured_before(default_model):
     """The blocks and channel that an independent run on other text found (they are the model's, not the text's)."""
     tokens = spikesink.windows(default_model, "pydoc", 3, 128)
-    life = spikesink.find_lifecycle(spikesink.trace_windows(default_model, tokens))
-    assert life.main.step_up == (24,)
-    assert life.main.step_down == (58, 60)
-    assert life.main.channel == 507
-    assert life.main.value == pytest.approx(22_500, rel=0.1)
+    cycle = spikesink.find_lifecycle(spikesink.trace_windows(default_model, tokens)).main
+    assert (cycle.step_up, cycle.step_down, cycle.channel) == ((24,), (58, 60), 507)
+    assert cycle.value == pytest.approx(22_500, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("spike", "step_up", "step_down", "shape"),
     [
-        (planted.Plant(size=-1000.0, channel=20, side_channel=40), (4,), (10,), "step"),
         (planted.Plant(step_up_layers=(0, 2), step_down_layers=(4, 5)), (2, 6), (10, 12), "step"),
         (planted.Plant(step_up_layers=(0, 1, 2, 3, 4), step_down_layers=()), (2, 4, 6, 8, 10), (), "ramp"),
     ],
-    ids=["negative", "two blocks up and two down", "a ramp"],
+    ids=["two blocks up and two down", "a ramp"],
 )
-def test_a_spike_is_found_with_its_sign_and_all_its_blocks(spike, step_up, step_down, shape, tmp_path, trigger_tokens):
+def test_a_spike_is_found_with_all_its_blocks(spike, step_up, step_down, shape, tmp_path, trigger_tokens):
     model = spikesink.load(planted.save(planted.plant(planted.random_llama(400), spike), tmp_path / "planted"))
     trace = spikesink.trace_windows(model, trigger_tokens)
     life = spikesink.find_lifecycle(trace)
-    cycle = life.main
-    assert (cycle.channel, cycle.step_up, cycle.step_down, cycle.shape) == (spike.channel, step_up, step_down, shape)
-    assert cycle.value == pytest.approx(spike.size, rel=0.05)
+    assert (life.main.step_up, life.main.step_down, life.main.shape) == (step_up, step_down, shape)
     assert (verdict("LC1", evidence.lc1_step_up(life).measured) == "differs") == (shape == "ramp")
     if len(step_up) == 2:  # each writes half: 0.6 is more than either
         assert [spikesink.find_lifecycle(trace, step=step).main.step_up for step in (0.4, 0.6)] == [(2, 6), ()]
 
 
-@pytest.mark.parametrize("model", ["random_model", "planted_model"])
-def test_where_nothing_spikes_every_claim_says_so(model, trigger_tokens, request):
-    model = request.getfixturevalue(model)
-    life = spikesink.find_lifecycle(spikesink.trace_windows(model, trigger_tokens[:1]))  # without the trigger
-    assert (life.main, life.cycles) == (None, ())
-    claims = [evidence.lc1_step_up, evidence.lc2_plateau, evidence.lc3_step_down, evidence.lc4_few_channels]
-    for claim in (*claims, evidence.lc5_same_channels, evidence.lc6_fixed_ratios, lifecycle.writes_table):
-        assert claim(life) == NotApplicable(life.reason)
-    assert evidence.lc7_few_tokens(life, model.tokenizer.decode) == NotApplicable(life.reason)
-    assert not lifecycle.find_spikes(model, trigger_tokens, life).any()
+def test_windows_without_the_trigger_have_no_cycle(planted_model, trigger_tokens):
+    life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, trigger_tokens[:1]))
+    assert life.cycles == ()
+    assert lifecycle.writes_table(life) == evidence.lc1_step_up(life) == NotApplicable(life.reason)
+    assert not lifecycle.find_spikes(planted_model, trigger_tokens, life).any()
 
 
-@pytest.mark.parametrize("step", [0, 1, -0.1, 2])
-def test_a_step_outside_0_and_1_is_refused(life, step):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        spikesink.find_lifecycle(life.trace, step)
-
-
-def test_controls_are_measured_on_tokens_and_channels_that_do_not_spike(life):
-    ordinary = lifecycle.ordinary_rows(life)
-    assert len(ordinary) > 0
-    assert 1 not in ordinary.token.tolist()
-    assert set(life.trace.channels[life.trace.ordinary].tolist()).isdisjoint(life.main.channels)
-    assert evidence.lc1_step_up(life).control["share_written_ordinary_tokens"] == pytest.approx(0, abs=1e-3)
-
-
-def test_the_tables_say_what_the_cycle_holds(life):
-    writes, (line,) = lifecycle.writes_table(life), lifecycle.cycles_table(life).to_dict("records")
+def test_the_tables_say_what_the_cycle_holds(planted_life):
+    writes, (line,) = lifecycle.writes_table(planted_life), lifecycle.cycles_table(planted_life).to_dict("records")
     assert writes["step"].to_dict() == {"L1 MLP (block 4)": "up", "L4 MLP (block 10)": "down"}
     assert writes["share of the plateau"].tolist() == pytest.approx([1, -planted.Plant.cancelled], abs=0.05)
-    assert (line["step-up"], line["tokens"], line["at position 0"]) == (life.main.step_up, 6, 2)
+    assert (line["step-up"], line["tokens"], line["at position 0"]) == ((4,), 6, 2)
 
 
 # Hand-made traces: every number below can be worked out on paper.
@@ -162,90 +110,41 @@ def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
     return module.Trace(ANATOMY, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
 
 
-ANATOMY = Anatomy(
-    family="hand",
-    n_layers=6,
-    n_heads=1,
-    n_kv_heads=1,
-    d_model=576,
-    d_head=8,
-    d_mlp=8,
-    d_vocab=100,
-    context=64,
-    norm="RMS",
-    norm_placement="pre",
-    norm_scale_offset=0.0,
-    norm_eps=1e-6,
-    gate_activation="silu",
-    qk_norm=False,
-    parallel=False,
-    n_experts=0,
-    residual_multiplier=1.0,
-    attention_norm="ln1",
-    ffn_norm="ln2",
-    sight=(None,) * 6,
-    softcap=None,
-    query_scale=0.25,
-    sees_rotation=True,
-    prepends_bos=False,
-    bos_token=None,
-    layer_hooks=(),
-    write_hooks=(),
-    pattern_hooks=(),
-)
+ANATOMY = Decoder(Config(n_layers=6, d_model=8, heads=(8, 1), bos=False)).anatomy
 ORDINARY = [(0, 5, {4: 0.1}), (0, 9, {4: -0.1}), (1, 5, {4: 0.1}), (1, 9, {4: 0.1})]
 
 
-def test_step_up_is_the_sum_of_early_ffn_writes_and_no_other():
-    """Blocks 2, 3 (attention), 4 and 8 (late) write 300, 200, 400 and 100: 70% of 1000 are early FFN writes."""
-    spikes = [(w, 0, {2: 300.0, 3: 200.0, 4: 400.0, 8: 100.0}) for w in (0, 1)]
-    measured = evidence.lc1_step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
-    assert measured["step_up_blocks"] == [2, 3, 4, 8]
-    assert measured["share_written"] == pytest.approx(0.7)
-    assert measured["largest_attention_share"] == pytest.approx(0.2)
-    assert measured["blocks_needed"] == 3
+def by_hand(writes, drawn=ORDINARY, **more):
+    """The life cycle of a hand-made trace whose windows begin with tokens that get these writes."""
+    return spikesink.find_lifecycle(handmade([(w, 0, writes) for w in (0, 1)], drawn, **more))
 
 
-def test_an_attention_block_that_takes_away_counts_as_well():
-    spikes = [(w, 0, {2: 1500.0, 3: -600.0}) for w in (0, 1)]
-    result = evidence.lc1_step_up(spikesink.find_lifecycle(handmade(spikes, ORDINARY)))
-    assert result.measured["largest_attention_share"] == pytest.approx(0.4)
-    assert verdict("LC1", result.measured) == "differs"
-
-
-def test_at_most_three_blocks_count_as_having_written_the_spike():
-    spikes = [(w, 0, {1: 0.0, 2: 300.0, 4: 300.0, 6: 240.0, 8: 160.0}) for w in (0, 1)]
-    early = [(w, p, {2: 250.0, 4: 250.0, 6: 250.0}) for w, p, _ in spikes]
-    many = [(w, p, {b: 200.0 for b in (1, 2, 3, 4, 6)}) for w, p, _ in spikes]
-    shares = [
-        evidence.lc1_step_up(spikesink.find_lifecycle(handmade(s, ORDINARY))).measured["share_written"]
-        for s in (spikes, early, many)
-    ]
-    assert shares == pytest.approx([0.84, 1.0, 0.6])
-    wide = handmade([(w, 0, {2: 200.0, 4: 190.0, 6: 180.0, 8: 170.0}) for w in (0, 1)], ORDINARY)
-    assert evidence.lc1_step_up(spikesink.find_lifecycle(wide)).measured["share_written"] == pytest.approx(570 / 740)
-
-
-def test_a_plateau_write_counts_whatever_its_sign():
-    spikes = [(w, 0, {2: 1000.0, 4: -50.0, 5: 50.0, 6: -50.0, 10: -900.0}) for w in (0, 1)]
-    measured = evidence.lc2_plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
-    assert (measured["first_point"], measured["last_point"]) == (2, 9)
+LC1, LC2, LC3 = evidence.lc1_step_up, evidence.lc2_plateau, evidence.lc3_step_down
+SHARED = {"share_written": 0.7, "largest_attention_share": 0.2, "blocks_needed": 3}
+# What each block writes to the spike tokens, and what follows. Blocks 3 and 9 are attention, 8 and 12 late.
+WRITTEN = [
+    (LC1, {2: 300, 3: 200, 4: 400, 8: 100}, SHARED),
+    (LC1, {2: 1500, 3: -600}, {"largest_attention_share": 0.4}),
+    (LC1, {2: 300, 4: 300, 6: 240, 8: 160}, {"share_written": 0.84}),
+    (LC1, {1: 200, 2: 200, 3: 200, 4: 200, 6: 200}, {"share_written": 0.6}),
     # Blocks 3 to 9 write 0, 50, 50, 50, 0, 0, 0 in size: the median is 0; with one more it is 50 of 950.
-    assert measured["plateau_write_ratio"] == 0
-    spikes = [(w, 0, {2: 1000.0, 3: -50.0, 4: -50.0, 5: 50.0, 6: -50.0, 10: -900.0}) for w in (0, 1)]
-    measured = evidence.lc2_plateau(spikesink.find_lifecycle(handmade(spikes, ORDINARY))).measured
-    assert measured["plateau_write_ratio"] == pytest.approx(50 / 950)
+    (LC2, {2: 1000, 4: -50, 5: 50, 6: -50, 10: -900}, {"first_point": 2, "last_point": 9, "plateau_write_ratio": 0}),
+    (LC2, {2: 1000, 3: -50, 4: -50, 5: 50, 6: -50, 10: -900}, {"plateau_write_ratio": 50 / 950}),
+    (LC3, {2: 1000, 6: -100, 9: -200, 12: -300}, {"share_cancelled": 0.3, "left_at_the_end": 0.4}),
+]
 
 
-def test_only_late_ffn_blocks_count_as_cancelling():
-    """Of what blocks 6 (early), 9 (attention) and 12 take back, 100, 200 and 300 of 1000, only 12's counts."""
-    spikes = [(w, 0, {2: 1000.0, 6: -100.0, 9: -200.0, 12: -300.0}) for w in (0, 1)]
-    life = spikesink.find_lifecycle(handmade(spikes, [(w, p, {12: -10.0}) for w, p, _ in ORDINARY]))
-    result = evidence.lc3_step_down(life)
-    assert result.measured["step_down_blocks"] == [6, 9, 12]
-    assert result.measured["share_cancelled"] == pytest.approx(0.3)
-    assert result.measured["left_at_the_end"] == pytest.approx(0.4)
-    assert result.control["share_cancelled_ordinary_tokens"] == pytest.approx(0.01)
+@pytest.mark.parametrize(("measure", "writes", "expected"), WRITTEN)
+def test_what_blocks_write_counts_by_the_rules(measure, writes, expected):
+    measured = measure(by_hand(writes)).measured
+    assert {name: measured[name] for name in expected} == pytest.approx(expected)
+
+
+def test_verdict_and_control_by_hand():
+    assert verdict("LC1", LC1(by_hand({2: 1500, 3: -600})).measured) == "differs"
+    life = by_hand({2: 1000, 6: -100, 9: -200, 12: -300}, drawn=[(w, p, {12: -10.0}) for w, p, _ in ORDINARY])
+    assert (life.main.step_up, life.main.step_down) == ((2,), (6, 9, 12))
+    assert LC3(life).control["share_cancelled_ordinary_tokens"] == pytest.approx(0.01)
 
 
 def test_ratios_and_jaccard_are_those_of_the_tokens():
@@ -262,14 +161,14 @@ def test_each_window_is_held_against_its_own_median():
     """An entry of 1000 is a spike where the median is 1, and none where it is 50."""
     medians = torch.ones(2, N_BLOCKS + 1)
     medians[1] = 50.0
-    life = spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY, medians))
+    life = by_hand({2: 1000.0}, medians=medians)
     assert life.trace.rows.window[life.main.is_spike].tolist() == [0]
 
 
 def test_a_channel_that_is_large_on_every_token_does_not_make_them_spike_tokens():
     """Ordinary tokens hold 200 medians, more than a tenth of the spike, but are nearer to each other than to it."""
     drawn = [(w, p, {1: 200.0}) for w, p, _ in ORDINARY]
-    life = spikesink.find_lifecycle(handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], drawn))
+    life = by_hand({2: 1000.0}, drawn=drawn)
     assert life.main.is_spike.tolist() == [True, True, False, False, False, False]
     result = evidence.lc7_few_tokens(life, str)
     assert result.measured["n_spike_tokens"] == 2
@@ -286,15 +185,13 @@ def test_the_same_tokens_later_in_the_windows_are_the_control_of_place():
     assert result.control["n_same_tokens_elsewhere"] == 5
     assert result.control["same_tokens_elsewhere_share"] == pytest.approx(0.2)
     assert result.control["other_positions_share"] == pytest.approx(1 / 38)
-    nowhere_else = handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)
-    control = evidence.lc7_few_tokens(spikesink.find_lifecycle(nowhere_else), str).control
-    assert set(control) == {"other_positions_share"}
+    assert set(evidence.lc7_few_tokens(by_hand({2: 1000.0}), str).control) == {"other_positions_share"}
 
 
 def test_one_outlier_does_not_set_the_size():
     """One window's spike is thirty times the others': the size is the median window's, so all of them are found."""
     spikes = [(w, 0, {2: 1000.0}) for w in range(4)] + [(4, 0, {2: 30_000.0})]
-    life = spikesink.find_lifecycle(handmade(spikes, [(w, 5, {4: 0.1}) for w in range(5)], n_windows=5, medians=None))
+    life = spikesink.find_lifecycle(handmade(spikes, [(w, 5, {4: 0.1}) for w in range(5)], n_windows=5))
     assert life.main.is_spike.sum() == 5
     assert life.main.value == pytest.approx(1000)
     assert len(life.cycles) == 1
@@ -347,11 +244,9 @@ def test_a_smaller_cycle_on_other_tokens_is_reported_too():
 
 
 def test_spike_tokens_that_are_drawn_are_no_controls():
-    trace = handmade([(w, 0, {2: 1000.0}) for w in (0, 1)], ORDINARY)
-    trace.rows.drawn[0] = True
-    life = spikesink.find_lifecycle(trace)
-    assert len(lifecycle.ordinary_rows(life)) == 4
-    assert 7 not in lifecycle.ordinary_rows(life).token.tolist()
+    life = by_hand({2: 1000.0})
+    life.trace.rows.drawn[0] = True
+    assert lifecycle.ordinary_rows(life).token.tolist() == [8] * 4
 
 
 def test_when_every_token_spikes_there_is_no_control_and_the_claims_say_so():
@@ -359,6 +254,5 @@ def test_when_every_token_spikes_there_is_no_control_and_the_claims_say_so():
     for measure in (evidence.lc4_few_channels, evidence.lc5_same_channels):
         assert isinstance(measure(life), NotApplicable)
     for measure in (evidence.lc1_step_up, evidence.lc3_step_down, evidence.lc6_fixed_ratios):
-        result = measure(life)
-        assert isinstance(result, Evidence)  # the ordinary channels are left to compare with
-        assert all(math.isfinite(v) for v in result.control.values())
+        control = measure(life).control.values()  # the ordinary channels are left to compare with
+        assert min(map(math.isfinite, control))

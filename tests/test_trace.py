@@ -40,6 +40,8 @@ def test_the_trace_is_what_the_cache_holds(planted_model, trigger_tokens):
     spiking = over.any(0).any(0).any(0).nonzero()[:, 0]
     assert set(spiking.tolist()) <= set(trace.channels[: trace.n_followed].tolist())
 
+    assert not any(point.fwd_hooks for point in planted_model.hook_dict.values())  # none is left behind
+
     patterns = [cache[f"blocks.{i}.attn.hook_pattern"][..., 0].mean((0, 2)) for i in range(n_layers)]
     torch.testing.assert_close(trace.attention_to_first, torch.stack(patterns), rtol=1e-5, atol=1e-6)
 
@@ -95,11 +97,6 @@ def test_profile_is_what_the_cache_holds(planted_model, trigger_tokens):
     torch.testing.assert_close(profile.attention[3], received, rtol=1e-5, atol=1e-6)
 
 
-def test_no_hooks_are_left_behind(planted_model, trigger_tokens):
-    spikesink.trace_windows(planted_model, trigger_tokens[:1])
-    assert not any(point.fwd_hooks for point in planted_model.hook_dict.values())
-
-
 def test_overflow_is_an_error_and_not_the_absence_of_a_spike(tmp_path, trigger_tokens):
     large = planted.plant(planted.random_llama(400), planted.Plant(size=1e5))
     model = spikesink.load(planted.save(large, tmp_path / "large"), dtype="float16")
@@ -108,16 +105,13 @@ def test_overflow_is_an_error_and_not_the_absence_of_a_spike(tmp_path, trigger_t
 
 
 @pytest.mark.usefixtures("any_types")
-@pytest.mark.parametrize("shape", [(0, 5), (5,), (2, 3, 4), (1, 513)])
-def test_windows_of_another_shape_or_longer_than_the_context_are_refused(random_model, shape):
-    with pytest.raises(ValueError, match=r"windows|context"):
-        spikesink.trace_windows(random_model, torch.zeros(shape, dtype=torch.long))
-
-
-@pytest.mark.parametrize("length", [0, 513])
-def test_a_prompt_of_no_tokens_or_too_many_is_refused(random_model, length):
-    with pytest.raises(ValueError, match="1 to 512 tokens"):
-        spikesink.profile(random_model, torch.zeros(length, dtype=torch.long))
+def test_windows_and_prompts_of_a_wrong_shape_or_length_are_refused(random_model):
+    for shape in ((0, 5), (5,), (2, 3, 4), (1, 513)):
+        with pytest.raises(ValueError, match=r"windows|context"):
+            spikesink.trace_windows(random_model, torch.zeros(shape, dtype=torch.long))
+    for length in (0, 513):
+        with pytest.raises(ValueError, match="1 to 512 tokens"):
+            spikesink.profile(random_model, torch.zeros(length, dtype=torch.long))
 
 
 @pytest.mark.slow
