@@ -62,10 +62,7 @@ class CommandError(RuntimeError):
 
 
 def check_writable(folder: Path, keep: bool = True) -> None:
-    """Make a folder, if need be, and raise CommandError unless something can be written there.
-
-    If it is not to be kept, what was made is gone again afterwards.
-    """
+    """Raise CommandError unless something can be written in a folder, which is made (and stays, if it is to `keep`)."""
     made = [] if keep else [path for path in (folder, *folder.parents) if not path.exists()]
     if folder.is_file():
         raise CommandError(f"{folder} is a file; give a folder for what is written.")
@@ -131,14 +128,16 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, of cells in which `escape` was used."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
 Item = TypeVar("Item")
 
 
 def progress(items: Collection[Item], label: str, unit: str, done: int = 0) -> Iterable[Item]:
-    """Go through `items` under a bar that appears after two seconds and goes when done; none if TQDM_DISABLE is set.
-
-    The bar counts from `done`: how many were gone through before these.
-    """
+    """Go through `items`, after `done` others, under a bar that appears after two seconds (TQDM_DISABLE: none)."""
     # tqdm's notebook bar does not read TQDM_DISABLE of its own accord.
     disable = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     total = done + len(items) if done else None

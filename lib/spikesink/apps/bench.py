@@ -24,7 +24,7 @@ from spikesink.chain import amplifier
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle, first_step_up
 from spikesink.chain.trace import trace_windows
 from spikesink.cli import open_console
-from spikesink.common import NotApplicable, brief, check_writable, escape, write_atomically
+from spikesink.common import NotApplicable, brief, check_writable, escape, markdown_table, write_atomically
 from spikesink.model import paths
 from spikesink.model.anatomy import Block, Model
 from spikesink.model.load import load, prepare
@@ -201,8 +201,7 @@ def compare_trace(model: Model, tokens: Tensor) -> Iterator[Row]:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a table in Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
-    return "\n".join("| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines)
+    return markdown_table(COLUMNS, (list(map(escape, row.cells())) for row in rows))
 
 
 def put_into_readme(readme: Path, table: str) -> None:

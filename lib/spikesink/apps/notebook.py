@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spikesink import paper, plots
 from spikesink.apps.once import once
-from spikesink.common import NotApplicable, brief, escape
+from spikesink.common import NotApplicable, brief, escape, markdown_table
 from spikesink.lab.config import LAB, LENGTH
 from spikesink.lab.families import BASE
 from spikesink.lab.records import LAST_WINDOWS, Record, digest
@@ -25,6 +25,7 @@ from spikesink.ledger.table import show_value
 from spikesink.model import texts
 from spikesink.model.anatomy import Block, Model
 
+NOTE = "\n\n*of … too*: the rule holds of that control as well, so the claim is true of more than spikes."
 ROUNDING = 1e-5  # relative errors of float32 arithmetic stay below it
 
 
@@ -46,11 +47,7 @@ class Ledger:
         return fig
 
     def record(self, evidence: Mapping[str, Evidence | NotApplicable]) -> Markdown:
-        """Judge evidence by claim id, merge the claims into `folder/claims.json`, and show them as a table.
-
-        A rule that several claims share is told once. A claim that holds of a control as well is marked: it is true of
-        more than spikes and sinks.
-        """
+        """Judge evidence by claim id, merge the claims into `folder/claims.json`, and show them as a table."""
         judged = {claim_id: claims.judge(claim_id, given, self.notebook) for claim_id, given in evidence.items()}
         claims.record(self.folder, self.header, judged)
         first = claims.first_with_same_text({claim_id: claim.rule for claim_id, claim in judged.items()})
@@ -60,12 +57,10 @@ class Ledger:
             verdict = f"**{claim.verdict}**"
             if held := claims.passing_controls(claim_id, claim.measured, claim.control):
                 verdict += f"<br>of {', '.join(held)} too"
-                note = (
-                    "\n\n*of … too*: the rule holds of that control as well, so the claim is true of more than spikes."
-                )
+                note = NOTE
             name = escape(f"**{claim_id}** {claim.statement}<br>*{rule}*")
-            rows.append((name, verdict, _list_values(claim.measured), _list_values(claim.control)))
-        return Markdown(_write_table(("claim", "verdict", "measured", "control"), rows) + note)
+            rows.append((name, verdict, *map(_list_values, (claim.measured, claim.control))))
+        return Markdown(markdown_table(("claim", "verdict", "measured", "control"), rows) + note)
 
 
 def open_ledger(
@@ -76,11 +71,9 @@ def open_ledger(
     seed: int = 0,
     figures: str | os.PathLike | None = None,
 ) -> Ledger:
-    """A ledger for the notebook of this name ("01_step_up").
+    """A ledger for the notebook of this name ("01_step_up"), in a folder of `figures`.
 
-    Args:
-        model, tokens, text, seed: what is measured, on which windows of which text, drawn by which seed.
-        figures: where the model's folder goes; by default $SPIKESINK_FIGURES, or `figures/` beside `notebooks/`.
+    That is by default $SPIKESINK_FIGURES, or `figures/` beside `notebooks/`.
     """
     source = model.source
     header = Header(
@@ -168,12 +161,7 @@ def tidy(frame: pd.DataFrame | NotApplicable) -> Markdown:
         frame = frame.reset_index()
     frame = frame.astype(object).where(frame.notna(), "")
     rows = [[escape(_shorten(value)) for value in row] for row in frame.itertuples(index=False, name=None)]
-    return Markdown(_write_table(map(str, frame.columns), rows))
-
-
-def _write_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(columns)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return Markdown(markdown_table([str(column) for column in frame.columns], rows))
 
 
 def _list_values(values: Mapping[str, Any]) -> str:
@@ -209,10 +197,9 @@ def vocabularies(ledger: Ledger) -> pd.DataFrame:
 
 
 def across_models(ledger: Ledger) -> list[tuple[str, int, tuple[Block, ...], tuple[Block, ...], bool]]:
-    """Step-up and step-down blocks of every model with a ledger beside this one, and of the paper's table 1.
+    """Every model with a ledger beside this one, and of the paper's table 1.
 
-    Returns:
-        For each model its name, number of blocks, step-up blocks, step-down blocks, and whether the paper measured it.
+    Of each its name, number of blocks, step-up blocks, step-down blocks, and whether the paper measured it.
     """
     rows = []
     for name, data in claims.ledgers(ledger.folder.parent).items():

@@ -28,10 +28,9 @@ PLAIN = (str, bytes, int, float, type(None), torch.dtype, torch.device, Path)
 
 
 def once(function: Callable, model: TransformerBridge, *args: Any) -> Any:
-    """`function(model, *args)`, or what that gave when it was last asked for in this run.
+    """`function(model, *args)`, or what that gave when it was last asked for in this run, perhaps by another process.
 
-    A second process that asks for the same meanwhile waits for it. A model that is hooked, or whose weights are not in
-    memory, is measured each time.
+    A model that is hooked, or whose weights are not in memory, is measured each time.
     """
     folder = os.environ.get(FOLDER)
     key = _key(function, model, args) if folder else None

@@ -20,11 +20,7 @@ MOST_TOKENS = 64  # of a prompt that a panel takes: it is to answer in about a s
 
 
 def parse_channels(text: str, d_model: int, spike: Sequence[int]) -> list[int]:
-    """Channels out of what somebody typed: "spike" for the spike channels, "all", or numbers and ranges, "3, 10-12".
-
-    Raises:
-        ValueError: something that is neither, or a channel that does not exist.
-    """
+    """Channels out of what somebody typed: "spike" for the spike channels, "all", or numbers and ranges, "3, 10-12"."""
     channels: set[int] = set()
     named = {"spike": spike, "all": range(d_model)}
     for word in text.replace(",", " ").split():
@@ -68,11 +64,7 @@ class Panel(ipywidgets.VBox):
         self.redraw()
 
     def interventions(self) -> list[Intervention]:
-        """What the controls say.
-
-        Raises:
-            ValueError: channels that are none.
-        """
+        """What the controls say."""
         n_layers, d_model = self.model.anatomy.n_layers, self.model.anatomy.d_model
         channels = parse_channels(self.channels.value, d_model, self.spike)
         some = None if len(channels) == d_model else channels

@@ -23,9 +23,6 @@ def render(figures: Path) -> Path:
     """Write `figures/README.md` from all ledgers below it: claims x models, why some differ, each with its control.
 
     Beside each ledger goes a page of that model's pictures. A file is left alone where it says all that already.
-
-    Raises:
-        ValueError: a ledger, or `reasons.md` beside it, is damaged.
     """
     ledgers, reasons, lab = claims.ledgers(figures), table.read_reasons(figures), claims.lab_ledger(figures)
     everything = ledgers if lab is None else {**ledgers, LAB: lab}

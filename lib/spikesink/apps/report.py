@@ -158,9 +158,6 @@ def diagnose(
 
     `source` is the text that `tokens` are cut from. With `with_long` a text as long as the context is run as well,
     which takes minutes. `begun` is told before each section which one it is, and after what time.
-
-    Raises:
-        OSError: the folder cannot be written.
     """
     subject, finished, started = Subject(model, tokens, source, seed), {}, time.perf_counter()
     stages = STAGES if with_long else {key: stage for key, stage in STAGES.items() if key != "long"}
@@ -325,18 +322,12 @@ def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Fi
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not tried: {crossed.reason}.", {"reason": crossed.reason})
     diagnoses = diagnosis.diagnose(crossed)
-    facts = {
-        name: {
-            "cost": one.cost,
-            "interval": _finite(one.interval),
-            "left_without_spike": one.without_spike and one.without_spike.value,
-            "left_without_spike_interval": one.without_spike and one.without_spike.interval,
-            "left_with_sink": one.with_sink and one.with_sink.value,
-            "left_with_sink_interval": one.with_sink and one.with_sink.interval,
-            "verdict": one.verdict,
-        }
-        for name, one in diagnoses.items()
-    }
+    facts = {}
+    for name, one in diagnoses.items():
+        facts[name] = {"cost": one.cost, "interval": _finite(one.interval)}
+        for remedy, left in (("without_spike", one.without_spike), ("with_sink", one.with_sink)):
+            facts[name] |= {f"left_{remedy}": left and left.value, f"left_{remedy}_interval": left and left.interval}
+        facts[name]["verdict"] = one.verdict
     prose = f"Unchanged, perplexity is {brief(crossed.perplexity(crossed.plain[cells.UNCHANGED]))}."
     if crossed.reason:
         prose = f"Tried in the unchanged model alone: {crossed.reason}. {prose}"

@@ -97,9 +97,6 @@ def run_all(runs: Sequence[Run], console: Console, jobs: int = 1) -> int:
     """Run what is not up to date, one model after the other, and say so as it goes.
 
     What is wrong with a model, or with the text for it, is said before any notebook runs; it does not stop the others.
-
-    Returns:
-        0, or 1 when a model or a notebook failed.
     """
     failed = {}
     for step in (prepare, run_one):
@@ -121,11 +118,7 @@ def run_all(runs: Sequence[Run], console: Console, jobs: int = 1) -> int:
 
 
 def prepare(run: Run, console: Console, jobs: int = 1) -> None:
-    """If a notebook has to run, find, fetch or dequantize the model and cut the windows: errors come before a kernel.
-
-    Raises:
-        CommandError: the model, the text or a folder is not to be used.
-    """
+    """If a notebook has to run, find, fetch or dequantize the model and cut the windows, before a kernel starts."""
     if all(stamp.is_current() for stamp in run.stamps()):
         return
     if "MODEL" in run.parameters:
@@ -148,11 +141,7 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 
 def run_one(run: Run, console: Console, jobs: int = 1) -> None:
-    """Run a model's notebooks that are not up to date, `jobs` at a time.
-
-    Raises:
-        CommandError: a notebook failed; its message begins with which.
-    """
+    """Run a model's notebooks that are not up to date, `jobs` at a time; a CommandError begins with which failed."""
     begun, stamps = time.monotonic(), run.stamps()
     heads = {stamp.notebook: f"[{i}/{len(stamps)}] {stamp.notebook.stem}" for i, stamp in enumerate(stamps, 1)}
     os.environ[FOLDER] = str((run.build / run.name / "once").resolve())
@@ -207,11 +196,7 @@ def _in_process(notebook: Path, parameters: dict[str, Any], build: Path) -> Path
 
 
 def execute(notebook: Path, parameters: dict[str, Any], build: Path) -> Path:
-    """Run a notebook; what it became is in `build`, whole, or as `<name>.failed.ipynb`.
-
-    Raises:
-        CommandError: a cell raised.
-    """
+    """Run a notebook; what it became is in `build`, whole, or as `<name>.failed.ipynb` with a CommandError."""
     import papermill
     from papermill.exceptions import PapermillExecutionError
 

@@ -61,11 +61,11 @@ class Plan:
 
     def sentences(self, per_second: float | None = None) -> str:
         """It as prose."""
+        size, cache = _size(self.disk), cache_directory()
         first = {
             "": "",
-            "dequantize": f"First its file is dequantized into {cache_directory()}: {_size(self.disk)} there and in "
-            "memory. ",
-            "download": f"First {_size(self.disk)} are downloaded, unless they are in the hub's cache already. ",
+            "dequantize": f"First its file is dequantized into {cache}: {size} there and in memory. ",
+            "download": f"First {size} are downloaded, unless they are in the hub's cache already. ",
         }
         said = (
             f"{self.model}: {_count(self.parameters)} parameters in {self.n_layers} layers. {first[self.first]}"
@@ -75,23 +75,19 @@ class Plan:
         if per_second:
             said += f", about {_duration(self.operations / per_second)} here and the time to read it all"
         if self.unpacked:
-            said += f"; its experts take up to {_size(self.unpacked)} of {cache_directory()} in the meantime"
+            said += f"; its experts take up to {_size(self.unpacked)} of {cache} in the meantime"
         return said + "."
 
 
 def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Plan:
-    """Tell what a scan of a model takes; of a hub's model only its configuration is fetched, of a GGUF file its header.
-
-    Raises:
-        LoadError: as `load` does.
-        ValueError: no entries, or more than the vocabulary has.
-    """
+    """Tell what a scan of a model takes, from its configuration alone, or from the header of its GGUF file."""
     config = read_configuration(spec)
     _check_entries(entries, config.vocab_size)
     with quiet(), torch.device("meta"):
         hf_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=config.dtype)
     d, dtype = config.hidden_size, hf_model.dtype
-    blocks = _layers(hf_model, config.num_hidden_layers)
+    lists = (module for module in hf_model.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks = next(layers for layers in lists if len(layers) == config.num_hidden_layers)
     sizes, widths = [_numel(block) for block in blocks], [_widths(block) for block in blocks]
     stream = STREAMS * entries * d * FLOAT
     layer = max(
@@ -140,11 +136,6 @@ def _weighing(widths: Sequence[int], d_model: int, entries: int) -> int:
     hidden = 2 * min(entries, paths.BATCH) * widest * FLOAT
     form = (widest + 6 * d_model) * d_model * FLOAT
     return max(hidden + 3 * amplifier.KERNEL * FLOAT, form) if widths else hidden
-
-
-def _layers(hf_model: torch.nn.Module, n: int) -> torch.nn.ModuleList:
-    lists = (module for module in hf_model.modules() if isinstance(module, torch.nn.ModuleList))
-    return next(found for found in lists if len(found) == n)
 
 
 def _widths(layer: torch.nn.Module) -> list[int]:
@@ -232,17 +223,11 @@ def scan(
 ) -> Scan:
     """Go through a model's weights once, a layer at a time.
 
-    Args:
-        spec: as `load` takes it.
-        entries: of the vocabulary, spread evenly over it, that are put at position 0; BOS alone where the tokenizer
-            always puts it there.
-        folder: where it is kept what is known after each layer, so that the same call goes on after an interruption.
+    `entries` of the vocabulary, spread evenly, are put at position 0; BOS alone where the tokenizer always puts it
+    there. What is known after each layer is kept in `folder`, so that the same call goes on after an interruption.
 
     Raises:
-        LoadError: as `load` does.
         ValueError: no entries, or more than the vocabulary has; or attention is no fixed map of a first token.
-        FloatingPointError: a weight is not finite.
-        OSError: the folder cannot be written.
     """
     ready = prepare(spec)
     weights = open_weights(spec, ready.config.dtype)

@@ -32,11 +32,7 @@ class Evidence:
 
 @measure
 def make_evidence(measured: Mapping[str, Any], control: Mapping[str, Any]) -> Evidence:
-    """Evidence without those controls that could not be measured (NaN).
-
-    Raises:
-        NotApplicable: a measured value is NaN, or no control is left.
-    """
+    """Evidence without the controls that are NaN; NotApplicable if a measured value is, or no control is left."""
     missing = [name for name, value in measured.items() if not _is_finite(value)]
     if missing:
         raise NotApplicable(
@@ -68,12 +64,7 @@ class Claim:
 
 
 def judge(claim_id: str, evidence: Evidence | NotApplicable, notebook: str) -> Claim:
-    """Put evidence to a claim's rule.
-
-    Raises:
-        ValueError: no rule has this id, or it needs what was not measured; there is no control; or a value is not a
-            finite number, a string, or a list or mapping of those.
-    """
+    """Put evidence to a claim's rule; ValueError where it has no control, or lacks what the rule asks for."""
     if claim_id not in RULES:
         raise ValueError(f"there is no claim {claim_id!r}; rules.RULES lists those there are.")
     rule = RULES[claim_id]
@@ -120,7 +111,7 @@ def left_open(claim_id: str, measured: Mapping[str, Any]) -> bool:
 def passing_controls(claim_id: str, measured: Mapping[str, Any], control: Mapping[str, Any]) -> list[str]:
     """The controls that a claim's rule holds of as well, by the name of their first value; none where it differs.
 
-    A claim that holds of ordinary tokens too is true, but says nothing of spikes. Of an unknown claim there are none.
+    A claim that holds of ordinary tokens too is true, but says nothing of spikes.
     """
     rule = RULES.get(claim_id)
     if rule is None or verdict(claim_id, measured) != "holds":
@@ -151,10 +142,6 @@ def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
     """Merge claims into `folder/claims.json`, atomically, and return its path.
 
     Claims already there stay if they were measured with the same header, and go otherwise.
-
-    Raises:
-        ValueError: the file that is there is damaged.
-        OSError: the folder cannot be written.
     """
     path = folder / "claims.json"
     head = json.loads(json.dumps(asdict(header)))
@@ -169,10 +156,7 @@ def record(folder: Path, header: Header, claims: Mapping[str, Claim]) -> Path:
 
 
 def ledgers(figures: Path) -> dict[str, dict[str, Any]]:
-    """Every `figures/*/claims.json` of a model, by its name; the default model first, the others by name.
-
-    The lab's is not among them: what it says is of many models that were trained to be compared.
-    """
+    """Every `figures/*/claims.json` of a model (not the lab's), by its name; the default model's first."""
     of_models = [_read(path) for path in figures.glob("*/claims.json") if path.parent.name != LAB]
     return {data["model"]: data for data in sorted(of_models, key=lambda d: (d["model"] != DEFAULT_MODEL, d["model"]))}
 

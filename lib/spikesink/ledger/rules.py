@@ -66,11 +66,7 @@ class Rule:
         return [compile(text, "rules.toml", "eval") for text in texts]
 
     def read(self, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that the rule asks for.
-
-        Raises:
-            KeyError: one of them was not measured.
-        """
+        """The values that the rule asks for; KeyError where one was not measured."""
         names = {_POINT.sub("_", name): name for name in measured}
         asked = dict.fromkeys(name for code in self._conditions for name in code.co_names if name not in FUNCTIONS)
         return {names.get(name, name): measured[names.get(name, name)] for name in asked}
@@ -81,9 +77,5 @@ class Rule:
         return all(eval(code, {"__builtins__": {}} | FUNCTIONS, values) for code in self._conditions)
 
 
-def _read_rules() -> dict[str, Rule]:
-    table = tomllib.loads((Path(__file__).parent / "rules.toml").read_text(encoding="utf-8"))
-    return {name: Rule(**row | {"holds": table.get(row["holds"], row)["holds"]}) for name, row in table.items()}
-
-
-RULES = _read_rules()
+_TABLE = tomllib.loads((Path(__file__).parent / "rules.toml").read_text(encoding="utf-8"))
+RULES = {name: Rule(**row | {"holds": _TABLE.get(row["holds"], row)["holds"]}) for name, row in _TABLE.items()}

@@ -26,13 +26,10 @@ OF_BLOCKS = ("block", "step_up_blocks", "step_down_blocks", "first_point", "last
 
 @dataclass(frozen=True)
 class Cell:
-    """A claim on one model: the verdict ("reported" where it is the paper's and no rule can be put to it), its value.
-
-    `value` is the measured value that stands for the claim; None where it does not apply.
-    """
+    """A claim on one model: the verdict, or "reported" where it is the paper's and no rule can be put to it."""
 
     verdict: str
-    value: Any = None
+    value: Any = None  # the measured value that stands for the claim; None where it does not apply
     beside: Any = None  # what the value is to be compared with
     held_by: Sequence[str] = ()  # controls that the rule holds of as well
 
@@ -137,7 +134,11 @@ def make_board(ledgers: Ledgers) -> Board:
                 *(first[name] for name in ("statement", "rule", "notebook")),
                 cells={name: make_cell(claim_id, claim) for name, claim in mine.items()},
                 reported={
-                    name: _reported(claim_id, row[claim_id]) for name, row in reported.items() if claim_id in row
+                    name: Cell(
+                        "reported" if value.measured is None else claims.verdict(claim_id, value.measured), value.value
+                    )
+                    for name, row in reported.items()
+                    if (value := row.get(claim_id))
                 },
             )
         )
@@ -151,10 +152,6 @@ def make_cell(claim_id: str, claim: Mapping[str, Any]) -> Cell:
         return Cell(claim["verdict"])
     held = claims.passing_controls(claim_id, measured, claim["control"]) if claim["rule"] == rule.words else []
     return Cell(claim["verdict"], measured.get(rule.headline), measured.get(rule.beside), held)
-
-
-def _reported(claim_id: str, value: paper.Reported) -> Cell:
-    return Cell("reported" if value.measured is None else claims.verdict(claim_id, value.measured), value.value)
 
 
 def find_link(claim_id: str) -> str:
@@ -180,11 +177,7 @@ def show_value(name: str, value: Any) -> str:
 
 
 def read_reasons(figures: Path) -> dict[str, str]:
-    """The sections of `figures/reasons.md`, a claim's id or a model's name each; none where there is no such file.
-
-    Raises:
-        ValueError: two sections are about one claim.
-    """
+    """The sections of `figures/reasons.md`, a claim's id or a model's name each; none where there is no such file."""
     path = figures / "reasons.md"
     if not path.is_file():
         return {}

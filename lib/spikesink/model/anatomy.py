@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What later modules need to know about a model's family. Sizes are counts, d_* are widths.
+    """What later modules need to know about a model's family.
 
     `write_hooks[b - 1]` is the hook that carries what block b adds to the residual stream (block 2i + 1 is
     the attention of layer i, block 2i + 2 its FFN); `layer_hooks[i]` carries the stream as it enters layer i,
@@ -79,7 +79,7 @@ class Model(Protocol):
 class Block(int):
     """A block by the paper's count: one write to the stream, from 1, attention odd and FFN even; 0 is the embedding.
 
-    Printed it says its layer, by TransformerLens's count from 0: "L11 MLP (block 24)". In arithmetic it is a number.
+    Printed it says its layer, from 0: "L11 MLP (block 24)". In arithmetic it is a number.
     """
 
     @property
@@ -184,9 +184,6 @@ def anatomy(model: Model | TransformerBridge) -> Anatomy:
     """Describe a model's family: sizes, norm placement, gate, BOS habit, and the hooks to read it by.
 
     It is kept as `model.anatomy`: `load` sees to that, a bridge of your own gets it here.
-
-    Raises:
-        ValueError: this is no model.
     """
     if isinstance(getattr(model, "anatomy", None), Anatomy):
         return model.anatomy

@@ -65,11 +65,7 @@ def is_dequantized(file: Path) -> bool:
 
 
 def dequantize(file: Path) -> Path:
-    """The cached twin of a GGUF file, made now if it is not there yet.
-
-    Raises:
-        LoadError: it is no GGUF file, or cut short; transformers cannot read it; or the cache cannot be written.
-    """
+    """The cached twin of a GGUF file, made now if it is not there yet."""
     if not is_gguf(file):
         raise LoadError(f"{file} is not a GGUF file (it does not begin with GGUF); download it again.")
     twin = _twin(file)

@@ -158,10 +158,7 @@ def prepare(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Prepared:
-    """Do all of `load` that comes before the weights: find the model (or fetch, or dequantize it) and check it.
-
-    Takes and raises what `load` does.
-    """
+    """Do all of `load` that comes before the weights: find the model (or fetch, or dequantize it) and check it."""
     spec = _name(spec)
     device, dtype = choose_device(device), choose_dtype(dtype)
     if device == "auto":
@@ -179,9 +176,6 @@ def read_configuration(spec: str | os.PathLike = DEFAULT_MODEL) -> PretrainedCon
     """A model's configuration without its weights: of a hub id nothing else is fetched, a directory needs no more.
 
     Of a GGUF file only its header is read, and `dtype` is that of its dequantized twin.
-
-    Raises:
-        LoadError: as `load` does.
     """
     spec = _name(spec)
     file, path = gguf_file(spec), local(spec)
@@ -195,11 +189,7 @@ def read_configuration(spec: str | os.PathLike = DEFAULT_MODEL) -> PretrainedCon
 
 
 def gguf_file(spec: str) -> Path | None:
-    """The GGUF file that a spec names; None where it names something else.
-
-    Raises:
-        LoadError: it is a built-in model that is not installed.
-    """
+    """The GGUF file that a spec names; None where it names something else."""
     if spec in BUILTINS:
         return _builtin_file(spec)
     path = local(spec)

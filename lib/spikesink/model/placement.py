@@ -70,7 +70,7 @@ def read_budget(given: Memory | None) -> dict[int | str, int | str] | None:
 class OffloadDirectory:
     """A place for what must be written anew to be read part by part (experts, mostly); it goes with the model.
 
-    It is locked while its process lives; so the next one can tell what a process left that was killed, and remove it.
+    It is locked while its process lives, so that the next one can remove what a killed process left.
     """
 
     def __init__(self):

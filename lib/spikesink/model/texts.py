@@ -45,9 +45,6 @@ def read(source: str | os.PathLike = "house") -> Text:
             Python versions), the path of a UTF-8 file, or "datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]" for a data set of
             the hub or a local folder (the split is "train" and the column "text" unless given; its first two million
             characters are used).
-
-    Raises:
-        TextError: no such source, not UTF-8, or nothing in it.
     """
     if not isinstance(source, str | os.PathLike):
         raise TextError(f"a text is named by a string, not by {source!r}; give {SOURCES}.")
@@ -103,16 +100,12 @@ def bos(model: Model | Prepared) -> list[int]:
 
 
 def all_ids(model: Model, source: str | Text = "house") -> Int[Tensor, " token"]:
-    """A whole text's tokens, without BOS.
-
-    Raises:
-        TextError: as `read` and `windows` do.
-    """
+    """A whole text's tokens, without BOS."""
     return torch.tensor(_encode(model, source if isinstance(source, Text) else read(source)))
 
 
 def token_counts(model: Model, source: str | Text = "house") -> Int[Tensor, " vocabulary"]:
-    """How often each vocabulary entry occurs in a text; raises what `all_ids` does."""
+    """How often each vocabulary entry occurs in a text."""
     return torch.bincount(all_ids(model, source), minlength=anatomy(model).d_vocab)
 
 
@@ -146,11 +139,7 @@ def _read_file(source: str) -> str:
 
 
 def documents(source: str, characters: int) -> list[str]:
-    """The first rows of a data set, named as `read` takes it, until they hold so many characters.
-
-    Raises:
-        TextError: as `read` does.
-    """
+    """The first rows of a data set, named as `read` takes it, until they hold so many characters."""
     from datasets import load_dataset
 
     name, config, split, column = (source.split(":")[1:] + [""] * 4)[:4]

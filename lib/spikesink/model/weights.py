@@ -218,10 +218,7 @@ def weights_of(model: Model) -> Weights:
 
 
 def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dtype | None = None) -> Weights:
-    """The weights of a model that stays on disk; each layer is read when it is asked for, and then let go.
-
-    Takes and raises what `load` does.
-    """
+    """The weights of a model that stays on disk; each layer is read when it is asked for, and then let go."""
     return weights_of(load(spec, "disk", dtype))
 
 
