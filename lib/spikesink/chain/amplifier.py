@@ -12,7 +12,6 @@ is a ValueError.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from numbers import Integral
 from typing import NamedTuple
 
@@ -124,12 +123,16 @@ def directions(ffn: FFN, channels: Sequence[int]) -> Directions:
     """The top eigenpairs of several channels of one block."""
     exact = ffn.to(torch.float64)  # once, not for every channel
     pairs = [eigenpairs(exact, channel, 1) for channel in progress(channels, "finding directions", "channel")]
-    return Directions(
-        tuple(channels),
-        torch.cat([pair.values for pair in pairs]) if pairs else torch.zeros(0),
-        torch.cat([pair.vectors.T for pair in pairs]).float() if pairs else torch.zeros(0, ffn.gate.shape[1]),
-        form_norms(exact, channels),
-    )
+    values = torch.cat([torch.zeros(0), *(pair.values for pair in pairs)])
+    vectors = torch.cat([torch.zeros(0, ffn.gate.shape[1]), *(pair.vectors.T for pair in pairs)]).float()
+    return Directions(tuple(channels), values, vectors, form_norms(exact, channels))
+
+
+def largest_gains(gain: Float[Tensor, "row d_model"], n: int) -> list[tuple[int, int, float]]:
+    """The n largest gains, the largest first: row, channel, gain."""
+    values, where = gain.flatten().topk(min(n, gain.numel()))
+    rows, channels = divmod(where.numpy(), gain.shape[1])
+    return list(zip(rows.tolist(), channels.tolist(), values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -141,26 +144,23 @@ class Census:
 
     def top(self, n: int) -> list[tuple[Block, int, float]]:
         """The n pairs of largest gain, the largest first: block, channel, gain."""
-        values, where = self.gain.flatten().topk(min(n, self.gain.numel()))
-        width = self.gain.shape[1]
-        pairs = zip(where.tolist(), values.tolist(), strict=True)
-        return [(self.blocks[i // width], i % width, value) for i, value in pairs]
+        return [(self.blocks[row], channel, gain) for row, channel, gain in largest_gains(self.gain, n)]
 
     def rank(self, block: int, channel: int) -> int:
         """The place of a pair among all pairs, 1 for the largest gain; ValueError where there is no such pair."""
-        return int((self.gain > self._of(block, channel)[channel]).sum()) + 1
+        return int((self.gain > self._gains(block, channel)[channel]).sum()) + 1
 
     def rank_in_block(self, block: int, channel: int) -> int:
         """The place of a channel within its block, 1 for the largest gain."""
-        of_block = self._of(block, channel)
-        return int((of_block > of_block[channel]).sum()) + 1
+        gains = self._gains(block, channel)
+        return int((gains > gains[channel]).sum()) + 1
 
     def over_median(self, block: int, channel: int) -> float:
         """A channel's gain over the median gain of its block."""
-        of_block = self._of(block, channel)
-        return float(of_block[channel] / of_block.median())
+        gains = self._gains(block, channel)
+        return float(gains[channel] / gains.median())
 
-    def _of(self, block: int, channel: int) -> Float[Tensor, " d_model"]:
+    def _gains(self, block: int, channel: int) -> Float[Tensor, " d_model"]:
         if block not in self.blocks or not 0 <= channel < self.gain.shape[1]:
             raise ValueError(
                 f"{Block(block)}, channel {channel} is not among the FFN blocks up to {self.blocks[-1]} "
@@ -171,16 +171,7 @@ class Census:
 
 @measure
 def census(weights: Weights) -> Census:
-    """Measure every channel of every FFN block, a layer at a time, without running any text.
-
-    Args:
-        weights: of a loaded model (`weights_of`), or read as they are needed (`open_weights`).
-
-    Raises:
-        ValueError: these are no weights.
-        NotApplicable: the model's FFN is not one gated FFN.
-        FloatingPointError: a weight is not finite.
-    """
+    """Measure every channel of every FFN block, a layer at a time, without running any text."""
     if not isinstance(weights, Weights):
         raise ValueError(f"a census is of weights, not of a {type(weights).__name__}; give weights_of(model).")
     require_form(weights.anatomy)
@@ -229,15 +220,7 @@ class Reading:
 
 @measure
 def read_block(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, block: Block | None = None) -> Reading:
-    """Run the windows up to a step-up block and see what it does to each token.
-
-    Args:
-        block: another FFN block than the main cycle's first step-up block.
-
-    Raises:
-        ValueError: `block` is no FFN block of this model, or `life` was found in other windows or in another model.
-        NotApplicable: there is no spike, no gate, or no FFN block that writes it.
-    """
+    """Run the windows up to a step-up block, by default the main cycle's first, and see what it does to each token."""
     check_model(model, life)
     check_windows(life, tokens)
     anatomy, weights = model.anatomy, weights_of(model)
@@ -248,12 +231,12 @@ def read_block(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, b
     ffn = weights.ffn(block.layer)
     pairs, hooks = eigenpairs(ffn, main.channel), ffn_hooks(anatomy, block.layer)
     spiking, drawn = is_spike(life, main), life.trace.channels[life.trace.ordinary].tolist()
-    parts = []
+    spikes, parts = [], []
     for window, where in zip(progress(tokens, "reading the step-up block", "window"), spiking, strict=True):
         h, own = cache_hooks(model, window, hooks)
-        parts.append({"h": h[where], "own": own[:, main.channel], **take_apart(ffn, main.channel, pairs, h)})
-    kept = {name: [part[name] for part in parts] for name in parts[0]}
-    h, by_token = torch.cat(kept.pop("h")), {name: torch.stack(values) for name, values in kept.items()}
+        spikes.append(h[where])
+        parts.append({"own": own[:, main.channel], **take_apart(ffn, main.channel, pairs, h)})
+    by_token = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     by_token["cosine"] *= math.copysign(1, median(by_token["cosine"][spiking]))
     return Reading(
         block=block,
@@ -264,7 +247,7 @@ def read_block(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, b
         spike=directions(ffn, (main.channel, *(c for c in main.channels if c != main.channel))),
         ordinary=directions(ffn, [c for c in drawn if ffn.down[c].any()]),  # a row of zeros has no direction
         is_spike=spiking,
-        h=h,
+        h=torch.cat(spikes),
         **by_token,
     )
 
@@ -306,10 +289,7 @@ def take_apart(
 def _compare_gates(
     ffn: FFN, gate: Float[Tensor, "token d_mlp"], rest: Float[Tensor, "token d_mlp"]
 ) -> dict[str, Float[Tensor, " token"]]:
-    """How act(g) and g compare: their cosine, plain and with each neuron's weight, and the ratio of their norms.
-
-    A neuron's weight is |what it adds to the channel|: act(g) times the `rest`.
-    """
+    """Cosine of act(g) and g, plain and with each neuron's weight |act(g) rest|; and the ratio of their norms."""
     active = ffn.activation(gate)
     weight = (active * rest).abs().sqrt()
     return {
@@ -321,8 +301,7 @@ def _compare_gates(
 
 def draw_gates(reading: Reading) -> dict[str, Float[Tensor, " spike"]]:
     """What gates drawn at random, as large as the spike tokens' own, give in `silu_cosine` and its like."""
-    ffn = reading.ffn
-    gate = functional.linear(reading.h, ffn.gate, ffn.gate_bias)
+    ffn, gate = reading.ffn, functional.linear(reading.h, reading.ffn.gate, reading.ffn.gate_bias)
     random = torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)) * gate.square().mean().sqrt()
     return _compare_gates(ffn, random, ffn.down[reading.channel] * functional.linear(reading.h, ffn.up, ffn.up_bias))
 
@@ -363,10 +342,7 @@ def compare_step(reading: Reading, name: str) -> pd.DataFrame:
 
 @measure
 def find_spectra(reading: Reading, n: int = 16, ordinary: int = 6) -> dict[int, Float[Tensor, " pair"]]:
-    """The n eigenvalues of S_k of largest size over ||S_k||_F: of the first channel and of some ordinary ones.
-
-    The squares of all of them would add up to 1.
-    """
+    """The n eigenvalues of S_k of largest size over ||S_k||_F: of the first channel and of some ordinary ones."""
     exact = reading.ffn.to(torch.float64)
     channels = (reading.channel, *reading.ordinary.channels[:ordinary])
     n = min(n, reading.d_model - 1)
@@ -380,18 +356,13 @@ def census_on_text(
 ) -> pd.DataFrame:
     """The census's n largest pairs, and what becomes of them on text.
 
-    For each pair its gain, that over the block's median, and what step of the main cycle it is; and on spike tokens and
-    on all others, the largest |cos(s*, h~)|, |h~' S_k h~| and |write|. Where the form is small, no token points that
-    way; where the form is large and the write small, the gates are shut.
-
-    Raises:
-        ValueError: these are not the windows that `life` was found in, nor the first of them.
+    On spike tokens and on all others, the largest |cos(s*, h~)|, |h~' S_k h~| and |write|. Where the form is small, no
+    token points that way; where the form is large and the write small, the gates are shut.
     """
     check_windows(life, tokens, part=True)
     weights, top, main = weights_of(model), census.top(n), life.main
     spiking = is_spike(life, main)[: len(tokens)] if main else torch.zeros(tokens.shape, dtype=torch.bool)
-    steps = {pair: "up" for pair in product(main.step_up, main.channels)} if main else {}
-    steps |= {pair: "down" for pair in product(main.step_down, main.channels)} if main else {}
+    steps = dict.fromkeys(main.step_up, "up") | dict.fromkeys(main.step_down, "down") if main else {}
     blocks = sorted({block for block, _, _ in top})
     hooks = [ffn_hooks(model.anatomy, block.layer)[0] for block in blocks]
     passed = [cache_hooks(model, w, hooks) for w in progress(tokens, "reading the census's blocks", "window")]
@@ -407,7 +378,8 @@ def census_on_text(
     rows = []
     for block, channel, gain in top:
         row = {"block": str(block), "channel": channel, "gain": gain}
-        row |= {"÷ block's median": census.over_median(block, channel), "step": steps.get((block, channel), "")}
+        step = steps.get(block, "") if main and channel in main.channels else ""
+        row |= {"÷ block's median": census.over_median(block, channel), "step": step}
         for who, where in (("spike", spiking), ("other", ~spiking)):
             row |= {f"{name}, {who}": largest(size.abs()[where]) for name, size in sizes[block, channel].items()}
         rows.append(row)

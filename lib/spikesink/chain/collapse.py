@@ -66,7 +66,7 @@ class Collapse:
 
     @property
     def plateau(self) -> slice:
-        """The plateau's points."""
+        """The points of the plateau."""
         return slice(self.cycle.plateau[0], self.cycle.plateau[1] + 1)
 
     @property
@@ -88,18 +88,14 @@ def measure_collapse(model: Model, tokens: Int[Tensor, "n length"], life: Lifecy
     """Normalise the stream at every point, and see how alike spike tokens are, and how alike others.
 
     One pass; what is kept are sums, and h~ of a few tokens: of others as many as there are spike tokens in a window.
-
-    Raises:
-        ValueError: `life` was found in other windows or in another model.
     """
     check_model(model, life)
     anatomy, cycle = model.anatomy, life.require_main()
     if anatomy.attention_norm is None:
         raise NotApplicable(f"the blocks of this {anatomy.family} model read the stream itself, not through a norm")
     if anatomy.norm == "tanh":
-        raise NotApplicable(
-            f"the blocks of this {anatomy.family} model read the stream through DynamicTanh, not a norm"
-        )
+        blocks = f"the blocks of this {anatomy.family} model"
+        raise NotApplicable(f"{blocks} read the stream through DynamicTanh, not a norm")
     check_windows(life, tokens)
     groups = _Groups(anatomy, life, seed)
     reduce_windows(model, tokens, [groups], "normalising the stream")
@@ -133,7 +129,7 @@ class _Sums:
 
     def __init__(self, anatomy: Anatomy, channels: tuple[int, ...]):
         n_points, d = anatomy.n_blocks + 1, anatomy.d_model
-        self.channels, self.root = list(channels), d**0.5
+        self.channels, self.root = torch.tensor(channels), d**0.5
         self.means = [Mean(n_points, d), Mean(n_points, d)]
         self.share, self.participation = Mean(n_points, d), Mean(n_points)
         self.largest, self.smallest = torch.full((n_points,), -math.inf), torch.full((n_points,), math.inf)
@@ -154,7 +150,7 @@ class _Sums:
         self.largest[point] = max(self.largest[point], size.max())
         self.smallest[point] = min(self.smallest[point], size.min())
         self.cosine.add(point, h)
-        self.cosine_rest.add(point, h.index_fill(1, torch.tensor(self.channels), 0))
+        self.cosine_rest.add(point, h.index_fill(1, self.channels, 0))
 
     def result(self) -> Group:
         n = self.participation.n
@@ -219,18 +215,16 @@ def normalise_random(
 ) -> dict[str, Float[Tensor, " size"]]:
     """The same three, measured on n random vectors that go through the norm: means over vectors and their pairs."""
     d_model = anatomy.d_model
-    rest = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rest[:, 0] = 0
+    rest = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[:, 1:]
     rest *= (d_model - 1) ** 0.5 / rest.norm(dim=-1, keepdim=True)
-    measured: dict[str, list[Tensor]] = {"largest": [], "participation": [], "cosine": []}
-    for size in ratio.double():
-        rest[:, 0] = size
-        h = normalise(rest, anatomy)
-        cosines = functional.normalize(h, dim=-1) @ functional.normalize(h, dim=-1).T
-        measured["largest"].append(h[:, 0].abs().mean() / d_model**0.5)
-        measured["participation"].append(participation_ratio(h).mean())
-        measured["cosine"].append((cosines.sum() - cosines.trace()) / (n * (n - 1)))
-    return {name: torch.stack(values) for name, values in measured.items()}
+    spike = ratio.double()[:, None, None].expand(-1, n, 1)  # size, vector, channel
+    h = normalise(torch.cat([spike, rest.expand(len(ratio), -1, -1)], dim=-1), anatomy)
+    alike = functional.normalize(h, dim=-1).sum(1).square().sum(-1)
+    return {
+        "largest": h[..., 0].abs().mean(1) / d_model**0.5,
+        "participation": participation_ratio(h).mean(1),
+        "cosine": (alike - n) / (n * (n - 1)),
+    }
 
 
 def spike_ratio(collapse: Collapse) -> Float[Tensor, " point"]:
@@ -263,9 +257,6 @@ def replace_input(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle
 
     Three runs of each window, side by side in one batch: as it is; with the vector (the mean h~ of the spike tokens and
     the plateau's points, of the *other* half of the windows, as long as h~); as a control, with other tokens' mean.
-
-    Raises:
-        ValueError: `life` was found in other windows or in another model.
     """
     check_model(model, life)
     check_windows(life, tokens)
@@ -283,11 +274,8 @@ def replace_input(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle
     for index, window in enumerate(progress(tokens, "replacing what is read", "window")):
         vectors = torch.stack([collapse.held_out(index, group) for group in (collapse.spike, collapse.other)])
         hooks = [(name, _put(vectors, spikes[index])) for name in _norms(collapse)]
-        if spikes[index, :-1].any():
-            hooks += [
-                (name, _compare(layer, spikes[index], moved, to_spike))
-                for layer, name in enumerate(model.anatomy.pattern_hooks)
-            ]
+        for layer, name in enumerate(model.anatomy.pattern_hooks if spikes[index, :-1].any() else ()):
+            hooks.append((name, _compare(layer, spikes[index], moved, to_spike)))
         with warnings.catch_warnings(), model.hooks(fwd_hooks=hooks):
             warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for
             logits = model(window.expand(3, -1).to(model.cfg.device))[:, :-1].float().cpu()

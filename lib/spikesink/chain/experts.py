@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spikesink.chain.amplifier import cache_hooks, compute_write, ffn_hooks, gains
+from spikesink.chain.amplifier import cache_hooks, compute_write, ffn_hooks, gains, largest_gains
 from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, first_step_up, is_spike
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Anatomy, Block, Model, mlp
@@ -28,33 +28,25 @@ class ExpertCensus:
 
     def top(self, n: int) -> list[tuple[Block, str, int, float]]:
         """The n of largest gain, the largest first: block, expert, channel, gain."""
-        values, where = self.gain.flatten().topk(min(n, self.gain.numel()))
-        width, pairs = self.gain.shape[1], zip(where.tolist(), values.tolist(), strict=True)
-        return [(self.blocks[i // width], self.experts[i // width], i % width, value) for i, value in pairs]
+        pairs = largest_gains(self.gain, n)
+        return [(self.blocks[row], self.experts[row], channel, gain) for row, channel, gain in pairs]
 
 
 @measure
 def census_experts(weights: Weights) -> ExpertCensus:
-    """Measure every channel of every expert, a layer at a time, without running any text.
-
-    Args:
-        weights: of a loaded model (`weights_of`), or read as they are needed (`open_weights`).
-
-    Raises:
-        NotApplicable: the model has no router, or its experts have no gate that is known.
-    """
+    """Measure every channel of every expert, a layer at a time, without running any text."""
     _require_experts(weights.anatomy)
-    blocks, names, rows = [], [], []
-    for layer in progress(range(weights.anatomy.n_layers), "weighing experts", "layer"):
-        for name, ffn in weights.experts(layer).items():
-            blocks.append(mlp(layer))
-            names.append(name)
-            rows.append(gains(ffn).float())
+    rows = [
+        (mlp(layer), name, gains(ffn).float())
+        for layer in progress(range(weights.anatomy.n_layers), "weighing experts", "layer")
+        for name, ffn in weights.experts(layer).items()
+    ]
     if not rows:
         raise NotApplicable(
             f"the experts of this {weights.anatomy.family} model are kept in a way that is not known here"
         )
-    return ExpertCensus(tuple(blocks), tuple(names), torch.stack(rows))
+    blocks, names, gain = zip(*rows, strict=True)
+    return ExpertCensus(blocks, names, torch.stack(gain))
 
 
 @dataclass(frozen=True)
@@ -85,12 +77,7 @@ class Routing:
 
 @measure
 def route(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Routing:
-    """Run the windows up to the first step-up block and see which experts its router sends each token to.
-
-    Raises:
-        ValueError: these are not the windows that `life` was found in.
-        NotApplicable: there is no router or none to be seen, no spike, or no FFN block that writes it.
-    """
+    """Run the windows up to the first step-up block and see which experts its router sends each token to."""
     check_model(model, life)
     check_windows(life, tokens)
     anatomy = model.anatomy

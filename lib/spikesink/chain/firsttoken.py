@@ -64,11 +64,7 @@ def probe(
     tokens: Int[Tensor, " token"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Probe:
-    """Put every entry of the vocabulary (or these) at position 0 and see whether it spikes, by `static_path`.
-
-    Raises:
-        ValueError: as `static_path` does, or `life` was found in another model.
-    """
+    """Put every entry of the vocabulary (or these) at position 0 and see whether it spikes, by `static_path`."""
     check_model(weights, life)
     cycle = life.require_main()
     if not cycle.step_up:
@@ -231,11 +227,7 @@ def _values_after(
 
 @measure
 def try_word(model: Model, tokens: Int[Tensor, "n length"], probe: Probe, word: str, position: int = 5) -> pd.DataFrame:
-    """Put a word, or each token of one, at position 0 and after the beginning of every window: does it spike there?
-
-    Raises:
-        ValueError: the word is no token at all.
-    """
+    """Put a word, or each token of one, at position 0 and after the beginning of every window: does it spike there?"""
     ids = model.tokenizer(word, add_special_tokens=False).input_ids
     if not ids:
         raise ValueError(f"{word!r} has no tokens; give a word.")
@@ -246,10 +238,8 @@ def try_word(model: Model, tokens: Int[Tensor, "n length"], probe: Probe, word: 
         in_windows = f"{int((later >= probe.threshold).sum())} of {len(tokens)}"
         there = "yes" if first >= probe.threshold else "no"
         rows.append((repr(model.tokenizer.decode([token])), first, there, float(later.median()), in_windows))
-    there = "spikes there"
-    return pd.DataFrame(
-        rows, columns=["token", "first", there, f"at position {position} (median)", f"{there}, windows"]
-    )
+    later = f"at position {position} (median)"
+    return pd.DataFrame(rows, columns=["token", "first", "spikes there", later, "spikes there, windows"])
 
 
 @dataclass(frozen=True)
@@ -348,8 +338,9 @@ def replace_first(
 
 @measure
 def first_replaced_table(replaced: FirstReplaced, probe: Probe, decode: Decode) -> pd.DataFrame:
-    """By first token: which later tokens spike, how many of them are punctuation or white space, and their mean
-    attention to themselves, each beside the same of other later tokens (of attention, at the same positions).
+    """By first token, which later tokens spike, how many are delimiters, and how much they attend to themselves.
+
+    Beside each the same of other later tokens (of attention, at the same positions).
     """
     rows = []
     for name, attention in replaced:
@@ -357,7 +348,7 @@ def first_replaced_table(replaced: FirstReplaced, probe: Probe, decode: Decode) 
         tokens, counts = attention.tokens[spikes].unique(return_counts=True)
         commonest = tokens[counts.argsort(descending=True, stable=True)][:4].tolist()
         kinds = [[is_delimiter(decode([t])) for t in attention.tokens[w].tolist()] for w in (spikes, spikes | others)]
-        shown = {
+        row = {
             "first": name,
             "later spikes": f"{len(kinds[0])} of {len(kinds[1])}",
             "the commonest": " ".join(repr(decode([t])) for t in commonest),
@@ -368,7 +359,7 @@ def first_replaced_table(replaced: FirstReplaced, probe: Probe, decode: Decode) 
             "… in the first layer": attention.self_attention_at(spikes, spikes, 0),
             "others": attention.self_attention_at(others, spikes, 0),
         }
-        rows.append(shown)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -394,10 +385,7 @@ def compare_delimiters(
     """Do delimiters that spike in a cycle attend to themselves, and do their embeddings lie near the norm's scale?
 
     Self-attention is over the layers up to the cycle's first step-up block: after it, a token that spikes may attend to
-    itself because it does. `cycle` is `life.main`, or a smaller one; None where there is no such cycle.
-
-    Raises:
-        ValueError: `life` was found in other windows or in another model.
+    itself because it does. `cycle` is `life.main`, or a smaller one; None where there is none.
     """
     weights = weights_of(model)
     check_model(model, life)
@@ -413,13 +401,9 @@ def compare_delimiters(
     types, index = tokens.unique(return_inverse=True)
     delimiter = torch.tensor([is_delimiter(model.tokenizer.decode([t])) for t in types.tolist()])[index]
     near = functional.cosine_similarity(weights.embed(types), weights.norm_scale(0)[None], dim=-1)[index]
-    spiking = is_spike(life, cycle)
-    kinds = {
-        "spiking": spiking & delimiter & ~attention.copies,
-        "quiet": ~spiking & delimiter & ~attention.copies,
-        "words": spiking & ~delimiter & ~attention.copies,
-        "other": ~spiking & ~delimiter & ~attention.copies,
-    }
+    spiking, own = is_spike(life, cycle), ~attention.copies
+    kinds = {"spiking": spiking & delimiter & own, "quiet": ~spiking & delimiter & own}
+    kinds |= {"words": spiking & ~delimiter & own, "other": ~spiking & ~delimiter & own}
     if not kinds["spiking"].any():
         raise NotApplicable("no delimiter spikes, except where it has nothing but copies of itself before it")
     at = attention.self_attention_at

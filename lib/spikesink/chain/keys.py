@@ -84,11 +84,7 @@ def read_attention(
 ) -> AttentionReading:
     """Score attention, read queries, keys and values, and find secondary sinks, in one pass over the windows.
 
-    `collapse` gives the primary direction; without it no secondary sinks are looked for. `seed` draws the tokens that
-    are matched with spike tokens.
-
-    Raises:
-        ValueError: epsilon is not between 0 and 1, or `life` was found in other windows or in another model.
+    `collapse` gives the primary direction; without it no secondary sinks are looked for.
     """
     check_model(model, life)
     check_windows(life, tokens)
@@ -120,15 +116,14 @@ class _GeometryReducer(Reducer):
         self.anatomy, self.groups = anatomy, groups
         self.generator = torch.Generator().manual_seed(seed)
         heads, kv_heads = (anatomy.n_layers, anatomy.n_heads), (anatomy.n_layers, anatomy.n_kv_heads)
-        names = ("spike", "next", "other")
+        names, stages = ("spike", "next", "other"), ("before", "after") if anatomy.sees_rotation else ("before",)
         self.gap = {name: Mean(*heads) for name in names[:2]}
         self.cosine = {name: Mean(*heads) for name in names}
         self.query_norm = Mean(*heads)
         self.key_norm, self.value_norm = ({name: Mean(*kv_heads) for name in names} for _ in range(2))
-        self.stages = ("before", "after") if anatomy.sees_rotation else ("before",)
         square = (*kv_heads, anatomy.d_head, anatomy.d_head)
-        self.moment = {s: {name: torch.zeros(square) for name in (*names, "matched")} for s in self.stages}
-        self.unit = {s: Mean(*heads, anatomy.d_head) for s in self.stages}
+        self.moment = {stage: {name: torch.zeros(square) for name in (*names, "matched")} for stage in stages}
+        self.unit = {stage: Mean(*heads, anatomy.d_head) for stage in stages}
 
     def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
         spike, after = (self.groups[name][index] for name in ("spike", "next"))
@@ -151,25 +146,19 @@ class _GeometryReducer(Reducer):
 
     def reduce(self, layer: int, logits: Float[Tensor, "head query key"]) -> None:
         """All of a layer, once its logits are there, which come last."""
-        passed = self.passed
-        for stage, q, k in zip(self.stages, ("q", "rotated_q"), ("k", "rotated_k"), strict=False):
-            for name, mine in (self.mine | {"matched": self.matched}).items():
-                some = passed[k][:, mine.to(logits.device)]
+        passed, groups = self.passed, {name: mine.to(logits.device) for name, mine in self.mine.items()}
+        for stage, q, k in zip(self.unit, ("q", "rotated_q"), ("k", "rotated_k"), strict=False):
+            for name, mine in (groups | {"matched": self.matched.to(logits.device)}).items():
+                some = passed[k][:, mine]
                 self.moment[stage][name][layer] += torch.einsum("hpd,hpe->hde", some, some).cpu()
             self.unit[stage].add(layer, functional.normalize(passed[q], dim=-1).transpose(0, 1))
         query_norm, key_norm, value_norm = (passed[name].norm(dim=-1) for name in (q, k, "v"))
-        for name, mine in self.mine.items():
-            self.value_norm[name].add(layer, value_norm[:, mine.to(logits.device)].T)
-            self.key_norm[name].add(layer, key_norm[:, mine.to(logits.device)].T)
+        for name, mine in groups.items():
+            self.value_norm[name].add(layer, value_norm[:, mine].T)
+            self.key_norm[name].add(layer, key_norm[:, mine].T)
         self.towards(layer, logits, query_norm, key_norm)
 
-    def towards(
-        self,
-        layer: int,
-        logits: Float[Tensor, "head query key"],
-        query_norm: Float[Tensor, "head query"],
-        key_norm: Float[Tensor, "kv_head key"],
-    ) -> None:
+    def towards(self, layer: int, logits: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
         """Logits and cosines towards single keys, and towards all others that a query sees."""
         anatomy = self.anatomy
         sees = visible(logits.shape[-1], anatomy.sight[layer], logits.device)
@@ -266,9 +255,6 @@ def rebuild_keys(weights: Weights, life: Lifecycle, collapse: Collapse) -> Rebui
     """Rebuild the spike tokens' keys from the rows of W_K (norm's scale folded in) at the spike channels alone.
 
     Keys as the projection gives them: before any QK norm and RoPE.
-
-    Raises:
-        ValueError: `life` was found in another model.
     """
     check_model(weights, life)
     require_projections(weights.anatomy)
@@ -357,19 +343,15 @@ def project_heads(
     """Queries and keys of some heads, (layer, head) each, by PCA (after the paper's figure 6).
 
     Every spike token and others drawn at random, `most` in all. Where a family does not show them after RoPE, before.
-
-    Raises:
-        ValueError: the model has no such head, or these are not the windows that `life` was found in.
     """
     check_windows(life, tokens)
     require_projections(model.anatomy)
     anatomy, generator = model.anatomy, torch.Generator().manual_seed(seed)
     if wrong := [at for at in heads if at[0] not in range(anatomy.n_layers) or at[1] not in range(anatomy.n_heads)]:
         raise ValueError(f"there is no layer and head {wrong[0]}; both are counted from 0.")
-    of_query, of_key = list((ROTATED if anatomy.sees_rotation else HOOKS).values())[:2]
-    names = [f"blocks.{layer}.{hook}" for layer in {layer for layer, _ in heads} for hook in (of_query, of_key)]
-    points: dict[tuple[int, int], list[list[Tensor]]] = {head: [[], []] for head in heads}
-    marks = []
+    hooks = list((ROTATED if anatomy.sees_rotation else HOOKS).values())[:2]  # of queries, of keys
+    names = [f"blocks.{layer}.{hook}" for layer in {layer for layer, _ in heads} for hook in hooks]
+    marks, points = [], {head: ([], []) for head in heads}
     for window, spikes in zip(tokens, is_spike(life, life.main), strict=True):
         others = (~spikes).nonzero()[:, 0]
         drawn = others[torch.randperm(len(others), generator=generator)[: max(1, most // len(tokens))]]
@@ -378,16 +360,16 @@ def project_heads(
         _, cache = model.run_with_cache(
             window[None].to(model.cfg.device), names_filter=names, stop_at_layer=max(heads)[0] + 1
         )
-        for (layer, head), (queries, keys) in points.items():
-            key_head = head * anatomy.n_kv_heads // anatomy.n_heads
-            for kept, hook, index in ((queries, of_query, head), (keys, of_key, key_head)):
+        for (layer, head), queries_and_keys in points.items():
+            indices = head, head * anatomy.n_kv_heads // anatomy.n_heads
+            for kept, hook, index in zip(queries_and_keys, hooks, indices, strict=True):
                 vectors = _by_head(cache[f"blocks.{layer}.{hook}"][0].float(), anatomy.d_head)
                 kept.append(vectors[index].cpu()[chosen])
-    is_spike_token = torch.cat([*marks, *marks])
+    is_spike_token = torch.cat(marks).repeat(2)
     is_query = torch.arange(len(is_spike_token)) < len(is_spike_token) // 2
     clouds = []
-    for (layer, head), vectors in points.items():
-        both = torch.cat([*vectors[0], *vectors[1]]).numpy()
+    for (layer, head), (queries, keys) in points.items():
+        both = torch.cat([*queries, *keys]).numpy()
         pca = PCA(2).fit(both)
         clouds.append(
             Cloud(

@@ -89,15 +89,7 @@ class Lifecycle:
 
 
 def find_lifecycle(trace: Trace, step: Real = STEP) -> Lifecycle:
-    """Find the cycles in a trace, by the rules at the top of this module.
-
-    Args:
-        trace: as `trace_windows` returns it.
-        step: the share of a cycle's size that a write must reach to count as a step.
-
-    Raises:
-        ValueError: this is no trace, or `step` is not between 0 and 1.
-    """
+    """Find the cycles in a trace, by the rules at the top of this module."""
     if not isinstance(trace, Trace):
         raise ValueError(f"a life cycle is found in what trace_windows returned, not in a {type(trace).__name__}.")
     if not isinstance(step, Real) or not 0 < step < 1:
@@ -152,12 +144,9 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: Real) -
 def _spike_tokens(
     rows: Rows, entry: Float[Tensor, " row"], above: Bool[Tensor, " row"], largest: int, step: Real
 ) -> tuple[Bool[Tensor, " row"], Float[Tensor, ""]]:
-    """Which rows are spike tokens, by their entry at the peak, and the cycle's signed size.
+    """Which rows are spike tokens, by the first channel at the peak, and the cycle's signed size.
 
-    Args:
-        entry: the first channel at the peak.
-        above: which of them are above 100 medians and not explained by another cycle.
-        largest: the row of the peak itself, which is a spike token whatever the others are.
+    `above`: over 100 medians and not explained by another cycle; `largest`: the peak's own row, a spike token anyway.
     """
     sign = entry[largest].sign()
     above = above & (entry * sign > 0)
@@ -210,7 +199,7 @@ def middle_row(life: Lifecycle) -> Rows:
     """The spike token whose size is in the middle: one real token, whose writes add up to its stream."""
     rows = spike_rows(life)
     held = rows.stream[:, life.main.middle, index_of(life, life.main.channel)]
-    return rows[held.argsort()[len(rows) // 2 : len(rows) // 2 + 1]]
+    return rows[held.argsort()[[len(rows) // 2]]]
 
 
 def index_of(life: Lifecycle, channel: int) -> int:
@@ -227,11 +216,7 @@ def is_spike(life: Lifecycle, cycle: Cycle) -> Bool[Tensor, "window position"]:
 
 
 def find_spikes(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle) -> Bool[Tensor, "n length"]:
-    """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one.
-
-    Raises:
-        ValueError: `life` was found in another model.
-    """
+    """Which tokens of any windows are spike tokens of the main cycle, by the rule that found it; none without one."""
     check_model(model, life)
     check_tokens(model, tokens)
     cycle, trace = life.main, life.trace
@@ -323,31 +308,20 @@ def writes_table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
     """Every block that writes at least `least` of the main cycle's value: its write, its share, its step."""
     cycle = life.require_main()
     steps = dict.fromkeys(cycle.step_up, "up") | dict.fromkeys(cycle.step_down, "down")
-    blocks = [Block(b) for b in range(1, len(cycle.writes) + 1)]
-    frame = pd.DataFrame(
-        {
-            "block": [str(block) for block in blocks],
-            "write": cycle.writes.tolist(),
-            "share of the plateau": (cycle.writes / cycle.value).tolist(),
-            "step": [steps.get(block, "") for block in blocks],
-        }
-    )
-    return frame[frame["share of the plateau"].abs() >= least].set_index("block")
+    pairs = zip(cycle.writes.tolist(), (cycle.writes / cycle.value).tolist(), strict=True)
+    rows = [(str(Block(b)), *pair, steps.get(b, "")) for b, pair in enumerate(pairs, 1)]
+    frame = pd.DataFrame(rows, columns=["block", "write", "share of the plateau", "step"]).set_index("block")
+    return frame[frame["share of the plateau"].abs() >= least]
 
 
 @measure
 def cycles_table(life: Lifecycle) -> pd.DataFrame:
     """One line a cycle: first channel, its plateau value, step-up and step-down blocks, tokens."""
     life.require_main()
-    positions = [life.trace.rows.position[cycle.is_spike] for cycle in life.cycles]
-    return pd.DataFrame(
-        {
-            "channel": [cycle.channel for cycle in life.cycles],
-            "plateau value": [cycle.value for cycle in life.cycles],
-            "step-up": [cycle.step_up for cycle in life.cycles],
-            "step-down": [cycle.step_down for cycle in life.cycles],
-            "shape": [cycle.shape for cycle in life.cycles],
-            "tokens": [len(position) for position in positions],
-            "at position 0": [int((position == 0).sum()) for position in positions],
-        }
-    )
+    fields = {"channel": "channel", "plateau value": "value", "step-up": "step_up", "step-down": "step_down"}
+    rows = []
+    for cycle in life.cycles:
+        position = life.trace.rows.position[cycle.is_spike]
+        counts = {"tokens": len(position), "at position 0": int((position == 0).sum())}
+        rows.append({name: getattr(cycle, field) for name, field in fields.items()} | {"shape": cycle.shape} | counts)
+    return pd.DataFrame(rows)

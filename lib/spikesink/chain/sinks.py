@@ -30,6 +30,9 @@ ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the
 MOST_ROWS = 512  # of secondary sinks kept
 
 
+Groups = Mapping[str, Bool[Tensor, "n length"]]  # sets of key tokens, by name
+
+
 @dataclass(frozen=True)
 class Scores:
     """Sink scores, reduced while windows stream by; groups are the sets of key tokens that `score` was given."""
@@ -58,18 +61,13 @@ def score(
     epsilon: float = EPSILON,
     length: int | None = None,
     position: int = 0,
-    groups: Mapping[str, Bool[Tensor, "n length"]] | None = None,
+    groups: Groups | None = None,
 ) -> Scores:
     """Measure how much attention each key position gets, in every head, in one pass.
 
     `length` is the T of the definition: the first so many tokens of each window are used, by default all. The score of
     `position` is kept window by window, for the sink ratio. `groups` are sets of key tokens to average over, such as
     `group_tokens(life)`. A late key is judged by few queries, near ones, so their sinks are counted in the first half.
-
-    Raises:
-        ValueError: epsilon is not between 0 and 1, `length` exceeds the windows or the model's context, there is no
-            such key position, a token is not in the vocabulary, or a window holds nothing but padding.
-        FloatingPointError: as `follow` does.
     """
     groups = groups or {}
     length = _checked_length(model, tokens, length)
@@ -126,14 +124,7 @@ def group_tokens(life: Lifecycle) -> dict[str, Bool[Tensor, "window position"]]:
 class ScoreReducer(Reducer):
     """Makes `Scores`."""
 
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        epsilon: float,
-        length: int,
-        position: int,
-        groups: Mapping[str, Bool[Tensor, "n length"]],
-    ):
+    def __init__(self, anatomy: Anatomy, epsilon: float, length: int, position: int, groups: Groups):
         self.anatomy, self.epsilon, self.length, self.position = anatomy, epsilon, length, position
         self.groups = {name: tokens[:, :length] for name, tokens in groups.items()}
         heads = (anatomy.n_layers, anatomy.n_heads)

@@ -134,11 +134,6 @@ def trace_windows(
     Which channels to follow is measured on the first window; where a channel spikes only later, a second pass over all
     windows follows it too. An entry is a spike above `threshold` medians of |h|; models that are small or young do not
     reach 100, and what is found with less is a spike in the making.
-
-    Raises:
-        ValueError: the windows are longer than the model's context, one holds nothing but padding, or the threshold is
-            not above 1.
-        FloatingPointError: as `follow` does.
     """
     anatomy(model)  # what is no model is refused here
     check_tokens(model, tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy, Model, check_tokens, check_vocabulary, normalise, not_finite, run_layers
+from spikesink.model.anatomy import Anatomy, Model, check_tokens, check_vocabulary, normalise, not_finite
 from spikesink.model.weights import Weights, require_linear_attention, require_static_map, weights_of
 
 BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
@@ -36,10 +36,6 @@ def static_path(
 
     Each layer's weights are needed once. Products are computed in `dtype`, the stream stays in float32. `watch` is
     called as watch(point, which tokens, their stream) at the embedding and after every block.
-
-    Raises:
-        ValueError: the model has no such block, or no such token.
-        FloatingPointError: a weight is not finite, or the stream overflows.
     """
     if not isinstance(weights, Weights):
         raise ValueError(f"a static path is one of weights, not of a {type(weights).__name__}; give weights_of(model).")
@@ -171,19 +167,17 @@ def compare_static_map(model: Model, tokens: Int[Tensor, "n length"], length: in
     """Compare what attention writes in the first `length` positions with the map that holds at position 0.
 
     In bfloat16 and float16 rounding alone is larger than the tolerance, so they are not asked.
-
-    Raises:
-        FloatingPointError: a weight or an activation is not finite.
     """
     weights, anatomy = weights_of(model), model.anatomy
     check_tokens(model, tokens)
     require_linear_attention(anatomy)
     if model.cfg.dtype != torch.float32:
         raise NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
-    passed: dict[str, Tensor] = {}
-    names = (*anatomy.layer_hooks[:-1], *anatomy.write_hooks[::2])
-    with model.hooks(fwd_hooks=[(n, lambda v, hook: passed.update({hook.name: v.float().cpu()})) for n in names]):
-        run_layers(model, tokens[:, :length])
+    names = [*anatomy.layer_hooks[:-1], *anatomy.write_hooks[::2]]
+    _, cache = model.run_with_cache(
+        tokens[:, :length].to(model.cfg.device), names_filter=names, stop_at_layer=anatomy.n_layers
+    )
+    passed = {name: values.float().cpu() for name, values in cache.items()}
     if not all(values.isfinite().all() for values in passed.values()):
         raise FloatingPointError(not_finite(model, "the residual stream or what attention adds to it"))
     errors = []
@@ -202,9 +196,6 @@ def after_text(
     """The stream from the embedding to block `last`, of tokens that each stand after a text of their own, in `before`.
 
     By whole forward passes; no columns in `before` for nothing.
-
-    Raises:
-        ValueError: the model has no such block, or no such token.
     """
     anatomy = model.anatomy
     _check_block(anatomy, last)
@@ -225,11 +216,7 @@ def after_text(
 
 
 def prefixes(windows: Int[Tensor, "window length"], n: int, position: int) -> Int[Tensor, "n position"]:
-    """What stands before a position in n windows, one window after another, over and over.
-
-    Raises:
-        ValueError: the windows are shorter than that, or it is no whole number.
-    """
+    """What stands before a position in n windows, one window after another, over and over."""
     if not isinstance(position, Integral) or not 0 <= position < windows.shape[1]:
         raise ValueError(f"position {position} is not in windows of {windows.shape[1]} tokens.")
     return windows[torch.arange(n) % len(windows), :position]

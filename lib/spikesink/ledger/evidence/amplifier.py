@@ -31,26 +31,20 @@ from spikesink.ledger.claims import Evidence, make_evidence
 def am1_near_identity(reading: Reading) -> Evidence:
     """AM1: is the activation close to the identity on spike tokens? Cosine and norm ratio of act(g) and g.
 
-    The plain cosine counts every neuron alike; the weighted one counts each by what it adds to the spike channel.
-    Controls: other tokens; and gates drawn at random, which say what a cosine is worth.
+    The weighted cosine counts each neuron by what it adds to the spike channel. Gates drawn at random say what a cosine
+    is worth.
     """
     fields = {"silu_cosine": "silu_cosine", "norm_ratio": "silu_ratio", "weighted_cosine": "weighted_cosine"}
     random, values = draw_gates(reading), {"block": reading.block, "channel": reading.channel}
     for name, field in fields.items():
         values[f"{name}_spike"] = median(getattr(reading, field)[reading.is_spike])
         values[f"{name}_other"] = median(getattr(reading, field)[~reading.is_spike])
-    return make_evidence(
-        measured=values,
-        control={f"{name}_random_gates": median(random[field]) for name, field in fields.items()},
-    )
+    return make_evidence(values, {f"{name}_random_gates": median(random[field]) for name, field in fields.items()})
 
 
 @measure
 def am2_high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence:
-    """AM2: the spike channel's ||U_k||_F among all channels of its block.
-
-    Controls: ordinary channels of the same block, and the same channel in FFN blocks that are no step (medians).
-    """
+    """AM2: the spike channel's ||U_k||_F among all channels of its block. Controls are medians."""
     steps = {*life.main.step_up, *life.main.step_down}
     controls = {
         "ordinary_channels": [(reading.block, channel) for channel in reading.ordinary.channels],
@@ -61,22 +55,19 @@ def am2_high_gain(reading: Reading, life: Lifecycle, census: Census) -> Evidence
         control[f"gain_rank_{name}"] = _median([census.rank_in_block(*pair) for pair in pairs])
         control[f"gain_over_median_{name}"] = _median([census.over_median(*pair) for pair in pairs])
     return make_evidence(
-        measured={
+        {
             "gain_rank": census.rank_in_block(reading.block, reading.channel),
             "gain_over_median": census.over_median(reading.block, reading.channel),
             "block": reading.block,
             "channel": reading.channel,
         },
-        control=control,
+        control,
     )
 
 
 @measure
 def am3_rank_one(reading: Reading) -> Evidence:
-    """AM3: the top eigenvalue of S_k, the next, and the top one's share of the sum of squares of all.
-
-    Control: the same share of ordinary channels of the block (median). Beside it, of the other spike channels.
-    """
+    """AM3: the top eigenvalue of S_k, the next, and the top one's share of the sum of squares of all."""
     first, second = reading.pairs.values.tolist()
     measured = {
         "top_eigenvalue": first,
@@ -94,8 +85,7 @@ def am4_shared_direction(reading: Reading) -> Evidence:
     """AM4: do the spike channels share s*? |cos| of their top eigenvectors, over pairs.
 
     A channel can be written along s* without s* being its *top* eigenvector. So beside it, what s* alone predicts of
-    the write into each spike channel, over that write: how far the typical channel is from 1, the smallest and the
-    largest. Control: pairs of ordinary channels (median and largest), and the same predictions for them.
+    the write into each spike channel, over that write: how far the typical one is from 1, the smallest and the largest.
     """
     if len(reading.spike.channels) < 2:
         raise NotApplicable("only one channel spikes, so there is no direction to share")
@@ -123,8 +113,7 @@ def am4_shared_direction(reading: Reading) -> Evidence:
 def am5_quadratic_form(reading: Reading) -> Evidence:
     """AM5: lambda (s*.h~)^2 against what the block writes: median relative error over spike tokens, R^2 over all.
 
-    Controls: the same for ordinary channels, each by its own top eigenpair, on the spike tokens (median over channels);
-    and the error on other tokens.
+    Ordinary channels are predicted each by its own top eigenpair, on the spike tokens.
     """
     spikes, written, ordinary = reading.is_spike, reading.write, reading.ordinary
     into_ordinary = compute_write(reading.ffn, reading.h)[:, list(ordinary.channels)]
@@ -151,8 +140,7 @@ def am6_alignment(reading: Reading) -> Evidence:
     """AM6: |cos(s*, h~)| of spike tokens and of all others, medians.
 
     A quadratic form does not know a vector from its opposite, but the gates do: beside it, the share of other tokens
-    that lie on the spike tokens' side at all. Control: spike tokens with the top eigenvectors of ordinary channels; and
-    1/sqrt(d), what a random direction would give.
+    that lie on the spike tokens' side at all.
     """
     with_others = (functional.normalize(reading.h, dim=-1) @ reading.ordinary.vectors.T).abs()
     spike, other = reading.cosine[reading.is_spike], reading.cosine[~reading.is_spike]
@@ -164,10 +152,7 @@ def am6_alignment(reading: Reading) -> Evidence:
             "same_side_spike": float((spike > 0).double().mean()),
             "same_side_other": float((other > 0).double().mean()),
         },
-        control={
-            "cosine_spike_ordinary_channels": median(with_others),
-            "one_over_root_d": 1 / math.sqrt(reading.d_model),
-        },
+        control={"cosine_spike_ordinary_channels": median(with_others), "one_over_root_d": reading.d_model**-0.5},
     )
 
 
@@ -175,8 +160,7 @@ def am6_alignment(reading: Reading) -> Evidence:
 def am7_weights_alone(life: Lifecycle, census: Census, n: int = 10) -> Evidence:
     """AM7: where the census ranks the first channel in its step-up and step-down FFN blocks (the worst of each).
 
-    Beside it, how much that list finds: how many of the top 1% of pairs are a spike channel in a step block. Controls:
-    the median rank of that channel in the other FFN blocks, and of ordinary channels in the step blocks.
+    Beside it, how much that list finds: how many of the top 1% of pairs are a spike channel in a step block.
     """
     main = life.require_main()
     up, down = ([b for b in blocks if not b.is_attention] for blocks in (main.step_up, main.step_down))
@@ -208,8 +192,7 @@ def x_am8_output_norm(reading: Reading) -> Evidence:
     """X-AM8: where a norm follows the block, whether its scale makes the spike rather than the block's own gain.
 
     After that norm the channel holds sqrt(d) scale_k F_k / |F|: the size of F is gone, its direction is left. Measured:
-    the scale of the channel over the median scale, and |F_k| / |F| on spike tokens. Controls: the largest scale of an
-    ordinary channel over the median, and |F_k| / |F| on other tokens.
+    scale_k over the median scale, and |F_k| / |F| on spike tokens.
     """
     scale = reading.ffn.post_scale
     if scale is None:
@@ -234,10 +217,7 @@ def x_am8_output_norm(reading: Reading) -> Evidence:
 
 @measure
 def x_mx1_same_choice(routing: Routing) -> Evidence:
-    """X-MX1: whether the router sends all spike tokens to the same expert first, and other tokens elsewhere.
-
-    Controls: what an even choice would give, and the expert's mean weight on other tokens.
-    """
+    """X-MX1: whether the router sends all spike tokens to the same expert first, and other tokens elsewhere."""
     first, spikes, n = routing.first_choice, routing.is_spike, len(routing.experts)
     expert = int(torch.bincount(first[spikes]).argmax())
     return make_evidence(
@@ -259,8 +239,8 @@ def x_mx1_same_choice(routing: Routing) -> Evidence:
 def x_mx2_one_writer(routing: Routing) -> Evidence:
     """X-MX2: whether one expert writes the spike, and whether it is the one of largest gain in the spike's channel.
 
-    `share_written` is of the block's own write. `share_of_all_experts` is what the experts that the router chooses from
-    write together: 1 where there are no others. Control: the same expert's rank by gain in ordinary channels (median).
+    `share_written` is of the block's own write; `share_of_all_experts` what those that the router chooses from write
+    together, 1 where there are no others.
     """
     expert = routing.writer
     rank_ordinary = (routing.gain_ordinary > routing.gain_ordinary[:, [expert]]).sum(1) + 1

@@ -17,10 +17,7 @@ INDIFFERENT = 0.01  # NM5's rule must be one that the control can break
 
 @measure
 def nm1_bounded(collapse: Collapse) -> Evidence:
-    """NM1: the largest entry of h~ over sqrt(d_model), over spike tokens and the plateau's points.
-
-    Control: the same of other tokens (the largest of them, half-way), and of the spike tokens before the step-up.
-    """
+    """NM1: the largest entry of h~ over sqrt(d_model), over spike tokens and the plateau's points."""
     plateau, middle = collapse.plateau, collapse.cycle.middle
     return make_evidence(
         measured={
@@ -39,9 +36,8 @@ def nm1_bounded(collapse: Collapse) -> Evidence:
 def nm2_sparse(collapse: Collapse, weights: Weights) -> Evidence:
     """NM2: the participation ratio of h~ (how many channels it spreads over), before the step-up and half-way.
 
-    Before it: just before it, and the lowest at any earlier point, which a smaller cycle can make as low. Beside it
-    that of what a matrix really reads, h~ times the norm's learned scale, at the plateau's first layer. Controls: other
-    tokens at both points.
+    `participation_lowest_before` is that of any earlier point, which a smaller cycle can make as low;
+    `participation_scaled` that of what a matrix really reads, h~ times the norm's scale, at the plateau's first layer.
     """
     middle = collapse.cycle.middle
     measured = {
@@ -50,8 +46,7 @@ def nm2_sparse(collapse: Collapse, weights: Weights) -> Evidence:
         "participation_after": float(collapse.spike.participation[middle]),
         "d_model": collapse.anatomy.d_model,
     }
-    layers = plateau_layers(collapse.cycle)
-    if layers:
+    if layers := plateau_layers(collapse.cycle):
         scaled = collapse.spike.kept[:, 2 * layers[0]] * weights.norm_scale(layers[0])
         measured["participation_scaled"] = float(participation_ratio(scaled).mean())
     return make_evidence(
@@ -68,8 +63,7 @@ def nm3_constant(collapse: Collapse) -> Evidence:
     """NM3: mean cosine between h~ of spike tokens of different windows, before the step-up and half-way.
 
     `degrees_*` are the same as angles, which show what a cosine near 1 hides; `cosine_rest_*` leave the spike channels
-    out; `cosine_highest_before` is that of the earlier point at which they are most alike. Controls: other tokens, at
-    both points; and those right after a spike token, which are at nearly the same place.
+    out; `cosine_highest_before` is that of the earlier point at which they are most alike.
     """
     spike, other, middle, before = collapse.spike, collapse.other, collapse.cycle.middle, collapse.before
     if not spike.cosine[middle].isfinite():
@@ -100,13 +94,11 @@ def nm4_constant_over_depth(collapse: Collapse) -> Evidence:
     """NM4: cosine between h~ of one spike token at two layers of the plateau, mean over pairs of layers and tokens.
 
     `cosine_rest_over_depth` leaves the spike channels out: it matters where the norm's learned scale mutes those.
-    Control: as many other tokens, drawn out of the same windows.
     """
     layers = plateau_layers(collapse.cycle)
     if len(layers) < 2:
         raise NotApplicable("fewer than two layers read the plateau, so there is no depth to compare over")
-    points = [2 * layer for layer in layers]
-    spike, other = (group.kept[:, points].double() for group in (collapse.spike, collapse.other))
+    spike, other = (group.kept[:, 2 * torch.tensor(layers)].double() for group in (collapse.spike, collapse.other))
     rest = spike.index_fill(2, torch.tensor(collapse.cycle.channels), 0)
     cosines = {}
     for name, vectors in (("spike", spike), ("other", other), ("rest", rest)):
@@ -137,9 +129,8 @@ def _degrees(cosine: Tensor) -> float:
 def nm5_implicit_parameter(replaced: Replaced) -> Evidence:
     """NM5: perplexity with one held-out vector in place of h~ at the spike tokens, in every layer of the plateau.
 
-    And how much the attention of later queries moves (total variation distance, mean over the plateau's layers).
-    Control: the mean h~ of other tokens in the same place. Where that changes nothing either, the rule could not fail,
-    and the claim is not applicable.
+    And how much the attention of later queries moves (total variation distance, mean over the plateau's layers). Where
+    other tokens' mean in the same place changes nothing either, the rule could not fail: not applicable.
     """
     perplexity = replaced.perplexity
     if abs(perplexity["other_tokens_mean"] / perplexity["clean"] - 1) <= INDIFFERENT:

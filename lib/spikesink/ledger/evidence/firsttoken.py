@@ -14,11 +14,7 @@ from spikesink.model.paths import StaticMap
 def tk1_nearly_any(
     probe: Probe | NotApplicable, counts: Int[Tensor, " vocabulary"], elsewhere: Elsewhere | NotApplicable
 ) -> Evidence | NotApplicable:
-    """TK1: how much of the vocabulary spikes at position 0; and of the text, every token counted as often as it occurs.
-
-    Controls: the share that does so after a text, of a sample of those that spike; and the share of the vocabulary that
-    is above the threshold just before the first step-up block.
-    """
+    """TK1: how much of the vocabulary spikes at position 0; and of the text, tokens counted as often as they occur."""
     if isinstance(probe, NotApplicable):
         return probe
     control = {"share_before_step_up": float((probe.before >= probe.threshold).double().mean())}
@@ -44,10 +40,7 @@ def _mean_share(elsewhere: Elsewhere) -> float:
 
 @measure
 def tk2_static_map(static_map: StaticMap) -> Evidence:
-    """TK2: attention's write at position 0 against the fixed map, in every layer of every window, the largest error.
-
-    Control: the median error of the same map at later positions, where a token has others to attend to.
-    """
+    """TK2: attention's write at position 0 against the fixed map, in every layer of every window, the largest error."""
     layers, windows = static_map.at_first.shape
     return Evidence(
         measured={"max_relative_error": float(static_map.at_first.max()), "layers": layers, "windows": windows},
@@ -57,10 +50,7 @@ def tk2_static_map(static_map: StaticMap) -> Evidence:
 
 @measure
 def tk3_not_elsewhere(elsewhere: Elsewhere) -> Evidence:
-    """TK3: of tokens that spike at position 0, how many spike later, after a text: mean over positions.
-
-    Control: the same tokens at position 0, by the same whole forward passes.
-    """
+    """TK3: of tokens that spike at position 0, how many spike later, after a text: mean over positions."""
     return Evidence(
         measured={
             "share_elsewhere": _mean_share(elsewhere),
@@ -77,8 +67,7 @@ def tk3_not_elsewhere(elsewhere: Elsewhere) -> Evidence:
 def tk4_delimiters(delimiters: Delimiters) -> Evidence:
     """TK4: do delimiters that spike attend to themselves, and do their embeddings lie near the norm's scale?
 
-    Compared with words that do not spike. Controls: delimiters that do not spike, and words that do. `n_types` says how
-    many different tokens a verdict rests on.
+    `n_types` says how many different tokens a verdict rests on.
     """
     attention, cosine = delimiters.self_attention, delimiters.scale_cosine
     compared = {

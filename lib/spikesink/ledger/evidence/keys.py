@@ -15,8 +15,7 @@ def sk3_few_dimensions(attention: AttentionReading, life: Lifecycle) -> Evidence
     """SK3: effective dimension of the spike tokens' keys, and of as many other tokens' keys; before RoPE.
 
     Median over the plateau's layers and their key heads; `*_rotated` after RoPE, which turns keys by their position and
-    so spreads others over more dimensions. Controls: all other tokens; the tokens right after, at nearly the same
-    places; and the spike tokens' own keys before the step-up, in layers that read no cycle's plateau.
+    so spreads others over more dimensions. `*_without_a_spike`: before the step-up, where no cycle is on its plateau.
     """
     geometry, layers = with_geometry(attention, life)
     _require_sinks(attention, layers)
@@ -48,9 +47,8 @@ def sk4_favoured(attention: AttentionReading, life: Lifecycle) -> Evidence:
 
     A head of the plateau's layers is a sink head where the spike tokens' mean score exceeds epsilon. `spearman` is the
     rank correlation over all those heads between gap and score; `spearman_*` that of the score with each factor of the
-    logit |q| |k| cos / sqrt(d_head), and with the mean cosine to other keys, the other side of the gap. Attention is a
-    function of logits, so some correlation is a matter of course; which factor carries it is not. Control: the same of
-    the token right after the spike token.
+    logit |q| |k| cos / sqrt(d_head), and with the mean cosine to other keys. Attention is a function of logits, so some
+    correlation is a matter of course; which factor carries it is not.
     """
     geometry, layers = with_geometry(attention, life)
     score, score_after = (attention.scores.received[name][layers].flatten() for name in ("spike", "next"))
@@ -87,8 +85,7 @@ def sk6_few_rows(rebuilt: Rebuilt, attention: AttentionReading) -> Evidence:
     """SK6: cosine of the spike tokens' keys with their rebuilding from the rows of W_K at the spike channels.
 
     Median over the plateau's layers and key heads. `cosine_with_bias` compares whole keys, where there is a b_K;
-    `bias_share` says how much of them that is. Controls: the same rows, of other tokens; as many rows of those tokens'
-    own strongest channels; as many rows of the spike tokens' strongest channels that do not spike.
+    `bias_share` says how much of them that is.
     """
     _require_sinks(attention, rebuilt.layers)
     return make_evidence(
@@ -110,11 +107,7 @@ def sk6_few_rows(rebuilt: Rebuilt, attention: AttentionReading) -> Evidence:
 
 @measure
 def sk7_small_values(attention: AttentionReading, life: Lifecycle) -> Evidence:
-    """SK7: norm of the spike tokens' values over that of other tokens', median over the plateau's layers and heads.
-
-    Controls: the token right after the spike token; and the spike token itself before the step-up, in layers that read
-    no cycle's plateau.
-    """
+    """SK7: norm of the spike tokens' values over that of other tokens', median over the plateau's layers and heads."""
     geometry, layers = with_geometry(attention, life)
     _require_sinks(attention, layers)
     spike, after = (geometry.value_norm[name] / geometry.value_norm["other"] for name in ("spike", "next"))

@@ -19,19 +19,17 @@ MAX_PAIRS = 2000  # of spike tokens, for the Jaccard index
 
 @measure
 def lc1_step_up(life: Lifecycle) -> Evidence:
-    """LC1: which blocks write the spike, and what share the early FFN blocks among them write.
+    """LC1: which blocks write the spike, and what share the three largest writes of early FFN blocks make of it.
 
-    Of more than three such blocks the three largest writes count; of the attention blocks, the largest write of either
-    sign in the first half or before the step-down. Controls: the same blocks' writes into the same channel on ordinary
-    tokens, and into ordinary channels on the spike tokens, both as shares; and the latter over what those channels
-    themselves hold (a step-up block can dominate every channel of its tokens; what sets the spike channels apart is the
-    size).
+    Of attention blocks, the largest write of either sign in the first half or before the step-down. A step-up block can
+    dominate every channel of its tokens: what sets the spike channels apart is the size.
     """
     cycle, n_blocks, controls = life.require_main(), life.trace.anatomy.n_blocks, life.trace.ordinary
     share = cycle.writes / cycle.value
     early = [b for b in cycle.step_up if not b.is_attention and b <= n_blocks // 2]
     which = torch.tensor(sorted(early, key=lambda b: -share[b - 1])[:STEP_BLOCKS], dtype=torch.long) - 1
     spikes = spike_rows(life)
+    held = spikes.stream[:, cycle.middle, controls]  # token, channel
     same_channel = ordinary_rows(life).writes[:, which, index_of(life, cycle.channel)].sum(1)  # token
     other_channels = spikes.writes[:, which][..., controls].sum(1)  # token, channel
     return make_evidence(
@@ -46,26 +44,21 @@ def lc1_step_up(life: Lifecycle) -> Evidence:
         control={
             "share_written_ordinary_tokens": _typical(same_channel / cycle.value),
             "share_written_ordinary_channels": _typical(other_channels.abs() / abs(cycle.value)),
-            "write_over_own_value_ordinary_channels": _typical(
-                other_channels / spikes.stream[:, cycle.middle, controls]
-            ),
+            "write_over_own_value_ordinary_channels": _typical(other_channels / held),
         },
     )
 
 
 @measure
 def lc2_plateau(life: Lifecycle) -> Evidence:
-    """LC2: the median share that a block between step-up and step-down writes, whatever its sign.
-
-    Control: the same blocks' writes into ordinary channels of the same tokens, over what those channels hold half-way.
-    """
+    """LC2: the median share that a block between step-up and step-down writes, whatever its sign."""
     cycle = life.require_main()
     first, last = cycle.plateau
     if first == last:
         raise NotApplicable("no block lies between the last step-up and the first step-down block")
     spikes = spike_rows(life)
     writes = spikes.writes[:, first:last].abs()  # row, block, channel; block b is at b - 1
-    ratio = writes / spikes.stream[:, cycle.middle].abs()[:, None]
+    ratio = (writes / spikes.stream[:, cycle.middle].abs()[:, None])[..., life.trace.ordinary]
     return make_evidence(
         measured={
             "plateau_write_ratio": float((writes[..., index_of(life, cycle.channel)] / abs(cycle.value)).median()),
@@ -74,22 +67,17 @@ def lc2_plateau(life: Lifecycle) -> Evidence:
             "value_at_first_point": float(cycle.stream[first]),
             "value_at_last_point": float(cycle.stream[last]),
         },
-        control={"write_ratio_ordinary_channels": _typical(ratio[..., life.trace.ordinary])},
+        control={"write_ratio_ordinary_channels": _typical(ratio)},
     )
 
 
 @measure
 def lc3_step_down(life: Lifecycle) -> Evidence:
-    """LC3: which blocks cancel the spike, and what share the late FFN blocks among them take back.
-
-    Controls: the share that the same blocks take back from the same channel on ordinary tokens; and by how much they
-    change ordinary channels of the spike tokens, in either direction, over what those hold.
-    """
-    cycle, spikes, index = life.require_main(), spike_rows(life), index_of(life, life.main.channel)
-    late = late_step_down(life)
-    which = torch.tensor(late, dtype=torch.long) - 1
-    taken = -spikes.writes[:, which].sum(1)  # token, channel
-    held = spikes.stream[:, cycle.middle]
+    """LC3: which blocks cancel the spike, and what share the late FFN blocks among them take back."""
+    cycle, spikes, late = life.require_main(), spike_rows(life), late_step_down(life)
+    which, index = torch.tensor(late, dtype=torch.long) - 1, index_of(life, cycle.channel)
+    held, taken = spikes.stream[:, cycle.middle], -spikes.writes[:, which].sum(1)  # token, channel
+    from_others = -ordinary_rows(life).writes[:, which, index].sum(1)
     return make_evidence(
         measured={
             "step_down_blocks": list(cycle.step_down),
@@ -100,9 +88,7 @@ def lc3_step_down(life: Lifecycle) -> Evidence:
             "n_blocks": life.trace.anatomy.n_blocks,
         },
         control={
-            "share_cancelled_ordinary_tokens": _typical(
-                -ordinary_rows(life).writes[:, which, index].sum(1) / cycle.value
-            ),
+            "share_cancelled_ordinary_tokens": _typical(from_others / cycle.value),
             "change_over_own_value_ordinary_channels": _typical((taken / held)[:, life.trace.ordinary].abs()),
         },
     )
@@ -112,7 +98,7 @@ def lc3_step_down(life: Lifecycle) -> Evidence:
 def lc4_few_channels(life: Lifecycle) -> Evidence:
     """LC4: how many channels hold more than 100 medians half-way through the plateau, and the largest over the median.
 
-    Control: the same on ordinary tokens; and the count at both ends of the plateau, since the median grows with depth.
+    Also at both ends of the plateau, since the median grows with depth.
     """
     cycle, medians, ordinary = life.require_main(), life.trace.medians, ordinary_rows(life)
     if not len(ordinary):
@@ -140,10 +126,7 @@ def lc4_few_channels(life: Lifecycle) -> Evidence:
 
 @measure
 def lc5_same_channels(life: Lifecycle) -> Evidence:
-    """LC5: mean Jaccard index of the top-3 channels, over pairs of spike tokens, half-way through the plateau.
-
-    Control: the same over pairs of ordinary tokens.
-    """
+    """LC5: mean Jaccard index of the top-3 channels, over pairs of spike tokens, half-way through the plateau."""
     middle, spikes, ordinary = life.require_main().middle, spike_rows(life), ordinary_rows(life)
     if min(len(spikes), len(ordinary)) < 2:
         raise NotApplicable("a pair of spike tokens and a pair of ordinary ones are needed, and were not found")
@@ -157,9 +140,8 @@ def lc5_same_channels(life: Lifecycle) -> Evidence:
 def lc6_fixed_ratios(life: Lifecycle) -> Evidence:
     """LC6: coefficient of variation, over spike tokens, of the second channel's value over the first's.
 
-    Controls: the same two channels on ordinary tokens; and on the spike tokens, the ratio of each ordinary channel to
-    the first (median over channels), since a step-up block can fix every channel of its tokens. The ratio is given for
-    the spike tokens at position 0 alone as well.
+    Controls: ordinary tokens; and the ratio of each ordinary channel to the first (median over channels), since a
+    step-up block can fix every channel of its tokens.
     """
     cycle = life.require_main()
     if len(cycle.channels) < 2:
@@ -192,10 +174,9 @@ def lc6_fixed_ratios(life: Lifecycle) -> Evidence:
 def lc7_few_tokens(life: Lifecycle, decode: Callable[[list[int]], str]) -> Evidence:
     """LC7: the share of tokens that spike, of windows in which position 0 does, and the commonest spike tokens.
 
-    Beside them the share of tokens with any entry above 100 medians at any depth: where it is much larger, a channel is
-    large on ordinary tokens too, and only its size tells a spike token from them. Controls: the mean share of windows
-    in which another position spikes; and of the tokens that spike at position 0, the share that do where they occur
-    later (a BOS token does not occur later, and then there is no such control).
+    Where the share of tokens above 100 medians is much larger, a channel is large on ordinary tokens too, and only its
+    size tells a spike token from them. `same_tokens_*`: of the tokens that spike at position 0, how many do where they
+    occur later (a BOS token does not, and has no such control).
     """
     trace, main = life.trace, life.require_main()
     spikes = spike_rows(life)

@@ -18,8 +18,7 @@ from spikesink.model.anatomy import mlp
 def sk1_many_heads(scores: Scores) -> Evidence:
     """SK1: the share of heads (over layers, heads and windows) that sink on position 0, and what attention it gets.
 
-    Controls: the same share for the other key positions of the first half, mean and largest (which can hold a spike
-    token too); and for ordinary tokens, that spike in no cycle, where the scores were told which they are.
+    Other positions of the first half can hold a spike token too; ordinary tokens are those that spike in no cycle.
     """
     others = slice(1, max(2, scores.length // 2))
     ratios = scores.above[..., others].mean((0, 1))
@@ -47,9 +46,8 @@ def sk1_many_heads(scores: Scores) -> Evidence:
 def sk2_on_spikes(attention: AttentionReading, life: Lifecycle) -> Evidence:
     """SK2: of the (head, token) pairs that are sinks during the plateau, the share that falls on spike tokens.
 
-    Tokens of the first half of each window; `share_whole_windows` counts all. Controls: the share of those tokens that
-    spike, which is what chance would give; and the share before the step-up, on the same tokens and on tokens of any
-    cycle, since a smaller one can be alive there.
+    Tokens of the first half of each window; `share_whole_windows` counts all. Controls: what chance would give; and the
+    share before the step-up, on the same tokens and on those of any cycle, since a smaller one can be alive there.
     """
     scores, layers, before = attention.scores, layers_with_spike(life), layers_before(life)
 
@@ -83,9 +81,8 @@ def sk2_on_spikes(attention: AttentionReading, life: Lifecycle) -> Evidence:
 def sk5_over_depth(attention: AttentionReading, life: Lifecycle) -> Evidence:
     """SK5: attention that the spike tokens get, mean over heads and over the layers before, during, after the plateau.
 
-    Before: layers that read the stream before the first step-up block; `attention_before_without_a_spike` leaves out
-    those in which a smaller cycle is alive. After: past the plateau (none, where the step-down ends in the last layer).
-    Control: the token right after each spike token.
+    `attention_before_without_a_spike` leaves out layers in which a smaller cycle is alive. There is no after where the
+    step-down ends in the last layer.
     """
     during = layers_with_spike(life)
     layers = {"before": layers_before(life), "during": during, "after": layers_after(life)}
@@ -101,10 +98,9 @@ def sk5_over_depth(attention: AttentionReading, life: Lifecycle) -> Evidence:
 
 @measure
 def x_sk8_smaller_cycle(attention: AttentionReading, life: Lifecycle) -> Evidence:
-    """X-SK8: attention that the tokens of smaller cycles alone get, while such a cycle is alive, and otherwise.
+    """X-SK8: attention that the tokens of smaller cycles alone get, while one is on its plateau, and otherwise.
 
-    Alive: on its plateau. Mean over heads and layers; sinks are counted in the first halves. Control: the token right
-    after each of them.
+    Mean over heads and layers; sinks are counted in the first halves.
     """
     layers_with_spike(life)
     scores = attention.scores
@@ -135,8 +131,7 @@ def x_sk8_smaller_cycle(attention: AttentionReading, life: Lifecycle) -> Evidenc
 def x_sk9_secondary(secondary: Secondary) -> Evidence:
     """X-SK9: cosine of secondary sinks' h~ with the primary direction, in the layers where they are sinks, median.
 
-    Controls: the token right after each, in the same layers; all other tokens', mean over the same layers; and how many
-    other tokens point along it (cosine above ALIGNED) at some layer without being a sink anywhere.
+    Controls, in the same layers: the token right after each, all other tokens' mean; and how many others are ALIGNED.
     """
     while_sink = secondary.heads > 0
     cosine, after = (values[:, :-1:2] for values in (secondary.cosine, secondary.cosine_after))
