@@ -14,7 +14,17 @@ from spikesink.chain.collapse import Collapse, Replaced, closed_form, spike_rati
 from spikesink.chain.lifecycle import Lifecycle, plateau_layers
 from spikesink.common import brief
 from spikesink.plots.palette import ORDINARY, SINK, SPIKE, SPIKE_MAP
-from spikesink.plots.style import above, absent, drawn_where_applicable, figure, note, span, thousands, whole
+from spikesink.plots.style import (
+    above,
+    absent,
+    drawn_where_applicable,
+    figure,
+    label_layers,
+    note,
+    span,
+    thousands,
+    whole,
+)
 
 MOST_TOKENS = 24  # of either kind in the cosine matrices
 MOST_CHANNELS = 6  # of either kind in the heat map
@@ -59,7 +69,8 @@ def depth(collapse: Collapse, life: Lifecycle) -> Figure:
         bottom.plot(x, group.participation, **looks)
     top.set(ylabel="cosine of h~ between\ntokens of different windows", ylim=(0, 1.04))
     top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
-    bottom.set(yscale="log", ylabel="participation ratio of h~\n(channels)", xlabel="depth: after block …")
+    bottom.set(yscale="log", ylabel="participation ratio of h~\n(channels)")
+    label_layers(bottom.xaxis, collapse.anatomy.n_layers)
     thousands(bottom)
     bottom.yaxis.set_minor_formatter(NullFormatter())
     span(top, life.main)
@@ -95,7 +106,8 @@ def collapsing(collapse: Collapse, life: Lifecycle) -> Figure:
         held = float(group.share[middle, collapse.cycle.channel])
         ax.set_title(f"{name}: half-way, channel {collapse.cycle.channel} holds {held:.1%} of |h~|²", fontsize=11)
         ax.spines[:].set_visible(False)
-    axes[1].set_xlabel("depth: after block … (dotted: step-up and step-down blocks)")
+    label_layers(axes[1].xaxis, collapse.anatomy.n_layers)
+    axes[1].set_xlabel(f"{axes[1].get_xlabel()}; dotted: step-up and step-down")
     fig.colorbar(image, ax=axes, label="share of |h~|²", pad=0.01)
     return fig
 

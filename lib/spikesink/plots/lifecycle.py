@@ -13,13 +13,14 @@ from spikesink.chain.lifecycle import Lifecycle, index_of, late_step_down, middl
 from spikesink.chain.trace import TOP, Profile, summarize, variation
 from spikesink.common import brief
 from spikesink.ledger.evidence.lifecycle import lc3_step_down
-from spikesink.model.anatomy import Block, mlp
+from spikesink.model.anatomy import Block
 from spikesink.plots.palette import MARKERS, ORDINARY, OTHERS, SINK, SINK_MAP, SMALL, SPIKE, SPIKE_MAP
 from spikesink.plots.style import (
     above,
     blocks_text,
     drawn_where_applicable,
     figure,
+    label_layers,
     note,
     quoted,
     span,
@@ -31,14 +32,6 @@ from spikesink.plots.style import (
 )
 
 CYCLES = ((SPIKE, "o"), (SMALL, "s"), (SINK, "v"), (OTHERS[0], "^"))  # how each is drawn, the largest first
-
-
-def _label_layers(axis, n_layers: int, room: float = 0) -> None:
-    """Layers on an axis of points or blocks, with `room` after the last one, as a share of the whole."""
-    layers = range(0, n_layers, -(-n_layers // 12))
-    axis.set_ticks([mlp(layer) for layer in layers], labels=layers)
-    axis.set_label_text("layer (at the tick its MLP, one to the left its attention)")
-    axis.set_view_interval(-0.5, 2 * n_layers * (1 + room) + 0.5, ignore=True)
 
 
 def _sentence(text: str) -> str:
@@ -59,7 +52,7 @@ def skyline(profile: Profile) -> Figure:
     colours = {"aspect": "auto", "origin": "lower"}
     image = left.imshow(over, cmap=SPIKE_MAP, norm=LogNorm(1, max(10.0, float(over.max()))), **colours)
     fig.colorbar(image, ax=left, label="largest |h| of the token ÷ median |h|", pad=0.02)
-    _label_layers(left.yaxis, len(profile.attention))
+    label_layers(left.yaxis, len(profile.attention))
     peak, point = summary["token"], summary["point"]
     left.set_title(f"Spike: {quoted(profile.tokens[peak])} grows to {brief(summary['factor'])} medians", fontsize=11)
     received = profile.attention * 100
@@ -135,7 +128,7 @@ def magnitudes(life: Lifecycle) -> Figure:
     top.legend(ncols=TOP + 1, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.08))
     top.set(yscale="log", ylabel="|h| in the stream,\nlargest of all tokens")
     bottom.set(yscale="log", ylabel="|F| a block writes,\nlargest of all tokens")
-    _label_layers(bottom.xaxis, trace.anatomy.n_layers)
+    label_layers(bottom.xaxis, trace.anatomy.n_layers)
     for ax in (top, bottom):
         thousands(ax)
         if cycle is not None:
@@ -242,7 +235,7 @@ def channels(life: Lifecycle) -> Figure:
         for rank, channel in enumerate(cycle.channels[:6] if colour == SPIKE else (), 1):
             note(ax, channel, (rank, largest[rank - 1]), (4, 4), fontsize=8)
     ax.axhline(trace.threshold, color="black", lw=0.8, ls="--")
-    _annotate_end(ax, n, trace.threshold, f"{trace.threshold:g} medians")
+    note(ax, f"{trace.threshold:g} medians", (n, trace.threshold), (5, 2), fontsize=9, annotation_clip=False)
     ax.set(
         yscale="log",
         xlabel=f"channels, the largest first (of {trace.anatomy.d_model}; labels: channel numbers)",
@@ -273,9 +266,9 @@ def plateau(life: Lifecycle) -> Figure:
         ax.plot(blocks, values, color=colour, marker=marker, ms=3.5, lw=0.8)
         _annotate_end(ax, blocks[-1], float(values[-1]), name, colour)
     ax.axhline(0.01, color="black", lw=0.8, ls="--")
-    _annotate_end(ax, blocks[-1], 0.01, "1%")
+    note(ax, "1%", (blocks[-1], 0.01), (5, 2), fontsize=9, annotation_clip=False)
     span(ax, cycle)
-    _label_layers(ax.xaxis, trace.anatomy.n_layers, room=0.08)
+    label_layers(ax.xaxis, trace.anatomy.n_layers, room=0.08)
     ax.set(yscale="log", ylabel="|write| ÷ what the channel\nholds half-way")
     inside = share[cycle.plateau[0] : cycle.plateau[1]]
     typical = f"Between step-up and step-down a block's typical write is {float(inside.median()):.2%} of the spike"
@@ -302,7 +295,7 @@ def lives(life: Lifecycle) -> Figure:
     ax.axhline(0, color="black", lw=0.6)
     thousands(ax)
     span(ax, cycle)
-    _label_layers(ax.xaxis, trace.anatomy.n_layers)
+    label_layers(ax.xaxis, trace.anatomy.n_layers)
     ax.margins(y=0.08)
     ax.set(ylabel=f"value of channel {cycle.channel}\n(signed, log scale)")
     ax.legend(fontsize=9, loc="center", bbox_to_anchor=(0.5, 0.45), facecolor="white", framealpha=0.8, frameon=True)
@@ -381,7 +374,7 @@ def cycles(life: Lifecycle, decode: Callable[[list[int]], str]) -> Figure:
     _annotate_end(ax, points[-1], trace.threshold * float(trace.medians[-1]), f"{trace.threshold:g}\nmedians")
     ax.plot(points, trace.medians, color=ORDINARY, lw=1.4)
     _annotate_end(ax, points[-1], float(trace.medians[-1]), "median", ORDINARY)
-    _label_layers(ax.xaxis, trace.anatomy.n_layers, room=0.08)
+    label_layers(ax.xaxis, trace.anatomy.n_layers, room=0.08)
     ax.set(yscale="log", ylabel="|h| of the first channel,\nmedian over the cycle's tokens")
     ax.margins(y=0.12)
     thousands(ax)

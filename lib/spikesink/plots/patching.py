@@ -17,6 +17,7 @@ from spikesink.plots.style import (
     above,
     drawn_where_applicable,
     figure,
+    label_layers,
     log_ticks,
     note,
     quoted,
@@ -191,7 +192,9 @@ def causal_map(mapped: BlockMap) -> Figure:
         ax.set_ylabel(label)
         span(ax, mapped.cycle, label=ax is axes[0])
     axes[1].set_ylim(0, 1)
-    axes[2].set(yscale="log", xlabel="block that writes nothing at the spike tokens (circles: attention, squares: FFN)")
+    axes[2].set(yscale="log")
+    label_layers(axes[2].xaxis, len(blocks) // 2)
+    axes[2].set_xlabel("layer whose block writes nothing at the spike tokens (circles: attention, squares: MLP)")
     log_ticks(axes[2].yaxis)
     least, worst = (Block(blocks[i]) for i in (left.argmin(), ratio.argmax()))
     text = f"Without {least}, {brief(100 * float(left.min()))}% of the spike is left"

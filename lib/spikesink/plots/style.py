@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from spikesink.chain.lifecycle import Cycle, Lifecycle
 from spikesink.common import NotApplicable, brief, write_atomically, writing_to
-from spikesink.model.anatomy import Block
+from spikesink.model.anatomy import Block, mlp
 from spikesink.plots.palette import ORDINARY, SPIKE
 
 STYLE = {
@@ -137,6 +137,14 @@ def blocks_text(blocks: Sequence[Block]) -> str:
 def verb(blocks: Sequence[Block], many: str) -> str:
     """A verb that agrees with `blocks_text`: "write", or "writes" for one block."""
     return many if len(blocks) != 1 else f"{many}s"
+
+
+def label_layers(axis, n_layers: int, room: float = 0) -> None:
+    """Layers on an axis of points or blocks, with `room` after the last one, as a share of the whole."""
+    layers = range(0, n_layers, -(-n_layers // 12))
+    axis.set_ticks([mlp(layer) for layer in layers], labels=layers)
+    axis.set_label_text("layer (at the tick its MLP, one to the left its attention)")
+    axis.set_view_interval(-0.5, 2 * n_layers * (1 + room) + 0.5, ignore=True)
 
 
 def span(ax, cycle: Cycle, label: bool = True) -> None:
