@@ -99,11 +99,11 @@ def decoupling(means: pd.DataFrame, named: Sequence[str]) -> Figure:
     ax.set_ylim(bottom=-0.004)
     ax.margins(x=0.12)
     log_ticks(ax.xaxis)
-    corners = ("less of both", "more spike, less sink", "more sink, less spike", "more of both")
-    for i, text in enumerate(corners):
-        x, y, sides = i % 2, i // 2, {"ha": ("left", "right")[i % 2], "va": ("bottom", "top")[i // 2]}
-        place = (0.01 + 0.98 * x, 0.01 + 0.98 * y)
-        ax.text(*place, text, transform=ax.transAxes, color=ORDINARY, fontsize=9, style="italic", **sides)
+    looks = {"transform": ax.transAxes, "color": ORDINARY, "fontsize": 9, "style": "italic"}
+    ax.text(0.01, 0.01, "less of both", ha="left", va="bottom", **looks)
+    ax.text(0.99, 0.01, "more spike, less sink", ha="right", va="bottom", **looks)
+    ax.text(0.01, 0.99, "more sink, less spike", ha="left", va="top", **looks)
+    ax.text(0.99, 0.99, "more of both", ha="right", va="top", **looks)
     ax.legend(fontsize=9, loc="upper center", ncols=7, bbox_to_anchor=(0.5, 1.1))
     return fig
 

@@ -55,21 +55,31 @@ def verdicts(board: Board) -> Figure:
     tally = left + OURS * len(columns) + GAP
     theirs = tally + TALLY + GAP
     width, bottom = theirs + THEIRS, HEIGHT * len(board.rows)
-    fig, ax = _canvas(width, bottom)
+    # The unit of the axes is an inch, with 0 at the first row's top and y downwards.
+    fig, ax = figure(size=(width + 0.6, ABOVE + bottom + BELOW))
+    fig.set_layout_engine("none")
+    ax.set_position((0, 0, 1, 1))
+    ax.set(xlim=(-0.1, width + 0.5), ylim=(bottom + BELOW, -ABOVE))
+    ax.axis("off")
     for i, row in enumerate(board.rows):
         y = i * HEIGHT
-        _row(ax, row, y)
+        middle = y + HEIGHT / 2
+        ax.text(LINK, middle, row.claim_id, fontsize=7.5, fontweight="bold", va="center")
+        ax.text(LINK + 0.6, middle, row.short, fontsize=7.5, va="center")
+        ax.text(LINK + CLAIM + QUANTITY, middle, row.quantity, fontsize=6.5, color="#555555", ha="right", va="center")
         for name, cell in row.cells.items():
             _cell(ax, cell, columns[name], y, OURS)
         if row.reported:
             _cell(ax, _together(row.reported), theirs, y, THEIRS)
         if row.put_to and several:
-            _tally(ax, row, tally + TALLY / 2, y + HEIGHT / 2)
+            _tally(ax, row, tally + TALLY / 2, middle)
     _links(ax, board.rows, width)
     for name, x in columns.items():
         turned = {"rotation": 28, "rotation_mode": "anchor", "ha": "left", "va": "bottom"}
         ax.text(x + OURS / 2, -0.08, _name(name), fontsize=8, fontweight="bold", **turned)
-        _count(ax, [row.cells[name].verdict for row in board.rows if name in row.cells], x + OURS / 2, bottom + 0.06)
+        judged = [row.cells[name].verdict for row in board.rows if name in row.cells]
+        text = "{} hold\n{} differ\n{} n/a".format(*map(judged.count, ("holds", "differs", "n/a")))
+        ax.text(x + OURS / 2, bottom + 0.06, text, fontsize=7.5, ha="center", va="top", linespacing=1.15)
     above = {"ha": "center", "va": "bottom"}
     if several:
         ax.text(tally + TALLY / 2, -0.08, "holds\non", fontsize=7.5, color="#555555", **above)
@@ -78,23 +88,6 @@ def verdicts(board: Board) -> Figure:
     ax.text(0, 0.14 - ABOVE, _finding(board), fontsize=13, fontweight="bold", va="top")
     ax.text(0, 0.48 - ABOVE, _where(board), fontsize=9.5, va="top")
     return fig
-
-
-def _canvas(width: float, bottom: float):
-    """A figure and axes whose unit is an inch, with 0 at the first row's top and y downwards."""
-    fig, ax = figure(size=(width + 0.6, ABOVE + bottom + BELOW))
-    fig.set_layout_engine("none")
-    ax.set_position((0, 0, 1, 1))
-    ax.set(xlim=(-0.1, width + 0.5), ylim=(bottom + BELOW, -ABOVE))
-    ax.axis("off")
-    return fig, ax
-
-
-def _row(ax, row: Row, y: float) -> None:
-    middle = y + HEIGHT / 2
-    ax.text(LINK, middle, row.claim_id, fontsize=7.5, fontweight="bold", va="center")
-    ax.text(LINK + 0.6, middle, row.short, fontsize=7.5, va="center")
-    ax.text(LINK + CLAIM + QUANTITY, middle, row.quantity, fontsize=6.5, color="#555555", ha="right", va="center")
 
 
 def _together(reported: Mapping[str, Cell]) -> Cell:
@@ -152,13 +145,6 @@ def _links(ax, rows: Sequence[Row], width: float) -> None:
 
 def _name(model: str) -> str:
     return model if len(model) <= LONGEST_NAME else model[: LONGEST_NAME - 1] + "…"
-
-
-def _count(ax, verdicts: Sequence[str], x: float, y: float) -> None:
-    text = "\n".join(
-        f"{verdicts.count(v)} {many}" for v, many in (("holds", "hold"), ("differs", "differ"), ("n/a", "n/a"))
-    )
-    ax.text(x, y, text, fontsize=7.5, ha="center", va="top", linespacing=1.15)
 
 
 def _key(ax, y: float) -> None:
