@@ -31,7 +31,6 @@ from spikesink.lab.train import (
     TrainingError,
     look_steps,
     make_loss,
-    multiplies_bfloat16,
     rate,
     start,
     train,
@@ -481,20 +480,6 @@ def test_where_nothing_can_be_written_nothing_is_trained(where, tmp_path, capsys
     places = {"--figures": tmp_path / "figures", "--build": tmp_path / "build"} | {where: tmp_path / "file"}
     assert main(["lab", *(str(part) for option in places.items() for part in option)]) == 2
     assert f"{tmp_path / 'file' / 'lab'} cannot be written" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("there", ["avx512_f", "avx512_bf16", "bf16", "amx_bf16"])
-def test_products_are_in_bfloat16_only_where_the_processor_multiplies_it(there, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {there: True})
-    monkeypatch.setattr(run, "can_compile", lambda: True)
-    monkeypatch.setattr(run, "_side_by_side", lambda missing, args, machine: used.append(machine.precision))
-    can, used = there in ("avx512_bf16", "amx_bf16"), []
-    assert multiplies_bfloat16("cpu") == can
-    command = ["lab", "--figures", str(tmp_path), "--build", str(tmp_path)]
-    assert main(command) == 0
-    assert main([*command, "--precision", "bfloat16", "--eager"]) == 0
-    assert main([*command, "--precision", "bfloat16"]) == (0 if can else 2)
-    assert used == ["float32", "bfloat16"] + can * ["bfloat16"]
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from spikesink.lab.changes import Change, direction
 from spikesink.lab.config import Config
 from spikesink.lab.data import BOS, Backcopy
 from spikesink.lab.families import BASE, FAMILIES, VARIANTS
-from spikesink.lab.measures import backcopy_truth
+from spikesink.lab.measures import backcopy_truth, tabulate_gates, tabulate_idle
 from spikesink.lab.model import Decoder
 from spikesink.lab.records import Record
 from spikesink.lab.train import start
@@ -399,6 +399,24 @@ def gated_decoder(is_open: list[int]) -> Decoder:
     model.embed.weight[is_open, 5] = 1.0
     model.blocks[0].attn.gate.logit.weight[1, 5] = 1e4
     return model
+
+
+@torch.no_grad()
+def test_what_gates_let_through_is_read_head_by_head_and_by_whether_there_is_something_to_copy():
+    models = {"gated": gated_decoder([3]), "static": Decoder(replace(SMALL, gate="static")), "none": Decoder(SMALL)}
+    tokens = torch.full((4, 10), 40).index_fill(1, torch.tensor(0), 3)
+    table, even = tabulate_gates(models, tokens), "0.50 (0.50 to 0.50)"
+    assert list(table) == ["gated: attention", "gated: gate", "static: attention", "static: gate", "none: attention"]
+    assert list(table["gated: attention"]) == ["0.29, 0.29"] * SMALL.n_layers  # the mean of 1, 1/2, ... 1/10
+    assert table["gated: gate"][0] == f"{even}, 0.00 (0.00 to 0.00)", "the first token's does not count"
+    assert set(table["gated: gate"][1:]) | set(table["static: gate"]) == {f"{even}, {even}"}
+    tokens[:, 4:6] = 3
+    assert tabulate_gates(models, tokens)["gated: gate"][0] == f"{even}, 0.00 (0.00 to 1.00)"
+    task = Backcopy()
+    table = tabulate_idle({"none": models["none"], "gated": gated_decoder(list(task.triggers))}, task)
+    assert list(table["gated: gate"]) == ["0.50 (0.50), 0.00 (1.00)", "0.50 (0.50), 0.50 (0.50)"]
+    heads = backcopy_truth(models["none"], task)["heads"]
+    assert table["none: attention"][0] == ", ".join(f"{other:.2f} ({trigger:.2f})" for trigger, other in heads[0])
 
 
 def test_the_committed_records_are_of_the_variants_that_there_are():

@@ -230,10 +230,3 @@ def test_figures_are_the_same_files_when_drawn_again(tmp_path):
         plots.save(plots.chain(), tmp_path, name)
     for kind in ("png", "svg"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
-
-
-def test_to_look_whether_a_folder_can_be_written_leaves_what_was_there(tmp_path):
-    common.check_writable(tmp_path / "new" / "deep", keep=False)
-    assert not any(tmp_path.iterdir()), "what was made is gone"
-    common.check_writable(tmp_path / "kept" / "deep")
-    assert (tmp_path / "kept" / "deep").is_dir()

@@ -20,7 +20,7 @@ import spikesink
 from spikesink.__main__ import main
 from spikesink.apps import scan
 from spikesink.chain import amplifier
-from spikesink.model import gguf, paths
+from spikesink.model import paths
 from spikesink.model.errors import LoadError
 from spikesink.model.weights import open_weights, weights_of
 from tests import planted
@@ -210,15 +210,6 @@ def test_seventy_billion_parameters_are_planned_from_a_configuration_alone(tmp_p
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def test_a_plan_of_the_builtin_is_the_same_from_its_header_as_from_its_twin(default_model, cache, monkeypatch):
-    monkeypatch.setattr(gguf, "_write_twin", lambda *_: pytest.fail("the file was dequantized"))
-    header = scan.plan()
-    assert not cache.exists()
-    monkeypatch.undo()
-    assert replace(header, first="", disk=0) == scan.plan()
-    assert header.parameters == default_model.original_model.num_parameters()
 
 
 def test_a_plan_of_a_gguf_file_is_that_of_what_it_is_dequantized_to(tmp_path, cache):
