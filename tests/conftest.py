@@ -5,13 +5,13 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-import transformers
 
 import spikesink
 from spikesink.chain.collapse import measure_collapse
 from spikesink.chain.keys import read_attention
 from spikesink.model import texts
 from tests import planted
+from tests.test_families import build
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +39,19 @@ def planted_model(planted_directory):
 def family_directory(tmp_path_factory) -> Callable[[str], Path]:
     """The directory of a model of one of `planted.FAMILIES`, which is made once."""
     folder = tmp_path_factory.mktemp("families")
-    return cache(lambda family: planted.save(planted.planted_family(family), folder / family))
+
+    @cache
+    def directory(family: str) -> Path:
+        model = build(family, num_hidden_layers=planted.N_LAYERS)
+        return planted.save(planted.plant(model, planted.FAMILIES[family]), folder / family)
+
+    return directory
 
 
 @pytest.fixture(scope="session")
 def gemma_directory(tmp_path_factory) -> Path:
     """A Gemma 3 in which nothing is planted; its layers see 12 tokens back, but for every third."""
-    more = {"sliding_window": 12, "sliding_window_pattern": 3, "head_dim": 16}
-    torch.manual_seed(0)
-    made = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**planted.SIZES | more)).eval()
+    made = build("gemma3", num_hidden_layers=planted.N_LAYERS, sliding_window=12, sliding_window_pattern=3)
     return planted.save(made, tmp_path_factory.mktemp("models") / "gemma3")
 
 

@@ -1,9 +1,6 @@
 """Every measure of a model in this process: by one call, or as the notebooks' code cells go through them."""
 
 import ast
-import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,14 +23,6 @@ NOTEBOOKS = [n for n in sorted((ROOT / "notebooks").glob("*.ipynb")) if asks_for
 OF_MODELS = [key for key in rules.RULES if not key.removeprefix("X-").startswith("TR")]
 
 
-@dataclass(frozen=True)
-class Walk:
-    """What the notebooks leave: the rows of the ledger by claim id, and the names of the pictures."""
-
-    rows: dict[str, dict[str, Any]]
-    pictures: list[str]
-
-
 def measure(directory: Path, text: Path, n: int = 3, length: int = 32, **placement: Any) -> dict[str, claims.Claim]:
     """Every claim of the model in a directory, judged on windows of a text, by one call and without notebooks."""
     model = spikesink.load(directory, **placement)
@@ -42,11 +31,12 @@ def measure(directory: Path, text: Path, n: int = 3, length: int = 32, **placeme
 
 
 def walk(
-    directory: Path, text: Path, folder: Path, n: int = 3, length: int = 32, notebooks: Sequence[Path] = NOTEBOOKS
-) -> Walk:
-    """Run notebooks on the model in a directory, with `n` windows of `length` tokens of a text.
+    directory: Path, text: Path, n: int = 3, length: int = 32, *, folder: Path
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The ledger's rows by claim, and the names of the pictures, that the notebooks leave of the model in a directory.
 
-    The model is loaded once; pictures are drawn, small, and not written. The ledger goes to `folder`, as with `make`.
+    They are run with `n` windows of `length` tokens of a text. The model is loaded once; pictures are drawn, small, and
+    not written. The ledger goes to `folder`, as with `make`.
     """
     model = spikesink.load(directory)
     given = {"MODEL": str(directory), "TEXT": str(text), "N_PROMPTS": n, "SEQ_LEN": length, "FIGURES": str(folder)}
@@ -56,18 +46,15 @@ def walk(
         draw(fig)
         pictures.append(name)
 
-    replacements = (
-        (spikesink, "load", lambda *_, **__: model),
-        (plots, "save", saved),
-        (Figure, "savefig", lambda figure, *_, **__: draw(figure)),
-    )
-    with contextlib.ExitStack() as stack:
-        for module, name, by in replacements:
-            stack.enter_context(patch.object(module, name, by))
-        for notebook in notebooks:
+    with (
+        patch.object(spikesink, "load", lambda *_, **__: model),
+        patch.object(plots, "save", saved),
+        patch.object(Figure, "savefig", lambda figure, *_, **__: draw(figure)),
+    ):
+        for notebook in NOTEBOOKS:
             _run(notebook, given)
     [data] = claims.ledgers(folder).values()
-    return Walk(data["claims"], sorted(pictures))
+    return data["claims"], sorted(pictures)
 
 
 def draw(fig: Figure) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from torch import Tensor
@@ -53,24 +52,15 @@ class Plant:
     expert: int = 2
     read_by: tuple[float, float] = (1.0, 0.0)
 
-    @property
-    def marks(self) -> list[int]:
-        """The channels of s*."""
-        return [channel for channel, _ in self.direction]
-
     def along(self) -> Tensor:
         """s*, [d_model]."""
-        return torch.zeros(D_MODEL).index_put((torch.tensor(self.marks),), torch.tensor([c for _, c in self.direction]))
+        return sum(part * torch.eye(D_MODEL)[channel] for channel, part in self.direction)
 
 
 # A spike with all that belongs to it. What reads has no mean, so that LayerNorm's subtracting it leaves no trace; and
 # the coefficients of s* differ in size, so that the third largest channel of a spike token is always the same.
 S_STAR = tuple((channel, part / math.sqrt(14)) for channel, part in ((0, 3), (5, -2), (11, -1)))
-WHOLE = {
-    "direction": S_STAR,
-    "sinks": ((2, 1), (3, 0), (3, 3), (4, 2)),
-    "read_by": (0.5**0.5, -(0.5**0.5)),
-}
+WHOLE = {"direction": S_STAR, "sinks": ((2, 1), (3, 0), (3, 3), (4, 2)), "read_by": (0.5**0.5, -(0.5**0.5))}
 SIZES = {
     "hidden_size": D_MODEL,
     "intermediate_size": 96,
@@ -80,16 +70,16 @@ SIZES = {
     "vocab_size": 400,
     "max_position_embeddings": 512,
 }
-# Every gated family whose norm stands before the block: class, what its configuration has besides, what is planted.
+# What is planted in every gated family whose norm stands before the block.
 FAMILIES = {
-    "llama": ("Llama", {}, Plant(**WHOLE)),
-    "mistral": ("Mistral", {}, Plant(step_up_layers=(0, 1), **WHOLE)),
-    "qwen2": ("Qwen2", {}, Plant(size=-1000.0, **WHOLE)),
-    "qwen3": ("Qwen3", {"head_dim": 16}, Plant(**WHOLE)),
-    "phi3": ("Phi3", {"pad_token_id": 0}, Plant(step_down_layers=(4, 5), **WHOLE)),
-    "granite": ("Granite", {"residual_multiplier": 0.5}, Plant(**WHOLE)),
-    "stablelm": ("StableLm", {}, Plant(**WHOLE)),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}, Plant(**WHOLE)),
+    "llama": Plant(**WHOLE),
+    "mistral": Plant(step_up_layers=(0, 1), **WHOLE),
+    "qwen2": Plant(size=-1000.0, **WHOLE),
+    "qwen3": Plant(**WHOLE),
+    "phi3": Plant(step_down_layers=(4, 5), **WHOLE),
+    "granite": Plant(**WHOLE),
+    "stablelm": Plant(**WHOLE),
+    "mixtral": Plant(**WHOLE),
 }
 
 
@@ -98,12 +88,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(unk_token=None))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<bos>", TRIGGER],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<bos>", TRIGGER], **options)
     bpe.train_from_iterator([spikesink.read("house").content], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<bos>")
 
@@ -111,14 +97,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def random_llama(vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary}, bos_token_id=0, eos_token_id=0)).eval()
-
-
-def planted_family(family: str) -> PreTrainedModel:
-    """A tiny model of a family, with what FAMILIES says planted in it."""
-    name, more, spike = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | more)
-    return plant(getattr(transformers, f"{name}ForCausalLM")(config).eval(), spike)
 
 
 @torch.no_grad()
@@ -143,7 +121,7 @@ def plant(model: PreTrainedModel, spike: Plant) -> PreTrainedModel:
 def _clear(model: PreTrainedModel, spike: Plant) -> None:
     """Keep the planted channels and neurons free of everything else."""
     spikes = [spike.channel, spike.side_channel]
-    mine = [*spike.marks, *spikes, *([CONSTANT, HARM] if spike.sinks else [])]
+    mine = [*(channel for channel, _ in spike.direction), *spikes, *([CONSTANT, HARM] if spike.sinks else [])]
     embedding = model.model.embed_tokens.weight
     embedding[:, mine] = 0
     embedding[1] += spike.along()  # 50 medians: large enough to read, no spike itself
@@ -167,22 +145,22 @@ def _clear(model: PreTrainedModel, spike: Plant) -> None:
 
 def towards_spike(spike: Plant) -> Tensor:
     """What a gate reads the spike by: positive on it, as silu passes nothing else."""
-    channels = torch.tensor([spike.channel, spike.side_channel])
-    return torch.zeros(D_MODEL).index_put((channels,), torch.tensor(spike.read_by) * math.copysign(1, spike.size))
+    main, side = torch.eye(D_MODEL)[[spike.channel, spike.side_channel]]
+    return (spike.read_by[0] * main + spike.read_by[1] * side) * math.copysign(1, spike.size)
 
 
 def _set_neuron(model: PreTrainedModel, spike: Plant, layer: int, reads: Tensor, total: float) -> None:
     """Let the planted neuron of a layer fire on what it reads, and write `total` into the spike's channel."""
-    ffns = list(_ffns(model, layer))
+    module, ffns = model.model.layers[layer], list(_ffns(model, layer))
     gate, up, down = ffns[spike.expert if len(ffns) > 1 else 0]
     gate[NEURON] = up[NEURON] = 2 * reads
     if len(ffns) > 1:
-        router = model.model.layers[layer].mlp.gate.weight
+        router = module.mlp.gate.weight
         router[:, reads != 0] = 0
         router[spike.expert] += 2 * reads
-    before = _after(model, layer)[spike.channel]
+    before = after(model, module)[spike.channel]
     down[spike.channel, NEURON] = 1
-    unit = _after(model, layer)[spike.channel] - before
+    unit = after(model, module)[spike.channel] - before
     down[spike.channel, NEURON] = total / unit
     down[spike.side_channel, NEURON] = spike.side_ratio * total / unit
 
@@ -208,13 +186,13 @@ def _set_sinks(model: PreTrainedModel, spike: Plant, layer: int) -> None:
         query[heads, slow, CONSTANT] *= LOGIT / gap
 
 
-def _after(model: PreTrainedModel, layer: int) -> Tensor:
+def after(model: PreTrainedModel, layer: torch.nn.Module) -> Tensor:
     """The stream of a trigger that stands first, as it leaves a layer, [d_model]."""
-    seen = []
-    hook = model.model.layers[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+    streams = []
+    hook = layer.register_forward_hook(lambda module, args, output: streams.append(output))
     model(torch.tensor([[1]]))
     hook.remove()
-    return (seen[0][0] if isinstance(seen[0], tuple) else seen[0])[0, 0]
+    return (streams[0][0] if isinstance(streams[0], tuple) else streams[0]).flatten()
 
 
 def _gap(model: PreTrainedModel, layer: int) -> Tensor:
@@ -252,16 +230,16 @@ def text(n: int, length: int) -> str:
     vocabulary = tokenizer()
     words = sorted(t for t in vocabulary.get_vocab() if t[0] == "Ġ" and t[1:].isascii() and t[1:].isalpha())
     generator = torch.Generator().manual_seed(0)
-    found = ""
+    content = ""
     for window in range(n):
         chosen = torch.randint(len(words), (length - 1,), generator=generator).tolist()
         parts = [words[i].replace("Ġ", " ") for i in chosen]
         parts[6::9] = [","] * len(parts[6::9])
         if window % 3 == 0:
             parts[length // 8] = TRIGGER
-        found += TRIGGER + "".join(parts)
-    assert len(vocabulary(found).input_ids) == n * length
-    return found
+        content += TRIGGER + "".join(parts)
+    assert len(vocabulary(content).input_ids) == n * length
+    return content
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.planted import NEURON, S_STAR
+from tests.planted import D_MODEL, NEURON, S_STAR, Plant, after
 
 CHANNEL, SIZE, STAYS, SHARP = 9, 1000.0, 0.1, 8
 STEP_UP, STEP_DOWN, N_LAYERS = 1, 4, 6
@@ -25,22 +25,18 @@ QUERIES = ("q_proj.weight", "q_b_proj.weight", "query_key_value.weight", "c_attn
 @torch.no_grad()
 def make_spike(model: PreTrainedModel) -> PreTrainedModel:
     """Write a spike into a tiny random model's weights; token 1 has it."""
-    width = model.config.hidden_size
-    reads = torch.zeros(width)
-    for channel, part in S_STAR:
-        reads[channel] = part
+    reads = Plant(direction=S_STAR).along()
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("embed", "wte", "wpe")) and not name.endswith("bias"):
             parameter[:, MINE] = 0
     model.get_input_embeddings().weight[1] += reads
-    layers = _layers(model)
-    for layer in layers:
-        for matrix in [*_matrices(layer, WRITES), *_matrices(layer, ATTENTION_WRITES)]:
+    for layer in _layers(model):
+        for matrix in (*_matrices(layer, WRITES), *_matrices(layer, ATTENTION_WRITES)):
             matrix[MINE] = 0
         for name, parameter in layer.named_parameters():
             if name.endswith(QUERIES):
                 parameter *= SHARP
-    spike = torch.zeros(width).index_fill(0, torch.tensor(CHANNEL), 1.0)
+    spike = torch.eye(D_MODEL)[CHANNEL]
     _set_neuron(model, STEP_UP, 2 * reads, SIZE)
     _set_neuron(model, STEP_DOWN, 2 * spike, -(1 - STAYS) * SIZE)
     return model
@@ -52,7 +48,7 @@ def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 def _set_neuron(model: PreTrainedModel, number: int, reads: Tensor, total: float) -> None:
     layer = _layers(model)[number]
-    before = _after(model, layer)
+    before = after(model, layer)[CHANNEL]
     for row in _rows(layer):
         row[:] = reads
     writers = list(_matrices(layer, WRITES))
@@ -60,13 +56,13 @@ def _set_neuron(model: PreTrainedModel, number: int, reads: Tensor, total: float
         matrix[:, NEURON] = 0
         matrix[CHANNEL, NEURON] = SIZE
     norm = getattr(layer, "post_feedforward_layernorm", None)
-    unit = _after(model, layer) - before
-    if norm is None:
-        for matrix in writers:
-            matrix[CHANNEL, NEURON] *= total / unit
-    else:
+    unit = after(model, layer)[CHANNEL] - before
+    if norm is not None:
         offset = 1 if "Gemma" in type(norm).__name__ else 0
         norm.weight[CHANNEL] = (norm.weight[CHANNEL] + offset) * total / unit - offset
+        return
+    for matrix in writers:
+        matrix[CHANNEL, NEURON] *= total / unit
 
 
 def _rows(layer: torch.nn.Module) -> Iterator[Tensor]:
@@ -76,7 +72,7 @@ def _rows(layer: torch.nn.Module) -> Iterator[Tensor]:
     for name, parameter in layer.named_parameters():
         if name.endswith("experts.gate_up_proj"):
             for expert in parameter:
-                if len(expert) == layer_width(layer):  # gates and ups in turns, each a column
+                if len(expert) == D_MODEL:  # gates and ups in turns, each a column
                     yield from (expert[:, 2 * NEURON], expert[:, 2 * NEURON + 1])
                 else:
                     yield from (expert[NEURON], expert[len(expert) // 2 + NEURON])
@@ -88,18 +84,4 @@ def _matrices(layer: torch.nn.Module, names: tuple[str, ...]) -> Iterator[Tensor
         if name.endswith(names):
             yield parameter.T if "c_fc" in name or "c_proj" in name else parameter
         elif names is WRITES and name.endswith("experts.down_proj"):
-            yield from (expert if len(expert) == layer_width(layer) else expert.T for expert in parameter)
-
-
-def layer_width(layer: torch.nn.Module) -> int:
-    """d_model of a layer."""
-    return next(len(matrix) for matrix in _matrices(layer, ATTENTION_WRITES))
-
-
-def _after(model: PreTrainedModel, layer: torch.nn.Module) -> float:
-    """The spike's channel of a trigger that stands first, as it leaves a layer."""
-    seen = []
-    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    model(torch.tensor([[1]]))
-    hook.remove()
-    return float((seen[0][0] if isinstance(seen[0], tuple) else seen[0]).reshape(-1)[CHANNEL])
+            yield from (expert if len(expert) == D_MODEL else expert.T for expert in parameter)

@@ -11,9 +11,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +33,6 @@ from spikesink.ledger import claims
 from spikesink.ledger.claims import Evidence
 from spikesink.model import paths, texts
 from spikesink.model.errors import LoadError
-from spikesink.model.load import prepare
 from spikesink.model.texts import Text, TextError
 from spikesink.model.weights import Weights, weights_of
 from tests import planted
@@ -44,6 +45,7 @@ NAN = math.nan
 NONE = NotApplicable("nothing was collapsed")
 HEADER = claims.Header("tiny", "tiny", "0", "house", "0", (1, 2), "float32", 0)
 DOWN, NORM = "model.layers.2.mlp.down_proj.weight", "model.layers.1.post_attention_layernorm.weight"
+FIRST = "model.layers.1.mlp.down_proj.weight"  # it writes the spike
 EMBEDDING, VALUE = "model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight"
 
 
@@ -54,86 +56,63 @@ class World:
     folder: Path
     whole: Path  # the planted model's directory
     model: object
-    weights: Weights
     tokens: torch.Tensor
     life: object
 
-    def copy(self, name: str, broken: Callable[[Path], object]) -> Path:
-        """A copy of the model in several shards, after something was done to it; made once."""
-        copy = self.folder / name
-        if not copy.exists():
-            shutil.copytree(self.folder / "sharded", copy)
-            broken(copy)
+    @property
+    def weights(self) -> Weights:
+        return weights_of(self.model)
+
+    def fresh(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+    def copy(self, broken: Callable[[Path], object] = lambda copy: None) -> Path:
+        """A copy of the model in several shards, after something was done to it."""
+        copy = shutil.copytree(self.folder / "sharded", self.fresh(), dirs_exist_ok=True)
+        broken(copy)
         return copy
 
-    def text(self, name: str, content: bytes) -> str:
-        """A file of its own."""
-        (self.folder / name).write_bytes(content)
-        return str(self.folder / name)
+    def load(self, *options: object, **variables: object) -> object:
+        """The whole model, placed or rounded as asked, under environment variables."""
+        return self.under(lambda: spikesink.load(self.whole, *options), **variables)
 
-    def load(self, *options: str) -> object:
-        """The whole model, placed or rounded as asked."""
-        return spikesink.load(self.whole, *options)
-
-    def config(self, config: transformers.PretrainedConfig | dict) -> Path:
-        """A directory with a configuration, and weights that nobody should get to."""
+    def config(self, config: transformers.PretrainedConfig | dict) -> object:
+        """Load a configuration, with weights that nobody should get to."""
+        directory = self.fresh()
         content = config if isinstance(config, dict) else config.to_dict()
-        directory = self.folder / content["model_type"]
-        directory.mkdir(exist_ok=True)
         (directory / "config.json").write_text(json.dumps(content, default=str))
         (directory / "model.safetensors").touch()
-        return directory
+        return spikesink.load(directory)
 
     def poisoned(self, weight: str, value: float = NAN, *options: str) -> object:
         """The model with a row of a weight replaced."""
-        copy = self.folder / f"poisoned-{weight}-{value}"
-        if not copy.exists():
-            shutil.copytree(self.whole, copy)
-            tensors = load_file(copy / "model.safetensors")
-            tensors[weight][3] = value
-            save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        copy = shutil.copytree(self.whole, self.fresh(), dirs_exist_ok=True)
+        tensors = load_file(copy / "model.safetensors")
+        tensors[weight][3] = value
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
         return spikesink.load(copy, *options)
 
     def other(self, vocabulary: int = 400) -> object:
         """A random model of three layers, with the same tokenizer of 400 tokens."""
-        directory = self.folder / f"other-{vocabulary}"
-        if not directory.exists():
-            config = planted.random_llama(vocabulary).config
-            config.num_hidden_layers = 3
-            planted.save(transformers.LlamaForCausalLM(config), directory)
-        return spikesink.load(directory)
+        config = planted.random_llama(vocabulary).config
+        config.num_hidden_layers = 3
+        return spikesink.load(planted.save(transformers.LlamaForCausalLM(config), self.fresh()))
 
-    def large(self) -> Path:
-        """A model whose spike, on its token 1, is larger than any number in float16."""
-        directory = self.folder / "large"
-        if not directory.exists():
-            planted.save(planted.plant(planted.random_llama(400), planted.Plant(size=1e5)), directory)
-        return directory
-
-    def file(self) -> Path:
+    def file(self, name: str = "file", content: bytes = b"") -> Path:
         """A regular file: nothing can be made below it, by nobody."""
-        (self.folder / "file").touch()
-        return self.folder / "file"
+        (self.folder / name).write_bytes(content)
+        return self.folder / name
 
     def under(self, call: Callable, **variables: object) -> object:
         """What a call gives under environment variables."""
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in variables.items():
-                patch.setenv(name, str(value))
+        with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}):
             return call()
 
-    def load_gguf(self) -> object:
-        """Load a whole GGUF file, which goes through the cache."""
-        path = self.folder / "tiny.gguf"
-        return spikesink.load(path if path.exists() else tiny_gguf(path))
-
     def ledger(self) -> notebook.Ledger:
-        """A ledger in the folder for figures."""
-        return notebook.open_ledger("01_one", self.model, self.tokens)
-
-    def padded(self, *windows: int) -> torch.Tensor:
-        """The tokens, with nothing but padding in some windows."""
-        return self.tokens.index_fill(0, torch.tensor(windows), self.model.tokenizer.pad_token_id)
+        """A ledger in a folder that cannot be made."""
+        return self.under(
+            lambda: notebook.open_ledger("01_one", self.model, self.tokens), SPIKESINK_FIGURES=self.file()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +124,7 @@ def world(tmp_path_factory, planted_directory, planted_model):
     tokens = spikesink.windows(planted_model, "house", 3, 32)
     tokens[1, 0] = tokens[2, 5] = planted_model.tokenizer.convert_tokens_to_ids(planted.TRIGGER)
     life = spikesink.find_lifecycle(spikesink.trace_windows(planted_model, tokens))
-    return World(folder, planted_directory, planted_model, weights_of(planted_model), tokens, life)
+    return World(folder, planted_directory, planted_model, tokens, life)
 
 
 def third(copy: Path) -> Path:
@@ -166,9 +145,7 @@ def cut_shard(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
 
 
 def drop_matrix(copy: Path) -> None:
-    tensors = load_file(third(copy))
-    del tensors[next(iter(tensors))]
-    save_file(tensors, third(copy), metadata={"format": "pt"})
+    save_file(dict(list(load_file(third(copy)).items())[1:]), third(copy), metadata={"format": "pt"})
 
 
 def narrow(copy: Path) -> None:
@@ -187,14 +164,8 @@ OTHER_MODEL = "6 layers, 64 channels and 400 tokens, not in this llama model; tr
 UNWRITABLE = r"cannot be written \(Not a directory\); make room there"
 BUDGET = "SPIKESINK_MAX_MEMORY '.*' .*as in 0=20GB cpu=8GB"
 CACHE = "cache .* could not be written.*SPIKESINK_CACHE"
-FFN_2 = "the FFN of layer 2.*not finite; get the model again"
 
 
-def damaged_ledger(w: World) -> Path:
-    return w.copy("ledger", lambda copy: (copy / "claims.json").write_text("{"))
-
-
-DAMAGED_LEDGER = "the ledger .* is damaged .*; remove it and run its notebooks again"
 # What is done to a directory of shards, and what the sentence names.
 BROKEN = {
     "no weights": (remove("*.safetensors"), "no weights in safetensors; put them beside"),
@@ -211,12 +182,16 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("way", [spikesink.load, spikesink.open_weights])
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_directory_is_one_sentence(way, name, world):
+def test_a_broken_directory_is_one_sentence(name, world):
     breaks, words = BROKEN[name]
-    with pytest.raises(LoadError, match=words) as raised:
-        way(world.copy(name, breaks))
+    for way in (spikesink.load, spikesink.open_weights):
+        assert_one_sentence(LoadError, words, lambda way=way: way(world.copy(breaks)))
+
+
+def assert_one_sentence(error: type, words: str, call: Callable) -> None:
+    with pytest.raises(error, match=words) as raised:
+        call()
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 400
 
@@ -224,84 +199,58 @@ def test_a_broken_directory_is_one_sentence(way, name, world):
 # What is called, and what the sentence names: the value that is wrong, and what would do.
 MODELS_THAT_CANNOT_BE_LOADED = {
     "no model": (lambda w: spikesink.load(None), f"None; {MODELS}"),
-    "a number": (lambda w: spikesink.open_weights(3), f"3; {MODELS}"),
     "nobody's home": (lambda w: spikesink.load("~no-such-user/model"), "directory ~no-such-user/model"),
     "a NUL": (lambda w: spikesink.load("a\0b"), "no file or directory a\0b"),
-    "a path": (lambda w: spikesink.load("/nowhere/model.gguf"), "no file or directory /nowhere/model.gguf"),
     "no hub": (lambda w: spikesink.load("nobody/nothing"), "nobody/nothing.*smollm2-135m.*not be reached"),
-    "a list of devices": (lambda w: spikesink.load(w.whole, ["cpu"]), "'cpu'.*give one of cpu, cuda,"),
-    "no device": (lambda w: spikesink.load(w.whole, "nonsense"), "'nonsense'.*give one of cpu, cuda,"),
-    "no such GPU": (lambda w: spikesink.load(w.whole, "cuda:99"), "'cuda:99'.*give one of cpu, cuda,"),
-    "a device without numbers": (lambda w: spikesink.load(w.whole, "meta"), "'meta'.*give one of cpu"),
-    "a dtype that is none": (lambda w: spikesink.load(w.whole, dtype=32), "32.*give one of float32,"),
+    "no such GPU": (lambda w: w.load("cuda:99"), "'cuda:99'.*give one of cpu, cuda,"),
+    "a device without numbers": (lambda w: w.load("meta"), "'meta'.*give one of cpu"),
+    "a dtype that is none": (lambda w: w.load("cpu", 32), "32.*give one of float32,"),
     "a directory without a model": (lambda w: spikesink.load(w.folder), r"no config\.json"),
-    "another model's config": (
-        lambda w: spikesink.load(w.copy("narrow", narrow)),
-        "put two there that belong together",
+    "another model's config": (lambda w: spikesink.load(w.copy(narrow)), "put two there that belong together"),
+    "encoder only": (lambda w: w.config(transformers.BertConfig()), r"\(type bert\).*decoder-only"),
+    "encoder and decoder": (lambda w: w.config(transformers.T5Config()), "encoder-decoder.*decoder-on"),
+    "images too": (lambda w: w.config(transformers.Gemma3Config()), "images or sound.*give a text-only"),
+    "an unknown model type": (lambda w: w.config({"model_type": "oddity"}), "not supported.*oddity"),
+    "a budget in words": (lambda w: w.load("auto", None, {"cpu": "much"}), "'much'.* size such as 8GB"),
+    "a budget of no device": (lambda w: w.load("auto", None, {"attic": "8GB"}), "'attic'.*'cpu'"),
+    "a cache that cannot be made": (
+        lambda w: w.under(lambda: spikesink.load(tiny_gguf(w.fresh() / "a.gguf")), SPIKESINK_CACHE=w.file() / "x"),
+        CACHE,
     ),
-    "encoder only": (lambda w: spikesink.load(w.config(transformers.BertConfig())), r"\(type bert\).*decoder-only"),
-    "encoder and decoder": (lambda w: spikesink.load(w.config(transformers.T5Config())), "encoder-decoder.*decoder-on"),
-    "images too": (
-        lambda w: spikesink.load(w.config(transformers.Gemma3Config())),
-        "images or sound.*give a text-only",
-    ),
-    "an unknown model type": (lambda w: spikesink.load(w.config({"model_type": "oddity"})), "not supported.*oddity"),
-    "a budget in words": (
-        lambda w: spikesink.load(w.whole, "auto", None, {"cpu": "much"}),
-        "'much'.* size such as 8GB",
-    ),
-    "a budget of nothing": (lambda w: spikesink.load(w.whole, "auto", None, {"cpu": None}), "None.* size such as 8GB"),
-    "a budget of no device": (lambda w: spikesink.load(w.whole, "auto", None, {"attic": "8GB"}), "'attic'.*'cpu'"),
-    "a cache that cannot be made": (lambda w: w.under(w.load_gguf, SPIKESINK_CACHE=w.file() / "x"), CACHE),
-    "nowhere to offload to": (lambda w: w.under(lambda: w.load("disk"), SPIKESINK_CACHE=w.file() / "x"), CACHE),
-    "a budget without a device": (lambda w: w.under(lambda: w.load("auto"), SPIKESINK_MAX_MEMORY="8GB"), BUDGET),
-    "a budget with a space": (lambda w: w.under(lambda: w.load("auto"), SPIKESINK_MAX_MEMORY="cpu=6 MB"), BUDGET),
-    "a budget for make": (lambda w: w.under(lambda: prepare(w.whole, "auto"), SPIKESINK_MAX_MEMORY="cpu=x"), BUDGET),
+    "nowhere to offload to": (lambda w: w.load("disk", SPIKESINK_CACHE=w.file() / "x"), CACHE),
+    "a budget without a device": (lambda w: w.load("auto", SPIKESINK_MAX_MEMORY="8GB"), BUDGET),
     "no GGUF file, planned": (lambda w: scan.plan(w.file()), r"not GGUF; give a \.gguf file"),
 }
 
 PLACES_THAT_CANNOT_BE_WRITTEN = {
-    "figures": (lambda w: w.under(lambda: w.ledger().save(plots.chain(), "a"), SPIKESINK_FIGURES=w.file()), UNWRITABLE),
-    "a ledger": (lambda w: w.under(lambda: w.ledger().record({"LC1": NONE}), SPIKESINK_FIGURES=w.file()), UNWRITABLE),
+    "figures": (lambda w: w.ledger().save(plots.chain(), "a"), UNWRITABLE),
+    "a ledger": (lambda w: w.ledger().record({"LC1": NONE}), UNWRITABLE),
 }
 
 TEXTS_THAT_DO_NOT_DO = {
-    "no text": (lambda w: spikesink.read(None), f"None; {SOURCES}"),
     "no such text": (lambda w: spikesink.read("nowhere.txt"), f"'nowhere.txt'.*{SOURCES}"),
     "a directory": (lambda w: spikesink.read(w.folder), SOURCES),
     "the text itself": (lambda w: spikesink.read("The river runs. " * 200), f"'The river .*{SOURCES}"),
     "a data set without a name": (lambda w: spikesink.read("datasets:"), "'datasets:'.*give datasets:NAME"),
     "no such data set": (lambda w: spikesink.read("datasets:nobody/nothing"), "nobody/nothing.*check the"),
-    "an empty file": (lambda w: spikesink.read(w.text("empty.txt", b" \n\n ")), r"empty\.txt' is empty"),
-    "latin": (lambda w: spikesink.read(w.text("latin.txt", b"caf\xe9")), r"latin\.txt is not UTF-8"),
+    "an empty file": (lambda w: spikesink.read(w.file("empty.txt", b" \n\n ")), r"empty\.txt' is empty"),
+    "latin": (lambda w: spikesink.read(w.file("latin.txt", b"caf\xe9")), r"latin\.txt is not UTF-8"),
     "an empty text": (lambda w: spikesink.windows(w.model, Text("mine", ""), 2, 16), "'mine' has 0 .*ask for fewer"),
     "beyond the context": (lambda w: spikesink.windows(w.model, length=513), "513 .*context of 512"),
     "a number in words": (lambda w: spikesink.windows(w.model, n="4"), "n is '4'; give a whole number"),
-    "no window": (lambda w: spikesink.windows(w.model, n=0), "n is 0; .* at least 1"),
-    "a window of one": (lambda w: spikesink.windows(w.model, length=1), "length is 1; .* at least 2"),
-    "a seed below zero": (lambda w: spikesink.windows(w.model, seed=-1), "seed is -1; .* at least 0"),
-    "another tokenizer": (
-        lambda w: spikesink.windows(w.other(vocabulary=100)),
-        f"token 399 of the text 'house'{OTHERS}",
-    ),
-    "another tokenizer, counted": (
-        lambda w: texts.token_counts(w.other(vocabulary=100)),
-        f"of the text 'house'{OTHERS}",
-    ),
+    "another tokenizer": (lambda w: spikesink.windows(w.other(100)), f"token 399 of the text 'house'{OTHERS}"),
+    "another tokenizer, counted": (lambda w: texts.token_counts(w.other(100)), f"of the text 'house'{OTHERS}"),
 }
 
 WRONG_ARGUMENTS = {
     "a name for a model": (lambda w: spikesink.windows("smollm2-135m"), "'smollm2-135m' is no model"),
-    "a list": (lambda w: spikesink.trace_windows(w.model, w.tokens.tolist()), IDS),
-    "a text": (lambda w: spikesink.profile(w.model, "The clock"), IDS),
+    "a name to patch": (lambda w: patching.evaluate("smollm2-135m", w.tokens), "what load"),
     "floats": (lambda w: spikesink.trace_windows(w.model, w.tokens.float()), IDS),
     "one window without a batch": (lambda w: spikesink.trace_windows(w.model, w.tokens[0]), r"length\].*are \[32\]"),
     "a token beyond the vocabulary": (lambda w: spikesink.trace_windows(w.model, w.tokens + 400), r"\d+ .*0 to 399"),
     "a token below zero": (lambda w: spikesink.profile(w.model, w.tokens[0] - 400), r"-\d+ .*0 to 399"),
-    "all padding": (lambda w: spikesink.trace_windows(w.model, w.padded(1)), "window 1 .*leave it out"),
-    "a model's name": (lambda w: spikesink.trace_windows("smollm2-135m", w.tokens), "'smollm2-135m' is no"),
+    "all padding": (lambda w: spikesink.trace_windows(w.model, torch.zeros(2, 32).long()), "window 0 .*leave it out"),
     "a life cycle of tokens": (lambda w: spikesink.find_lifecycle(w.tokens), "trace_windows.* not in a Te"),
-    "a step in words": (lambda w: spikesink.find_lifecycle(w.life.trace, step="0.1"), "0 and 1.*'0.1'"),
     "other windows": (lambda w: amplifier.read_block(w.model, w.tokens.flip(0), w.life), OTHER_WINDOWS),
     "other windows, census": (
         lambda w: amplifier.census_on_text(w.model, w.tokens[1:], w.life, amplifier.census(w.weights)),
@@ -309,56 +258,33 @@ WRONG_ARGUMENTS = {
     ),
     "another model, amplifier": (lambda w: amplifier.step_up_direction(weights_of(w.other()), w.life), OTHER_MODEL),
     "another model, spikes": (lambda w: spikesink.find_spikes(w.other(), w.tokens, w.life), OTHER_MODEL),
-    "another model, collapse": (
-        lambda w: collapse.measure_collapse(w.other(), w.tokens, w.life),
-        OTHER_MODEL,
-    ),
-    "another model, sinks": (
-        lambda w: keys.read_attention(w.other(), w.tokens, w.life, NONE),
-        OTHER_MODEL,
-    ),
+    "another model, collapse": (lambda w: collapse.measure_collapse(w.other(), w.tokens, w.life), OTHER_MODEL),
+    "another model, sinks": (lambda w: keys.read_attention(w.other(), w.tokens, w.life, NONE), OTHER_MODEL),
     "a model for weights": (lambda w: amplifier.census(w.model), r"TransformerBridge; give weights_of\("),
     "a model on a path": (lambda w: paths.static_path(w.model, torch.tensor([7]), 4), "Bridge; give weights_of"),
-    "a layer in words": (lambda w: w.weights.ffn("1"), "layer '1' .*layers 0 to 5"),
     "a layer too many": (lambda w: w.weights.norm_scale(6), "layer 6 .*layers 0 to 5"),
     "a channel in words": (lambda w: amplifier.eigenpairs(w.weights.ffn(1), "9"), "'9' .* 0 to 63"),
     "half an eigenpair": (lambda w: amplifier.eigenpairs(w.weights.ffn(1), 9, 1.5), r"1\.5 .* 1 to 63"),
     "attention in the census": (lambda w: amplifier.census(w.weights).rank_in_block(3, 9), "block 3.*9 .*block 12"),
-    "a block in words": (lambda w: paths.static_path(w.weights, torch.tensor([7]), "4"), "'4'"),
     "a list to probe": (lambda w: firsttoken.probe(w.weights, w.life, [7, 8]), "one-dimensional tensor"),
-    "half a position": (lambda w: paths.prefixes(w.tokens, 2, 1.5), r"1\.5 .*windows of 32"),
     "yes as an epsilon": (lambda w: sinks.score(w.model, w.tokens, epsilon=True), "0 and 1.*True"),
-    "yes as a length": (lambda w: sinks.score(w.model, w.tokens, length=True), "whole number.*True"),
-    "a set of floats": (
-        lambda w: sinks.score(w.model, w.tokens, groups={"mine": torch.ones(3, 32)}),
-        r"'mine' .*\[3, 32\], and hold truth",
-    ),
-    "a patch of a model's name": (lambda w: patching.evaluate("smollm2-135m", w.tokens), "what load"),
+    "a set of floats": (lambda w: sinks.score(w.model, w.tokens, groups={"mine": torch.ones(3, 32)}), "'mine' .*truth"),
     "a claim that there is not": (lambda w: claims.judge("LC99", NONE, "01"), r"'LC99'; rules\.RULES"),
-    "a measure left out": (
-        lambda w: claims.judge("LC2", Evidence({"a": 0}, {"a": 1}), "01"),
-        "LC2 .*'plateau_write_ra",
-    ),
+    "a measure left out": (lambda w: claims.judge("LC2", Evidence({"a": 0}, {"a": 1}), "01"), "LC2 .*'plateau_"),
     "NaN in a list": (lambda w: claims.judge("AB7", Evidence({"xs": [NAN, 1]}, {"a": 1}), "08"), "AB7: xs is .*nan"),
-    "a damaged ledger": (lambda w: claims.record(damaged_ledger(w), HEADER, {}), DAMAGED_LEDGER),
+    "a damaged ledger": (
+        lambda w: claims.record(w.copy(lambda copy: (copy / "claims.json").write_text("{")), HEADER, {}),
+        "the ledger .* is damaged .*; remove it and run its notebooks again",
+    ),
     "no entries": (lambda w: scan.plan(w.whole, 0), "0 entries .*ask for 1 to 400"),
 }
 
 NUMBERS_THAT_ARE_NOT_FINITE = {
     "NaN": (lambda w: spikesink.trace_windows(w.poisoned(DOWN), w.tokens), f"layer 3 .*, because the weight {DOWN}"),
-    "infinite": (
-        lambda w: spikesink.trace_windows(w.poisoned(DOWN, math.inf), w.tokens),
-        "layer 3 .*get the model again",
-    ),
-    "NaN in half": (
-        lambda w: spikesink.profile(w.poisoned(NORM, NAN, "cpu", "bfloat16"), w.tokens[0]),
-        f"bfloat16.*{NORM}",
-    ),
+    "infinite": (lambda w: spikesink.trace_windows(w.poisoned(DOWN, math.inf), w.tokens), "layer 3 .*get the model"),
+    "NaN in half": (lambda w: spikesink.profile(w.poisoned(NORM, NAN, "cpu", "bfloat16"), w.tokens[0]), NORM),
     "NaN on disk": (lambda w: sinks.score(w.poisoned(DOWN, NAN, "disk"), w.tokens), "layer 3 .*get the model again"),
-    "NaN in the census": (
-        lambda w: amplifier.census(weights_of(w.poisoned(DOWN))),
-        "the FFN of layer 2.*get the model",
-    ),
+    "NaN in the census": (lambda w: amplifier.census(weights_of(w.poisoned(DOWN))), "the FFN of layer 2.*get the"),
     "NaN in a norm": (lambda w: amplifier.census(weights_of(w.poisoned(NORM))), "the FFN of layer 1, or the norm"),
     "NaN on a path": (
         lambda w: paths.static_path(weights_of(w.poisoned(VALUE)), torch.tensor([7]), 4),
@@ -370,10 +296,10 @@ NUMBERS_THAT_ARE_NOT_FINITE = {
         r"nothing is changed is not finite in float32, because the weight lm_head\.weight",
     ),
     "a static path that overflows": (
-        lambda w: paths.static_path(spikesink.open_weights(w.large()), torch.tensor([1]), 4, torch.float16),
+        lambda w: paths.static_path(weights_of(w.poisoned(FIRST, 6e4)), torch.tensor([1]), 4, torch.float16),
         "not finite after layer 1 in float16; use float32",
     ),
-    "NaN, scanned": (lambda w: scan.scan(w.poisoned(DOWN).source.directory, 40), FFN_2),
+    "NaN, scanned": (lambda w: scan.scan(w.poisoned(DOWN).source.directory, 40), "the FFN of layer 2.*not finite"),
 }
 
 TABLE = {
@@ -388,23 +314,17 @@ ROWS = [pytest.param(error, *row, id=name) for error, rows in TABLE.items() for 
 
 @pytest.mark.parametrize(("error", "call", "words"), ROWS)
 def test_what_is_wrong_is_said_in_one_sentence(error, call, words, world):
-    with pytest.raises(error, match=words) as raised:
-        call(world)
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 400
+    assert_one_sentence(error, words, lambda: call(world))
 
 
 def test_what_is_broken_in_the_table_is_all_that_is_wrong_with_it(world):
     """The same calls on what is whole: each row's error is about what its name says."""
-    sharded = spikesink.load(world.folder / "sharded")
+    sharded = spikesink.load(world.copy())
     assert torch.equal(spikesink.trace_windows(sharded, world.tokens).medians, world.life.trace.medians)
-    assert amplifier.census(spikesink.open_weights(world.folder / "sharded")).gain.isfinite().all()
-    assert firsttoken.probe(world.weights, world.life).spiking.any()
-    assert sinks.score(world.model, world.tokens).at.isfinite().all()
-    assert math.isfinite(patching.evaluate(world.model, world.tokens, patching.skip(patching.mlp(1))).perplexity)
+    assert amplifier.census(spikesink.open_weights(world.copy())).gain.isfinite().all()
 
 
-def test_a_larger_embedding_than_the_tokenizer_is_no_error(world):
+def test_an_embedding_larger_than_the_tokenizer_is_no_error(world):
     """Vocabularies are padded to round numbers."""
     model = world.other(vocabulary=512)
     assert model.anatomy.d_vocab == len(texts.token_counts(model)) == 512 > len(model.tokenizer)
@@ -413,7 +333,7 @@ def test_a_larger_embedding_than_the_tokenizer_is_no_error(world):
 
 def test_a_token_without_an_embedding_is_an_error_only_where_a_text_needs_it(world):
     """Tokens that somebody added to a tokenizer (for padding, mostly) often have no embedding, and do no harm."""
-    directory = world.copy("added", lambda copy: None)
+    directory = world.copy()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     tokenizer.add_tokens([AddedToken("<mine>", special=True)])
     tokenizer.save_pretrained(directory)
@@ -433,46 +353,28 @@ def test_one_token_of_padding_is_no_window_of_it(world):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--model", "~no-such-user/x", "directory ~no-such-user/x; check the path"),
-        ("--model", "{other}", "token 399 of the text 'house'"),
-        ("--model", "{damaged}", f"tokenizer is {DAMAGED}"),
-        ("--text", "", f"''.*{SOURCES}"),
-        ("--figures", "{file}/figures", r"cannot be written \(Not a directory\)"),
-        ("--build", "{file}/build", r"cannot be written \(Not a directory\)"),
+        ("--model", lambda w: w.other(vocabulary=100).source.directory, "token 399 of the text 'house'"),
+        ("--model", lambda w: w.copy(write("tokenizer.json", "{}")), f"tokenizer is {DAMAGED}"),
+        ("--figures", lambda w: w.file() / "figures", r"cannot be written \(Not a directory\)"),
+        ("--build", lambda w: w.file() / "build", r"cannot be written \(Not a directory\)"),
     ],
 )
 def test_make_says_it_before_a_kernel_starts(option, value, words, world, tmp_path, monkeypatch, capfd):
     """As `make` passes its variables on; more of them are in test_reproduce."""
     monkeypatch.setattr(reproduce, "execute", lambda *_: pytest.fail("a notebook was started"))
-    broken = {
-        "other": world.other(vocabulary=100).source.directory,
-        "damaged": world.copy("a damaged tokenizer", write("tokenizer.json", "{}")),
-        "file": world.file(),
-    }
     given = {"--notebooks": ROOT / "notebooks", "--figures": tmp_path / "figures", "--build": tmp_path / "build"}
-    given |= {"--model": world.whole, option: value.format(**broken)}
+    given |= {"--model": world.whole, option: value(world)}
     assert main(["figures", *(str(part) for pair in given.items() for part in pair)]) == 1
-    said = capfd.readouterr().out.splitlines()
-    assert len(said) == 2
-    assert re.search(words, said[1]), said[1]
+    assert re.search(words, capfd.readouterr().out.splitlines()[1])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-@pytest.mark.parametrize(
-    ("variable", "words"),
-    [
-        ("MODEL=", "--model: '' names no model"),
-        ("N_PROMPTS=x", "--n-prompts: 'x' is not a whole number of at least 1"),
-        ("SEQ_LEN=", "--seq-len: '' is not a whole number of at least 2"),
-        ("SEED=-1", "--seed: '-1' is not a whole number of at least 0"),
-    ],
-)
-def test_make_itself_passes_it_on(variable, words):
+def test_make_itself_passes_it_on():
     # Without READY the environment is taken as it is.
-    command = ["make", "figures", "READY=", f"BIN={Path(sys.executable).parent}", variable]
+    command = ["make", "figures", "READY=", f"BIN={Path(sys.executable).parent}", "N_PROMPTS=x"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     said = ran.stderr.splitlines()
     assert (ran.returncode, len(said)) == (2, 2)  # the other line is make's own
-    assert words in said[0]
+    assert "--n-prompts: 'x' is not a whole number of at least 1" in said[0]

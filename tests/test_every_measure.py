@@ -53,12 +53,17 @@ def test_a_random_model_of_any_family_passes_every_measure(family, text, tmp_pat
     assert verdicts == static | {"SK1": "differs"}
 
 
-def test_notebooks_say_what_does_not_apply_and_draw_all_their_pictures(text, tmp_path):
-    directory = tiny("llama", tmp_path)
-    walked, judged = in_process.walk(directory, text, tmp_path / "figures"), in_process.measure(directory, text)
-    assert {key: row["measured"] for key, row in walked.rows.items()} == {k: v.measured for k, v in judged.items()}
+@pytest.mark.parametrize("kind", ["random", "planted"])
+def test_notebooks_record_what_one_call_measures_and_draw_all_their_pictures(kind, text, tmp_path, family_directory):
+    if kind == "planted":
+        text = tmp_path / "planted.txt"
+        text.write_text(planted.text(6, 64))
+    given = (tiny("llama", tmp_path), text) if kind == "random" else (family_directory("llama"), text, 6, 64)
+    rows, pictures = in_process.walk(*given, folder=tmp_path / "figures")
+    judged = in_process.measure(*given)
+    assert {key: row["measured"] for key, row in rows.items()} == {key: row.measured for key, row in judged.items()}
     committed = (in_process.ROOT / "figures" / "smollm2-135m").glob("*.png")
-    assert walked.pictures == sorted(path.stem for path in committed)
+    assert pictures == sorted(path.stem for path in committed)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES | MORE if family not in planted.FAMILIES])

@@ -11,66 +11,48 @@ import spikesink
 from spikesink import patching
 from tests import planted
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 400,
-    "max_position_embeddings": 512,
-}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-# class, configuration, and what anatomy must say: norm, placement, scale offset, gate, parallel, QK norm
+GROUPED = planted.SIZES | {"num_hidden_layers": 3}
+SIZES = {key: value for key, value in GROUPED.items() if key != "num_key_value_heads"}
+UNSAID = {key: value for key, value in SIZES.items() if key != "intermediate_size"}  # its name is another
+# What anatomy must say: norm, placement, scale offset, gate, parallel, QK norm.
+LLAMA, GPT = ("RMS", "pre", 0, "silu", False, False), ("LN", "pre", 0, None, False, False)
+GEMMA, NEOX = ("RMS", "sandwich", 1, "gelu_pytorch_tanh", False), ("LN", "pre", 0, None, True, False)
+# Class, configuration, and what anatomy must say.
 FAMILIES = {
-    "llama": ("Llama", GROUPED, ("RMS", "pre", 0, "silu", False, False)),
-    "mistral": ("Mistral", GROUPED, ("RMS", "pre", 0, "silu", False, False)),
-    "qwen2": ("Qwen2", GROUPED, ("RMS", "pre", 0, "silu", False, False)),
+    "llama": ("Llama", GROUPED, LLAMA),
+    "mistral": ("Mistral", GROUPED, LLAMA),
+    "qwen2": ("Qwen2", GROUPED, LLAMA),
     "qwen3": ("Qwen3", GROUPED | {"head_dim": 16}, ("RMS", "pre", 0, "silu", False, True)),
-    "gemma2": ("Gemma2", GROUPED | {"head_dim": 16}, ("RMS", "sandwich", 1, "gelu_pytorch_tanh", False, False)),
-    "gemma3": ("Gemma3", GROUPED | {"head_dim": 16}, ("RMS", "sandwich", 1, "gelu_pytorch_tanh", False, True)),
+    "gemma2": ("Gemma2", GROUPED | {"head_dim": 16}, (*GEMMA, False)),
+    "gemma3": ("Gemma3", GROUPED | {"head_dim": 16}, (*GEMMA, True)),
     "olmo2": ("Olmo2", GROUPED, ("RMS", "post", 0, "silu", False, True)),
-    "phi3": ("Phi3", GROUPED | {"pad_token_id": 0}, ("RMS", "pre", 0, "silu", False, False)),
-    "granite": ("Granite", GROUPED | {"residual_multiplier": 0.5}, ("RMS", "pre", 0, "silu", False, False)),
+    "phi3": ("Phi3", GROUPED | {"pad_token_id": 0}, LLAMA),
+    "granite": ("Granite", GROUPED | {"residual_multiplier": 0.5}, LLAMA),
     "stablelm": ("StableLm", GROUPED, ("LN", "pre", 0, "silu", False, False)),
-    "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 4}, ("RMS", "pre", 0, "silu", False, False)),
-    "gpt_neox": ("GPTNeoX", SIZES, ("LN", "pre", 0, None, True, False)),
-    "gpt2": (
-        "GPT2",
-        {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "vocab_size": 400},
-        ("LN", "pre", 0, None, False, False),
-    ),
+    "mixtral": ("Mixtral", GROUPED | {"num_local_experts": 4}, LLAMA),
+    "gpt_neox": ("GPTNeoX", SIZES, NEOX),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "vocab_size": 400}, GPT),
 }
 
 # Families that only what goes through every family sees: built as one of those above, but for one thing.
 MORE = {
     "olmo": ("Olmo", GROUPED, ("LN", "pre", 0, "silu", False, False)),  # its norms learn nothing
-    "falcon": (  # one K/V head for all
-        "Falcon",
-        {key: SIZES[key] for key in SIZES if key != "intermediate_size"} | {"ffn_hidden_size": 96},
-        ("LN", "pre", 0, None, True, False),
-    ),
-    "opt": (  # learned positions, and its own name for the FFN's width
-        "OPT",
-        {key: SIZES[key] for key in SIZES if key != "intermediate_size"} | {"ffn_dim": 96, "word_embed_proj_dim": 64},
-        ("LN", "pre", 0, None, False, False),
-    ),
+    "falcon": ("Falcon", UNSAID | {"ffn_hidden_size": 96}, NEOX),  # one K/V head for all
+    "opt": ("OPT", UNSAID | {"ffn_dim": 96, "word_embed_proj_dim": 64}, GPT),  # learned positions
     "qwen3_moe": (
         "Qwen3Moe",
         GROUPED | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
         ("RMS", "pre", 0, "silu", False, True),
     ),
-    "gpt_oss": (  # a learned logit in every softmax, so that a first token does not attend to itself alone
-        "GptOss",
-        GROUPED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-        ("RMS", "pre", 0, "silu", False, False),
-    ),
+    # a learned logit in every softmax, so that a first token does not attend to itself alone
+    "gpt_oss": ("GptOss", GROUPED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, LLAMA),
     "deepseek_v3": (  # keys and values are made of a compressed vector; the first layer has one FFN and no router
         "DeepseekV3",
         GROUPED
         | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1}
         | {"n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16}
         | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
-        ("RMS", "pre", 0, "silu", False, False),
+        LLAMA,
     ),
 }
 
@@ -114,19 +96,17 @@ def test_anatomy_tells_families_apart_and_writes_add_up_to_the_stream(family, tm
     assert shape.projects == (family != "deepseek_v3")
     assert shape.separate_ffn == (family != "opt")
     assert shape.learned_sink == (family == "gpt_oss")
-    trace = spikesink.trace_windows(model, spikesink.windows(model, "house", 2, 32))
+    tokens = spikesink.windows(model, "house", 2, 32)
+    trace = spikesink.trace_windows(model, tokens)
     assert trace.closure < 1e-6
     assert spikesink.find_lifecycle(trace).main is None
-
-
-@pytest.mark.parametrize("family", FAMILIES | MORE)
-def test_anatomy_knows_whether_a_change_of_the_pattern_goes_anywhere(family, tmp_path):
-    model = spikesink.load(tiny(family, tmp_path))
-    tokens, name = spikesink.windows(model, "house", 2, 32), model.anatomy.pattern_hooks[1]
-    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(name, lambda pattern, hook: pattern * 0)]):
+    with warnings.catch_warnings(), model.hooks(fwd_hooks=[(shape.pattern_hooks[1], lambda value, hook: value * 0)]):
         warnings.simplefilter("ignore")  # where it goes nowhere, TransformerLens says so
         without = model(tokens)
-    assert model.anatomy.edits_pattern == (family != "opt") == (not torch.equal(without, model(tokens)))
-    if family == "opt":
-        with pytest.raises(ValueError, match="has read its pattern before a hook can change it"):
-            patching.evaluate(model, tokens, patching.mask_key(0, 1))
+    assert shape.edits_pattern == (family != "opt") == (not torch.equal(without, model(tokens)))
+
+
+def test_a_pattern_that_no_hook_can_change_is_not_masked(tmp_path):
+    model = spikesink.load(tiny("opt", tmp_path))
+    with pytest.raises(ValueError, match="has read its pattern before a hook can change it"):
+        patching.evaluate(model, spikesink.windows(model, "house", 2, 32), patching.mask_key(0, 1))

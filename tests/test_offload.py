@@ -10,23 +10,21 @@ import torch
 
 import spikesink
 from spikesink import patching
-from spikesink.model import paths
-from spikesink.model.gguf import cache_directory
-from spikesink.model.placement import is_offloaded, read_budget
-from spikesink.model.weights import weights_of
+from spikesink.model.placement import is_offloaded
 from tests import in_process, planted
 from tests.test_families import FAMILIES, tiny
 
-HALF = {"cpu": "120KB"}  # of the tiny models' 400 to 700 KB
+PLACEMENTS = {
+    "disk": {"device": "disk"},
+    "auto": {"device": "auto", "max_memory": {"cpu": "120KB"}},
+}  # of 400 to 700 KB
 
 
-@pytest.mark.parametrize(
-    "placement", [{"device": "disk"}, {"device": "auto", "max_memory": HALF}], ids=["disk", "auto"]
-)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloaded_models_of_every_family_compute_the_same(family, placement, tmp_path):
     directory = tiny(family, tmp_path)
-    whole, spread = spikesink.load(directory), spikesink.load(directory, **placement)
+    whole, spread = spikesink.load(directory), spikesink.load(directory, **PLACEMENTS[placement])
     assert is_offloaded(spread)
     assert not is_offloaded(whole)
     tokens = spikesink.windows(whole, "house", 2, 24)
@@ -34,8 +32,6 @@ def test_offloaded_models_of_every_family_compute_the_same(family, placement, tm
     ours, theirs = (spikesink.trace_windows(model, tokens) for model in (spread, whole))
     for name in ("top_stream", "top_writes", "medians", "attention_to_first"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    path = [paths.static_path(weights_of(model), torch.arange(50), 6) for model in (spread, whole)]
-    assert torch.equal(*path)
 
 
 def test_every_measure_is_the_same_when_offloaded(family_directory, tmp_path):
@@ -64,9 +60,8 @@ def test_what_was_written_for_offloading_goes_with_the_model(tmp_path, monkeypat
     """Experts are kept in files otherwise than in the model, so they are written anew where they can be read."""
     monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
     model = spikesink.load(tiny("mixtral", tmp_path), device="disk")
-    assert cache_directory() == tmp_path / "cache"
-    assert any(Path(model.offloaded.name).iterdir())
     place = Path(model.offloaded.name)
+    assert any(place.iterdir())
     other = spikesink.load(tiny("mixtral", tmp_path), device="disk")
     assert place.is_dir()  # a model that is in use keeps what it has
     del model
@@ -101,17 +96,11 @@ def test_what_a_killed_process_left_is_removed_by_the_next(random_directory, tmp
 def test_a_model_that_fits_is_loaded_whole(given, planted_directory, planted_model, trigger_tokens):
     model = spikesink.load(planted_directory, device="auto", max_memory=given)
     assert not is_offloaded(model)
-    assert torch.device(model.cfg.device) == next(model.parameters()).device
     if not torch.cuda.is_available():
         assert torch.equal(model(trigger_tokens), planted_model(trigger_tokens))
 
 
-def test_a_small_b_means_bytes_too(random_directory):
-    assert is_offloaded(spikesink.load(random_directory, device="auto", max_memory={"cpu": "300kb"}))
-    assert read_budget({"cpu": "8gb"})["cpu"] == 8 * 10**9
-
-
 def test_the_budget_can_be_in_the_environment(random_directory, monkeypatch):
-    monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu=300KB")
+    monkeypatch.setenv("SPIKESINK_MAX_MEMORY", "cpu=300kb")  # bytes, and no bits
     assert is_offloaded(spikesink.load(random_directory, device="auto"))
     assert not is_offloaded(spikesink.load(random_directory, device="cpu"))

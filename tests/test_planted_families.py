@@ -16,6 +16,7 @@ from spikesink import patching
 from spikesink.chain import amplifier, collapse, experts, firsttoken, sinks
 from spikesink.chain.lifecycle import is_spike
 from spikesink.common import NotApplicable
+from spikesink.model.anatomy import mlp
 from spikesink.model.weights import FFN, weights_of
 from tests import in_process, planted
 
@@ -31,6 +32,7 @@ class Grown:
     directory: Path
     model: TransformerBridge
     tokens: Tensor
+    spikes: Tensor  # where the trigger stands
 
     @cached_property
     def life(self):
@@ -42,16 +44,11 @@ class Grown:
 
     @property
     def step_up_blocks(self) -> tuple[int, ...]:
-        return tuple(2 * layer + 2 for layer in self.plant.step_up_layers)
+        return tuple(map(mlp, self.plant.step_up_layers))
 
     @property
     def step_down_blocks(self) -> tuple[int, ...]:
-        return tuple(2 * layer + 2 for layer in self.plant.step_down_layers)
-
-    @property
-    def spikes(self) -> Tensor:
-        """Where the trigger stands."""
-        return self.tokens == 1
+        return tuple(map(mlp, self.plant.step_down_layers))
 
     def ffn(self, layer: int) -> FFN:
         """The FFN of a layer that was planted in, or its planted expert."""
@@ -80,17 +77,15 @@ def grown(request, family_directory, text):
     directory = family_directory(request.param)
     model = spikesink.load(directory)
     tokens = spikesink.windows(model, str(text), N, LENGTH)
-    return Grown(request.param, planted.FAMILIES[request.param][2], directory, model, tokens)
+    spikes = tokens == 1
+    assert spikes[:, 0].all()
+    assert spikes[:, LENGTH // 8 + 1].sum() == int(spikes.sum()) - N == 2
+    return Grown(request.param, planted.FAMILIES[request.param], directory, model, tokens, spikes)
 
 
 @pytest.fixture(scope="module")
 def judged(grown, text):
     return in_process.measure(grown.directory, text, N, LENGTH)
-
-
-def test_the_windows_are_as_meant(grown):
-    assert grown.spikes[:, 0].all()
-    assert grown.spikes[:, LENGTH // 8 + 1].sum() == int(grown.spikes.sum()) - N == 2
 
 
 def test_the_life_cycle_is_the_planted_one(grown):
@@ -108,8 +103,8 @@ def test_the_life_cycle_is_the_planted_one(grown):
 
 def test_the_stream_is_that_of_transformers_own_run(grown):
     own = AutoModelForCausalLM.from_pretrained(grown.directory, attn_implementation="eager")
-    point = 2 * grown.plant.step_up_layers[-1] + 2
-    held = own(grown.tokens, output_hidden_states=True).hidden_states[point // 2][..., grown.plant.channel]
+    streams = own(grown.tokens, output_hidden_states=True).hidden_states
+    held = streams[grown.plant.step_up_layers[-1] + 1][..., grown.plant.channel]
     assert torch.equal(held.abs() > 100, grown.spikes)
     torch.testing.assert_close(held[:, 0], torch.full((N,), grown.plant.size), rtol=1e-4, atol=0)
     # Elsewhere attention moves the trigger a little off s*, which is not what was measured when it was planted.
@@ -139,23 +134,23 @@ def test_the_census_lists_the_planted_pairs_first(grown):
 
 
 def test_the_probe_finds_the_trigger_and_no_other_token(grown):
-    found = firsttoken.probe(grown.weights, grown.life)
-    assert found.exceptions().tolist() == [1]
-    assert float(found.value[1]) == pytest.approx(abs(grown.plant.size), rel=1e-4)
-    others = torch.arange(len(found.tokens)) != 1
-    assert float(found.value[others].abs().max()) < 1
+    probe = firsttoken.probe(grown.weights, grown.life)
+    assert probe.exceptions().tolist() == [1]
+    assert float(probe.value[1]) == pytest.approx(abs(grown.plant.size), rel=1e-4)
+    assert float(probe.value[probe.tokens != 1].abs().max()) < 1
 
 
 def test_the_norm_makes_the_known_vector_of_every_spike(grown):
-    found = collapse.measure_collapse(grown.model, grown.tokens, grown.life)
-    known = grown.normalised_spike()
-    kept = found.spike.kept[:, found.plateau]
+    measured, known = collapse.measure_collapse(grown.model, grown.tokens, grown.life), grown.normalised_spike()
+    kept = measured.spike.kept[:, measured.plateau]
     assert float(functional.cosine_similarity(kept, known.expand_as(kept), dim=-1).min()) > 0.9999
-    participation = float(known.square().sum() ** 2 / known.pow(4).sum())
-    plateau = found.spike.participation[found.plateau]
-    torch.testing.assert_close(plateau, torch.full_like(plateau, participation), rtol=1e-3, atol=0)
-    largest = known.abs().max() / known.norm()
-    torch.testing.assert_close(found.spike.largest[found.plateau], largest.expand(len(plateau)), rtol=1e-3, atol=0)
+    expected = {
+        "participation": known.square().sum() ** 2 / known.pow(4).sum(),
+        "largest": known.abs().max() / known.norm(),
+    }
+    for name, value in expected.items():
+        plateau = getattr(measured.spike, name)[measured.plateau]
+        torch.testing.assert_close(plateau, value.to(plateau).expand(len(plateau)), rtol=1e-3, atol=0)
 
 
 def test_the_planted_heads_sink_on_every_trigger_and_no_other_head(grown):
@@ -170,21 +165,20 @@ def test_the_planted_heads_sink_on_every_trigger_and_no_other_head(grown):
 
 
 def test_without_the_step_up_there_is_no_sink_and_with_constants_there_is_no_spike(grown):
-    clean = patching.evaluate(grown.model, grown.tokens)
-    skipped = patching.evaluate(
-        grown.model, grown.tokens, patching.skip(map(patching.block, grown.step_up_blocks), grown.spikes)
-    )
+    without = {
+        "step-up": patching.skip(grown.step_up_blocks, grown.spikes),
+        "spike": patching.decouple(grown.model, grown.tokens, grown.life),
+        "sinks": patching.unsink(grown.model, grown.tokens, grown.life),
+    }
+    outcomes = patching.compare(grown.model, grown.tokens, without)
+    clean, skipped, apart, unsunk = (outcomes[name] for name in ("clean", *without))
     assert clean.sink_ratio == pytest.approx(len(grown.plant.sinks) / 24)
-    assert skipped.sink_ratio == 0
-    assert skipped.max_activation < 0.01 * clean.max_activation
-    assert skipped.perplexity > 2 * clean.perplexity  # the planted heads now speak for what never comes
-    apart = patching.evaluate(grown.model, grown.tokens, *patching.decouple(grown.model, grown.tokens, grown.life))
+    assert skipped.sink_ratio == unsunk.sink_ratio == 0
     assert torch.equal(apart.score > 0.3, clean.score > 0.3)
-    assert apart.max_activation < 0.01 * clean.max_activation
-    assert apart.perplexity == pytest.approx(clean.perplexity, rel=1e-3)
-    unsunk = patching.evaluate(grown.model, grown.tokens, *patching.unsink(grown.model, grown.tokens, grown.life))
-    assert unsunk.sink_ratio == 0
+    assert max(skipped.max_activation, apart.max_activation) < 0.01 * clean.max_activation
     assert unsunk.max_activation == pytest.approx(clean.max_activation, rel=1e-6)
+    assert skipped.perplexity > 2 * clean.perplexity  # the planted heads now speak for what never comes
+    assert apart.perplexity == pytest.approx(clean.perplexity, rel=1e-3)
 
 
 # What cannot hold here, by construction, and why. All other claims hold.
@@ -226,16 +220,13 @@ def test_every_claim_has_the_verdict_that_was_planted(grown, judged):
 
 def test_the_ledger_says_how_much(grown, judged):
     measured = {key: claim.measured for key, claim in judged.items()}
-    assert measured["LC1"]["step_up_blocks"] == list(grown.step_up_blocks)
     assert measured["LC1"]["share_written"] == pytest.approx(1, rel=1e-3)
-    assert measured["LC3"]["step_down_blocks"] == list(grown.step_down_blocks)
     assert measured["LC3"]["share_cancelled"] == pytest.approx(grown.plant.cancelled, rel=1e-3)
     assert measured["LC5"]["jaccard"] == 1  # the third largest channel is the first of s*
     assert measured["LC6"]["ratio"] == pytest.approx(grown.plant.side_ratio, rel=1e-3)
     assert measured["LC7"]["spike_token_share"] == pytest.approx(float(grown.spikes.double().mean()), rel=1e-5)
     assert measured["LC7"]["spike_tokens"] == [planted.TRIGGER]
     assert measured["TK1"]["spiking"] == 1
-    assert measured["SK1"]["sink_ratio"] == pytest.approx(len(grown.plant.sinks) / 24, rel=1e-5)
     assert measured["SK2"]["share_on_spike_tokens"] == 1
     assert measured["AB3"]["sink_ratio_skipped"] == measured["AB5"]["sink_ratio_unsunk"] == 0
     # Of a small dose the step-down takes more than there is: the trigger's own prediction changes, and no other.
@@ -250,11 +241,3 @@ def test_the_ledger_says_how_much(grown, judged):
         assert measured["AM2"]["gain_rank"] == 1
         assert measured["AM6"]["cosine_spike"] > 0.9
         assert measured["AM6"]["cosine_other"] < 0.1
-
-
-def test_notebooks_record_what_one_call_measures(family_directory, text, tmp_path):
-    walked = in_process.walk(family_directory("llama"), text, tmp_path / "figures", N, LENGTH)
-    judged = in_process.measure(family_directory("llama"), text, N, LENGTH)
-    assert set(walked.rows) == set(judged)
-    for key, row in walked.rows.items():
-        assert row["measured"] == judged[key].measured, key

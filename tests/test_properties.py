@@ -16,8 +16,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from spikesink import common, patching
-from spikesink.chain import amplifier, lifecycle, trace
+from spikesink import patching
+from spikesink.chain import amplifier, trace
 from spikesink.chain import keys as keys_
 from spikesink.model import anatomy, load, names, texts
 from spikesink.model.anatomy import Block, attn, mlp
@@ -37,8 +37,6 @@ settings.load_profile("repeatable")
 
 SEEDS = st.integers(0, 2**31 - 1)
 FACTORS = st.floats(-8, 8).filter(lambda x: abs(x) > 1 / 8)  # neither zero nor so small that squares underflow
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
-NO_NUMBER = st.sampled_from([math.nan, math.inf, -math.inf])
 SILU, IDENTITY = functional.silu, torch.nn.Identity()
 
 
@@ -65,17 +63,17 @@ def vectors(draw, most: float = 1e3) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def whole_form(ffn: FFN, channel: int) -> torch.Tensor:
-    """U_k, neuron by neuron."""
-    return sum(w * torch.outer(g, u) for w, g, u in zip(ffn.down[channel], ffn.gate, ffn.up, strict=True))
-
-
 @given(ffns(), st.integers(1, 60))
-def test_gains_are_the_norms_of_the_forms_however_they_are_cut(ffn, held):
-    direct = torch.stack([whole_form(ffn, k).norm() for k in range(len(ffn.down))])
+def test_gains_and_norms_are_those_of_the_forms_however_they_are_cut(ffn, held):
+    channels = range(len(ffn.down))
+    whole = torch.einsum("kn,nd,ne->kde", ffn.down, ffn.gate, ffn.up)  # U_k
+    symmetric = torch.stack([amplifier.form(ffn, k) for k in channels])
+    torch.testing.assert_close(symmetric, (whole + whole.mT) / 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amplifier, "KERNEL", held)
-        torch.testing.assert_close(amplifier.gains(ffn), direct, rtol=1e-6, atol=1e-7)
+        gains, norms = amplifier.gains(ffn), amplifier.form_norms(ffn, channels)
+    torch.testing.assert_close(gains, whole.norm(dim=(1, 2)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(norms, symmetric.norm(dim=(1, 2)), rtol=1e-6, atol=1e-7)
 
 
 @given(ffns(), SEEDS)
@@ -83,33 +81,21 @@ def test_the_form_is_what_an_identity_would_make_the_block_write(ffn, seed):
     h = normal(seed, 5, ffn.gate.shape[1])
     written = amplifier.compute_write(FFN(**vars(ffn) | {"activation": IDENTITY}), h)
     for channel in range(len(ffn.down)):
-        s = amplifier.form(ffn, channel)
-        assert torch.equal(s, s.T)
-        torch.testing.assert_close(torch.einsum("td,de,te->t", h, s, h), written[:, channel])
+        by_form = torch.einsum("td,de,te->t", h, amplifier.form(ffn, channel), h)
+        torch.testing.assert_close(by_form, written[:, channel])
         torch.testing.assert_close(amplifier.quadratic(ffn, h, channel), written[:, channel])
-
-
-@given(ffns(), st.integers(1, 60))
-def test_the_symmetric_part_is_no_larger_than_the_whole(ffn, held):
-    channels = range(len(ffn.down))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amplifier, "KERNEL", held)
-        norms = amplifier.form_norms(ffn, channels)
-    direct = torch.stack([amplifier.form(ffn, k).norm() for k in channels])
-    torch.testing.assert_close(norms, direct, rtol=1e-6, atol=1e-7)
-    assert (norms <= amplifier.gains(ffn) * (1 + 1e-9) + 1e-7).all()
 
 
 @given(ffns(least_d=3), st.data())
 def test_eigenpairs_are_those_of_the_whole_matrix(ffn, data):
     d = ffn.gate.shape[1]
     channel, n = data.draw(st.integers(0, d - 1)), data.draw(st.integers(1, d - 1))
-    found, s = amplifier.eigenpairs(ffn, channel, n), amplifier.form(ffn, channel)
+    pairs, s = amplifier.eigenpairs(ffn, channel, n), amplifier.form(ffn, channel)
     every = torch.linalg.eigvalsh(s).abs().sort(descending=True).values
     scale = float(every[0]) or 1.0
-    torch.testing.assert_close(found.values.abs() / scale, every[:n] / scale, rtol=0, atol=1e-8)
-    torch.testing.assert_close(s @ found.vectors / scale, found.vectors * found.values / scale, rtol=0, atol=1e-7)
-    torch.testing.assert_close(found.vectors.norm(dim=0), torch.ones(n, dtype=torch.float64))
+    torch.testing.assert_close(pairs.values.abs() / scale, every[:n] / scale, rtol=0, atol=1e-8)
+    torch.testing.assert_close(s @ pairs.vectors / scale, pairs.vectors * pairs.values / scale, rtol=0, atol=1e-7)
+    torch.testing.assert_close(pairs.vectors.norm(dim=0), torch.ones(n, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("norm", ["RMS", "LN"])
@@ -135,55 +121,32 @@ def test_attention_received_is_a_mean_over_the_queries_that_see_the_key(drawn, d
     pattern, sight = drawn
     length = pattern.shape[-1]
     seen_by = [range(k, min(length, k + (sight or length))) for k in range(length)]
-    found = trace.received(pattern, sight)
+    received = trace.received(pattern, sight)
     direct = torch.stack([pattern[:, list(queries), k].mean(1) for k, queries in enumerate(seen_by)], dim=1)
-    torch.testing.assert_close(found, direct)
-    assert ((found >= 0) & (found <= 1 + 1e-12)).all()
+    torch.testing.assert_close(received, direct)
     counts = torch.tensor([len(queries) for queries in seen_by], dtype=torch.float64)
-    torch.testing.assert_close(found @ counts, torch.full((len(pattern),), float(length), dtype=torch.float64))
+    torch.testing.assert_close(received @ counts, torch.full((len(pattern),), float(length), dtype=torch.float64))
     first = data.draw(st.integers(1, length))
-    torch.testing.assert_close(trace.received(pattern[..., :first], sight), found[:, :first])
+    torch.testing.assert_close(trace.received(pattern[..., :first], sight), received[:, :first])
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 5), FACTORS)
 def test_effective_dimension_counts_directions(seed, n, d, factor):
-    keys = normal(seed, n, d)
-    moment = keys.T @ keys
-    found = float(keys_.effective_dimension(moment))
-    values = torch.linalg.eigvalsh(moment)
-    assert found == pytest.approx(float(values.sum() ** 2 / values.square().sum()))
-    assert 1 - 1e-9 <= found <= min(n, d) + 1e-9
-    turn = torch.linalg.qr(normal(seed + 1, d, d)).Q
-    turned = factor * keys @ turn
-    assert float(keys_.effective_dimension(turned.T @ turned)) == pytest.approx(found)
+    keys, turn = normal(seed, n, d), torch.linalg.qr(normal(seed + 1, d, d)).Q
+    values = torch.linalg.eigvalsh(keys.T @ keys)
     line = torch.outer(normal(seed, n), keys[0])
-    assert float(keys_.effective_dimension(line.T @ line)) == pytest.approx(1)
+    for rows, expected in (
+        (keys, float(values.sum() ** 2 / values.square().sum())),
+        (factor * keys @ turn, float(values.sum() ** 2 / values.square().sum())),
+        (line, 1),
+    ):
+        assert float(keys_.effective_dimension(rows.T @ rows)) == pytest.approx(expected)
 
 
 @given(st.integers(1, 400))
 def test_a_block_is_one_half_of_one_layer(block):
     half = Block(block)
     assert (attn if half.is_attention else mlp)(half.layer) == half == block
-
-
-@given(st.integers(1, 12), st.data())
-def test_the_plateaus_layers_are_those_that_read_a_point_of_it(n_layers, data):
-    first = data.draw(st.integers(0, 2 * n_layers))
-    last = data.draw(st.integers(first, 2 * n_layers))
-    cycle = SimpleNamespace(plateau=(first, last), writes=torch.zeros(2 * n_layers))
-    assert list(lifecycle.plateau_layers(cycle)) == [i for i in range(n_layers) if first <= 2 * i <= last]
-
-
-@given(FINITE)
-@example(999.9999)
-@example(1e22)
-@example(5e-324)
-def test_a_short_number_is_the_number_to_three_digits(value):
-    assume(abs(value) < 1e308)  # what rounds beyond the largest number
-    short = common.brief(value)
-    assert float(short.replace(",", "")) == pytest.approx(value, rel=0.00501, abs=5e-324)
-    assert "e+" not in short
-    assert common.brief(float(short.replace(",", ""))) == short
 
 
 def counting(n: int, bos: bool):
@@ -205,14 +168,14 @@ def test_windows_are_whole_pieces_of_the_text_that_share_no_token(size, n, lengt
         with pytest.raises(texts.TextError, match=f"enough for {size // body} windows"):
             texts.windows(model, text, n, length, seed)
         return
-    found = texts.windows(model, text, n, length, seed)
-    assert (found.shape, found.dtype) == ((n, length), torch.int64)
-    assert not bos or (found[:, 0] == 0).all()
-    pieces = found[:, int(bos) :]
+    windows = texts.windows(model, text, n, length, seed)
+    assert (windows.shape, windows.dtype) == ((n, length), torch.int64)
+    assert not bos or (windows[:, 0] == 0).all()
+    pieces = windows[:, int(bos) :]
     assert (pieces.diff(dim=1) == 1).all()
     assert len(pieces.unique()) == n * body
     assert 1 <= int(pieces.min()) <= int(pieces.max()) <= size
-    assert torch.equal(texts.windows(model, text, n, length, seed), found)
+    assert torch.equal(texts.windows(model, text, n, length, seed), windows)
     config.vocab_size = size
     with pytest.raises(texts.TextError, match=f"makes token {size} of the text"):
         texts.windows(model, text, n, length, seed)
@@ -240,32 +203,18 @@ STREAM = patching.stream(patching.mlp(0))
 
 
 @given(cuts(), SEEDS, FACTORS)
-def test_what_is_added_can_be_taken_away(drawn, seed, factor):
+def test_what_is_added_is_where_it_was_asked_and_can_be_taken_away(drawn, seed, factor):
     x, where = drawn
-    vector = normal(seed, len(where["channels"] or range(CHANNELS)))
+    at, channels = (list(where[name] or range(n)) for name, n in (("positions", LENGTH), ("channels", CHANNELS)))
+    vector = normal(seed, len(channels))
     added = changed(x, patching.add(STREAM, vector, **where, factor=factor))
     torch.testing.assert_close(changed(added, patching.add(STREAM, vector, **where, factor=-factor)), x)
-    again = changed(x, *2 * [patching.add(STREAM, vector, **where, factor=factor / 2)])
-    torch.testing.assert_close(again, added)
+    named = torch.zeros(LENGTH, CHANNELS, dtype=torch.bool)
+    named[torch.tensor(at)[:, None], torch.tensor(channels)] = True
+    assert torch.equal((added != x).any(0), named)  # what is named is changed, and nothing else
     replaced = changed(x, patching.set_to(STREAM, vector, **where))
     from_nothing = changed(x, patching.zero(STREAM, **where), patching.add(STREAM, vector, **where))
     torch.testing.assert_close(replaced, from_nothing)
-
-
-@given(cuts(), SEEDS)
-def test_only_what_is_named_is_changed_and_all_of_it(drawn, seed):
-    x, where = drawn
-    named = torch.zeros(LENGTH, CHANNELS, dtype=torch.bool)
-    at, channels = where["positions"] or range(LENGTH), where["channels"] or range(CHANNELS)
-    named[torch.tensor(list(at))[:, None], torch.tensor(list(channels))] = True
-    before = x.clone()
-    for cut in (
-        patching.zero(STREAM, **where),
-        patching.set_to(STREAM, normal(seed, len(list(channels))), **where),
-        patching.apply(STREAM, torch.neg, **where),
-    ):
-        assert torch.equal((changed(x, cut) != x).any(0), named)
-        assert torch.equal(x, before)
 
 
 @given(patterns(), st.data(), st.floats(0, 4))
@@ -274,21 +223,19 @@ def test_attention_still_adds_up_to_one(drawn, data, factor):
     length = pattern.shape[-1]
     keys = data.draw(st.lists(st.integers(0, length - 1), min_size=1, unique=True))
     cut = patching.scale(patching.attention(0), factor, keys)
-    found = interventions._Run([cut]).edit(0, 0, pattern[None])[0]
-    torch.testing.assert_close(found.sum(-1), torch.ones(pattern.shape[:2], dtype=torch.float64))
+    scaled = changed(pattern[None], cut)[0]
+    torch.testing.assert_close(scaled.sum(-1), torch.ones(pattern.shape[:2], dtype=torch.float64))
     others = [key for key in range(length) if key not in keys]
     left = pattern[..., others].sum(-1)
     weight = left + factor * pattern[..., keys].sum(-1)
     expected = torch.where(weight > 0, left / weight, left)  # a query with nothing left keeps what it had
-    torch.testing.assert_close(found[..., others].sum(-1), expected)
+    torch.testing.assert_close(scaled[..., others].sum(-1), expected)
 
 
 @given(st.text(max_size=300))
 @example("smollm2-135m")
-@example("SmolLM2-135M")
 @example("smollm2-135m!")
 @example("")
-@example("~no-such-user/model")
 @example("a" * 300)
 @example("../../etc/passwd")
 def test_a_slug_is_a_folder_name_and_its_own_slug(spec):

@@ -1,29 +1,21 @@
-"""Windows of text: the same everywhere, never overlapping, and clear errors."""
+"""Windows of text: the same everywhere, by the tokenizer's habits, from every kind of source."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import spikesink
 from spikesink.model.texts import TextError
 
 
-def test_house_text_is_the_same_everywhere():
+def test_the_house_text_is_the_same_everywhere():
     # The stored notebooks were measured on these very bytes; whoever changes the text must run `make store`.
     text = spikesink.read("house")
     assert text.sha256 == "a555d5616556b0780206dd8f4be6221b7fa655e98d17653791e0f0664b873fed"
-    assert 40_000 <= len(text.content.encode()) <= 60_000
-    assert text.content.isascii()
-
-
-def test_windows_are_pieces_of_the_text_and_do_not_overlap(default_model):
-    ids = default_model.tokenizer(spikesink.read("house").content, add_special_tokens=False).input_ids
-    windows = spikesink.windows(default_model, "house", 40, 200)
-    assert windows.shape == (40, 200)
-    assert windows.dtype == torch.int64
-    starts = [i for w in windows.tolist() for i in range(0, len(ids), 200) if ids[i : i + 200] == w]
-    assert len(set(starts)) == 40
 
 
 def test_the_seed_chooses_the_windows(default_model):
@@ -33,11 +25,6 @@ def test_the_seed_chooses_the_windows(default_model):
 
 
 def test_bos_follows_the_tokenizers_habit(random_directory, tmp_path):
-    import shutil
-
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(random_directory)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     shutil.copytree(random_directory, tmp_path / "with-bos")
@@ -49,13 +36,10 @@ def test_bos_follows_the_tokenizers_habit(random_directory, tmp_path):
         assert (model.to_tokens("word")[0, 0] == 0).item() is prepends
 
 
-def test_pydoc_and_files(default_model, tmp_path):
+def test_texts_come_from_files_and_data_sets(default_model, tmp_path):
     assert spikesink.windows(default_model, "pydoc", 2, 128).shape == (2, 128)
     (tmp_path / "own.txt").write_text("A line of my own.\n" * 100)
     assert spikesink.windows(default_model, str(tmp_path / "own.txt"), 2, 64).shape == (2, 64)
-
-
-def test_a_data_set_from_a_folder(default_model, tmp_path):
     rows = [{"text": f"Story number {i} of the river and the mill.", "body": "x"} for i in range(200)]
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
