@@ -233,7 +233,7 @@ def channels(life: Lifecycle) -> Figure:
         ax.plot(range(1, n + 1), largest, color=colour, marker=marker, ms=5, lw=1)
         _annotate_end(ax, n, float(largest[-1]), name, colour)
         for rank, channel in enumerate(cycle.channels[:6] if colour == SPIKE else (), 1):
-            note(ax, channel, (rank, largest[rank - 1]), (4, 4), fontsize=8)
+            note(ax, str(channel), (rank, largest[rank - 1]), (4, 4), fontsize=8)
     ax.axhline(trace.threshold, color="black", lw=0.8, ls="--")
     note(ax, f"{trace.threshold:g} medians", (n, trace.threshold), (5, 2), fontsize=9, annotation_clip=False)
     ax.set(

@@ -134,9 +134,9 @@ def blocks_text(blocks: Sequence[Block]) -> str:
     return ", ".join(map(str, blocks)) or "no block"
 
 
-def verb(blocks: Sequence[Block], many: str) -> str:
+def verb(items: Sequence[object], many: str) -> str:
     """A verb that agrees with `blocks_text`: "write", or "writes" for one block."""
-    return many if len(blocks) != 1 else f"{many}s"
+    return many if len(items) != 1 else f"{many}s"
 
 
 def label_layers(axis, n_layers: int, room: float = 0) -> None:
