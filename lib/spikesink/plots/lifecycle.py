@@ -38,7 +38,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _annotate_end(ax, x: float | int, y: float, text: str, colour: str = "black") -> None:
+def _annotate_end(ax, x, y: float, text: str, colour: str = "black") -> None:
     """Name a line at its right end."""
     note(ax, text, (x, float(y)), (5, 0), color=colour, va="center", fontsize=9, annotation_clip=False)
 
