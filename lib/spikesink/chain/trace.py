@@ -151,14 +151,7 @@ def trace_windows(
 
 
 def profile(model: Model, tokens: Int[Tensor, " length"]) -> Profile:
-    """How large each token of one prompt gets at every point, and how much attention it draws.
-
-    `tokens` has no batch dimension: `model.to_tokens(prompt)[0]`.
-
-    Raises:
-        ValueError: no tokens, more than the model's context, or one that is not in its vocabulary.
-        FloatingPointError: as `follow` does.
-    """
+    """How large each token of one prompt (no batch dimension) gets at every point, and how much attention it draws."""
     check_ids(tokens)
     context, sight = anatomy(model).context, anatomy(model).sight
     if tokens.ndim != 1 or not 0 < len(tokens) <= context:
@@ -179,12 +172,10 @@ def profile(model: Model, tokens: Int[Tensor, " length"]) -> Profile:
 
 
 def summarize(profile: Profile) -> dict[str, Any]:
-    """What stands out in a profile.
+    """What stands out in a profile: the token, text, channel, point and value of the largest entry.
 
-    Returns:
-        token, text, channel and point of the largest entry; its value and its factor over the median there; the
-        runner_up token's factor at that point; the attention that the first token gets, mean over layers, and the
-        share it would get if every query attended evenly to all it sees.
+    `factor`: over the median there; `runner_up`: the next token's factor at that point; `first`: attention that the
+    first token gets, mean over layers; `even`: what it would get if every query attended evenly to all it sees.
     """
     over = profile.magnitude / profile.median[:, None]
     point, token = (int(i) for i in torch.unravel_index(over.argmax(), over.shape))
@@ -209,9 +200,7 @@ EPSILONS = (0.2, 0.4)  # that SV3 and TR1 to TR6 ask for as well
 def received(pattern: Float[Tensor, "head query key"], sight: int | None = None) -> Float[Tensor, "head key"]:
     """Attention that each key gets, mean over the queries at or after it that have it in sight (Gu et al.'s alpha).
 
-    Args:
-        pattern: of one layer; of its keys all, or the first ones.
-        sight: how many tokens back a query sees, itself included (`Anatomy.sight`); None for all.
+    Of its keys a pattern may hold the first ones alone; `sight` is how many tokens back a query sees, None for all.
     """
     queries = torch.arange(pattern.shape[-2], 0, -1, device=pattern.device)[: pattern.shape[-1]]
     return pattern.sum(1) / (queries if sight is None else queries.clamp(max=sight))
@@ -227,19 +216,10 @@ def follow(
 ) -> None:
     """Run one window and hand on what passes, in float32: each point of the stream, each write, each pattern.
 
-    The stream between a layer's attention and its MLP is the stream that entered the layer plus the attention's
-    write; some families have no such place in their code, because both read the same stream. No logits are made.
-
-    Args:
-        tokens: one window.
-        on_stream: called as on_stream(point, h) for every point, the embedding first.
-        on_write: called as on_write(block, what it adds) for every block.
-        on_pattern: called as on_pattern(layer, attention) for every layer, from 0.
-        also: further hooks, by TransformerLens's names; each is called with the hook's value, without its batch.
-
-    Raises:
-        FloatingPointError: an activation overflows, as spikes do in float16, or a weight is not finite.
-        RuntimeError: a hook of this family never fires.
+    Called as on_stream(point, h), on_write(block, what it adds) and on_pattern(layer, attention); `also` are further
+    hooks, each called with its value, unbatched. The stream between a layer's attention and its MLP is the stream
+    that entered the layer plus the attention's write; some families have no such place in their code, because both read
+    the same stream. No logits are made. A hook that never fires is a RuntimeError.
     """
     hooks_of, entered = anatomy(model), torch.empty(0)
 
