@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 VENV := .venv
 BIN := $(VENV)/bin
 # Annotations are checked as the library runs; what one notebook runs stays on one worker.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadgroup \
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -q -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder \
   --jaxtyping-packages=spikesink,beartype.beartype
 # The environment is whole when this file exists; its name changes with what is to be installed.
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)

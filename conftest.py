@@ -27,12 +27,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """Mark the slowest notebook, keep each notebook's cells on one worker, and compare what is comparable."""
+    """Mark the slowest notebook, and compare what is comparable."""
     for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-            if item.path.name == SLOWEST:
-                item.add_marker("slow")
+        if item.path.name == SLOWEST:
+            item.add_marker("slow")
     rounded = [item for item in items if item.path.name == ROUNDS]
     if not rounded:
         return
