@@ -46,14 +46,12 @@ class Change:
         within the band. It differs where the interval allows nothing but something else. Undecided is everything else,
         what another threshold of a sink contradicts, and less of what hardly is there to begin with.
         """
-        if self.paper is None:
-            return None
-        return UNDECIDED if self.contradicted else self._outcome_alone
+        return None if self.paper is None else UNDECIDED if self.contradicted else self._outcome_alone
 
     @property
     def contradicted(self) -> bool:
         """Whether the value by another threshold of a sink, where there are any to lose, says something else."""
-        alone = UNDECIDED if self.paper is None else self._outcome_alone
+        alone = self._outcome_alone
         return alone != UNDECIDED and not all(other.nothing_to_lose or other._allows(alone) for other in self.others)
 
     @property
@@ -71,7 +69,7 @@ class Change:
     def _outcome_alone(self) -> str:
         band = BANDS[self.quantity]
         stays = -band <= self.low and self.high <= band
-        if self.nothing_to_lose:
+        if self.nothing_to_lose or self.paper is None:
             return UNDECIDED
         if self.paper == paper.AT_LEAST:
             return AGREES if self.low >= -paper.MAY_FALL else DIFFERS if self.high < -paper.MAY_FALL else UNDECIDED

@@ -24,11 +24,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """A model and its training. Widths in channels, lengths in tokens; `seed` draws the weights and the batches.
-
-    Raises:
-        ConfigError: a value that cannot be, when it is made.
-    """
+    """A model and its training. Widths in channels, lengths in tokens; `seed` draws the weights and the batches."""
 
     task: str = "text"  # what it is trained on: Bigram-Backcopy, or text
     d_vocab: int = 1024

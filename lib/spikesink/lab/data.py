@@ -151,11 +151,7 @@ def held_out(task: Task, n: int = 64, length: int = LENGTH, bos: bool = True) ->
 
 
 def open_task(config: Config, source: str = SOURCE, characters: int = CHARACTERS) -> Task:
-    """What a configuration trains on: of a text, "packages" or what `texts.read` takes, as many characters at most.
-
-    Raises:
-        TextError: as `texts.read` does.
-    """
+    """What a configuration trains on: of a text, "packages" or what `texts.read` takes, as many characters at most."""
     return Backcopy(config.d_vocab) if config.task == "backcopy" else corpus(source, config.d_vocab, characters)
 
 
@@ -177,13 +173,8 @@ def corpus(source: str = SOURCE, d_vocab: int = Config.d_vocab, characters: int 
     with FileLock(place.with_suffix(".lock")):
         if not (place / "done.json").exists():
             _tokenize(documents, d_vocab, place)
-    return Corpus(
-        source,
-        sha256,
-        np.load(place / "tokens.npy", mmap_mode="r"),
-        np.load(place / "ends.npy"),
-        tokenizer_of(place / "tokenizer.json"),
-    )
+    tokens, ends = np.load(place / "tokens.npy", mmap_mode="r"), np.load(place / "ends.npy")
+    return Corpus(source, sha256, tokens, ends, tokenizer_of(place / "tokenizer.json"))
 
 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
@@ -194,13 +185,10 @@ def tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
 def _packages(characters: int) -> Iterator[str]:
     """The Python files of the packages that spikesink asks for, in an order that is the same everywhere, each once."""
     requirements = [name for name in metadata.requires("spikesink") or () if "extra ==" not in name]
-    files = []
-    for name in requirements:
-        for file in metadata.files(re.match(r"[\w.-]+", name)[0]) or ():
-            if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts:
-                files.append((hashlib.sha256(str(file).encode()).hexdigest(), file))
+    files = [file for name in requirements for file in metadata.files(re.match(r"[\w.-]+", name)[0]) or ()]
+    own = [file for file in files if file.suffix == ".py" and not file.is_absolute() and ".." not in file.parts]
     seen, size = set(), 0
-    for _, file in sorted(files):
+    for _, file in sorted((hashlib.sha256(str(file).encode()).hexdigest(), file) for file in own):
         content = file.locate().read_text(encoding="utf-8", errors="ignore")
         if content and content not in seen:
             seen.add(content)
@@ -214,20 +202,16 @@ def _tokenize(documents: list[str], d_vocab: int, place: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=d_vocab,
-        special_tokens=[BOS_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=d_vocab, special_tokens=[BOS_TOKEN], **options)
     before = np.cumsum([0, *map(len, documents[:-1])])  # characters before each document
     tokenizer.train_from_iterator(documents[: int((before < CHARACTERS_FOR_BPE).sum())], trainer)
-    parts, ends = [], []
+    parts = []
     for start in progress(range(0, len(documents), ENCODED_AT_ONCE), "tokenizing", "batch"):
-        for encoded in tokenizer.encode_batch(documents[start : start + ENCODED_AT_ONCE]):
-            parts.append(np.array(encoded.ids, dtype=np.uint16))
-            ends.append(len(parts[-1]))
+        encoded = tokenizer.encode_batch(documents[start : start + ENCODED_AT_ONCE])
+        parts += [np.array(document.ids, dtype=np.uint16) for document in encoded]
+    ends = np.cumsum([len(part) for part in parts])
     np.save(place / "tokens.npy", np.concatenate(parts))
-    np.save(place / "ends.npy", np.cumsum(ends))
+    np.save(place / "ends.npy", ends)
     tokenizer.save(str(place / "tokenizer.json"))
-    write_atomically(place / "done.json", json.dumps({"documents": len(ends), "tokens": int(sum(ends))}))
+    write_atomically(place / "done.json", json.dumps({"documents": len(ends), "tokens": int(ends[-1])}))

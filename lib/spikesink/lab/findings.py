@@ -26,18 +26,8 @@ SHOWN = {
     "over_median": "medians",
     "over_elsewhere": "times elsewhere",
 }
-COLUMNS = [
-    "seeds",
-    "loss",
-    "sink ratio",
-    "change",
-    "at this loss",
-    "attention",
-    "largest activation",
-    "factor",
-    "medians",
-    "times elsewhere",
-]
+COLUMNS = ["seeds", "loss", "sink ratio", "change", "at this loss", "attention"]
+COLUMNS += ["largest activation", "factor", "medians", "times elsewhere"]
 
 
 @measure
@@ -50,14 +40,11 @@ def tabulate_runs(records: Sequence[Record]) -> pd.DataFrame:
     if not any(record.name == BASE for record in records):
         raise NotApplicable(NO_RECORDS)
     late = {AGAINST[record.name] for record in records if _is_late(record)}
-    order = {name: i for i, name in enumerate([BASE, *(f"{name}{LATE}" for name in (BASE, *late)), *FAMILY])}
+    order = [BASE, *(f"{name}{LATE}" for name in (BASE, *late)), *FAMILY]
     rows = [_end_of(record, _is_late(record)) for record in records]
-    rows += [
-        _end_of(record, late=True) | {"name": f"{record.name}{LATE}", "against": ""}
-        for record in records
-        if late and record.name in {BASE, *late}
-    ]
-    return pd.DataFrame(sorted(rows, key=lambda row: (order[row["name"]], row["seed"])))
+    again = [record for record in records if late and record.name in {BASE, *late}]
+    rows += [_end_of(record, late=True) | {"name": f"{record.name}{LATE}", "against": ""} for record in again]
+    return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["name"]), row["seed"])))
 
 
 def _is_late(record: Record) -> bool:
@@ -97,16 +84,9 @@ def select_family(runs: pd.DataFrame, family: str) -> pd.DataFrame:
 @measure
 def average_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Each variant's means over seeds, geometric ones of activations."""
-    return runs.groupby("name", sort=False).agg(
-        loss=("loss", "mean"),
-        sink_ratio=("sink_ratio", "mean"),
-        attention=("attention", "mean"),
-        max_activation=("max_activation", stats.gmean),
-        over_median=("over_median", stats.gmean),
-        over_elsewhere=("over_elsewhere", stats.gmean),
-        seeds=("seed", "size"),
-        late=("late", "first"),
-    )
+    means = {name: (name, "mean") for name in ("loss", "sink_ratio", "attention")}
+    means |= {name: (name, stats.gmean) for name in ("max_activation", "over_median", "over_elsewhere")}
+    return runs.groupby("name", sort=False).agg(**means, seeds=("seed", "size"), late=("late", "first"))
 
 
 def pool_scatter(runs: pd.DataFrame, column: str, without: str = "") -> tuple[float, int]:
@@ -222,10 +202,9 @@ def find_corners(runs: pd.DataFrame) -> dict[str, list[str] | float]:
             "spike_alone": sink.high < 0 and hardly_any and stands_out,
             "sink_alone": spike.high < 0 <= sink.high and one.sink_ratio >= SOME_SINKS,
         }
-        for corner in alone:
-            if alone[corner]:
-                corners[corner].append(entry)
-                corners["names"].append(one.name)
+        for corner in (corner for corner, is_in in alone.items() if is_in):
+            corners[corner].append(entry)
+            corners["names"].append(one.name)
     rho = means[["sink_ratio", "over_median", "max_activation"]].corr("spearman")["sink_ratio"]
     return corners | {
         "together": float(rho["over_median"]),
@@ -244,21 +223,18 @@ def tabulate_first_token(records: Sequence[Record]) -> pd.DataFrame:
     base = [record.final for record in records if record.name == BASE]
     if not base:
         raise NotApplicable(NO_RECORDS)
-    ends = {
-        "base": base,
-        "base, another token in BOS's place": [final["other_first"] for final in base],
-        "trained without BOS": [record.final for record in records if record.name == WITHOUT_BOS],
-    }
+    ends = {"base": base, "base, another token in BOS's place": [final["other_first"] for final in base]}
+    if without := [record.final for record in records if record.name == WITHOUT_BOS]:
+        ends["trained without BOS"] = without
     rows = {}
-    for name, finals in ((name, finals) for name, finals in ends.items() if finals):
+    for name, finals in ends.items():
+        by_layer = np.mean([final.get("sinks", [[0.0]]) for final in finals], axis=(0, 2))
         rows[name] = {
             "sink ratio": np.mean([final["sink_ratio"] for final in finals]),
             "attention": np.mean([final["attention"] for final in finals]),
             "position 0's largest entry": stats.gmean([final["max_first"] for final in finals]),
+            "of the sinks, in the first layer": f"{by_layer[0] / by_layer.sum():.0%}" if by_layer.sum() else "",
         }
-        by_layer = np.mean([final.get("sinks", [[0.0]]) for final in finals], axis=(0, 2))
-        share = f"{by_layer[0] / by_layer.sum():.0%}" if by_layer.sum() else ""
-        rows[name]["of the sinks, in the first layer"] = share
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
@@ -300,11 +276,9 @@ def tabulate_waits(waits: pd.DataFrame, family: str) -> pd.DataFrame:
     """What `compare_waits` gives of the base and a family, a number a seed."""
     ours = waits[waits["family"].isin(["", family])].groupby("name", sort=False)
     forms = {"idle": "{:.0%}", "trigger": "{:.0%}", "copy_loss": "{:.3f}"}
-    table = ours.agg(
-        {name: lambda seeds, form=form: ", ".join(map(form.format, seeds)) for name, form in forms.items()}
-    )
-    table = table.rename_axis("variant")
-    return table.set_axis(["nothing to copy", "triggers", "loss on copied tokens"], axis="columns")
+    joined = {name: lambda seeds, form=form: ", ".join(map(form.format, seeds)) for name, form in forms.items()}
+    columns = ["nothing to copy", "triggers", "loss on copied tokens"]
+    return ours.agg(joined).rename_axis("variant").set_axis(columns, axis="columns")
 
 
 @measure
@@ -333,9 +307,9 @@ def compare_gates(waits: pd.DataFrame) -> dict[str, int | float]:
 def tabulate_curves(runs: Mapping[str, Iterable[Run | Record]]) -> pd.DataFrame:
     """The curves of runs by name as one tidy table: a row for each run and step at which it was looked at."""
     frames = [
-        pd.DataFrame(run.curve)
-        .assign(name=name, seed=run.config.seed)
-        .assign(tokens=lambda curve, run=run: curve["step"] * run.config.batch)
+        pd.DataFrame(run.curve).assign(
+            name=name, seed=run.config.seed, tokens=lambda curve, run=run: curve["step"] * run.config.batch
+        )
         for name, several in runs.items()
         for run in several
     ]

@@ -30,10 +30,9 @@ def stream_median(model: Decoder, tokens: Int[Tensor, "window position"]) -> flo
 def backcopy_truth(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> dict[str, Any]:
     """Of Bigram-Backcopy, what is known beforehand: the least losses there are, and when a head has nothing to do.
 
-    Returns:
-        copy_loss: mean loss of what is copied, at best 0; excess: that of all else, above the bigram's entropy;
-        heads: for each layer and head the attention to position 0, [of queries that are triggers, of all others];
-        and attention_trigger, attention_other: those two of the head whose other queries attend to position 0 most.
+    `copy_loss` is the mean loss of what is copied, at best 0; `excess` that of all else, above the bigram's entropy;
+    `heads`, for each layer and head, the attention to position 0 [of queries that are triggers, of all others];
+    `attention_trigger`, `attention_other`: those two of the head whose other queries attend to position 0 most.
     """
     tokens = held_out(task, windows, bos=model.config.bos)
     trigger = torch.from_numpy(task.is_trigger(tokens.numpy()))
@@ -43,9 +42,8 @@ def backcopy_truth(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> di
     logits, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names)
     loss = functional.cross_entropy(logits[:, 1:-1].transpose(1, 2).cpu(), tokens[:, 2:], reduction="none")
     copies, later = trigger[:, 1:-1], slice(2, None)  # the first queries have little else to look at
-    to_first = torch.stack([cache[name][..., later, 0].cpu() for name in names]).movedim(
-        1, 2
-    )  # layer head window query
+    to_first = torch.stack([cache[name][..., later, 0].cpu().transpose(0, 1) for name in names])
+    # to_first: layer, head, window, query
     heads = torch.stack([to_first[..., at].mean(-1) for at in (trigger[:, later], ~trigger[:, later])], -1)
     dormant = heads.flatten(0, 1)[heads[..., 1].argmax()]
     return {
@@ -60,10 +58,9 @@ def backcopy_truth(model: Decoder, task: Backcopy, windows: int = WINDOWS) -> di
 def measure_trained(model: Decoder, task: Task, windows: int) -> dict[str, Any]:
     """What is asked of a trained model only.
 
-    Returns:
-        scores, sinks: for each layer and head the mean sink score of position 0, and the share of windows in which it
-        is a sink; sink_ratios: by other epsilons; late: `measure_late`, if the model was trained on windows that long;
-        and other_first: sink ratio, mean score and position 0's largest activation with another first token.
+    `scores` and `sinks`: for each layer and head the mean sink score of position 0, and the share of windows in which
+    it is a sink; `sink_ratios`: by other epsilons; `late`: `measure_late`, if it was trained on windows that long;
+    `other_first`: sink ratio, mean score and position 0's largest activation with another first token.
     """
     bos = model.config.bos
     tokens = held_out(task, windows, bos=bos)
@@ -134,10 +131,7 @@ def tabulate_gates(models: Mapping[str, Decoder], tokens: Int[Tensor, "window po
 
 
 def tabulate_idle(models: Mapping[str, Decoder], task: Backcopy) -> pd.DataFrame:
-    """By layer of models of Bigram-Backcopy, what each head gives position 0, and what its gate lets through (medians).
-
-    Of queries that have nothing to copy, and in brackets of triggers.
-    """
+    """`tabulate_gates` of Bigram-Backcopy: medians of queries with nothing to copy, and in brackets of triggers."""
     columns = {}
     for name, model in models.items():
         heads = backcopy_truth(model, task)["heads"]  # layer, head, [triggers, others]

@@ -63,13 +63,8 @@ def keep(run: Run, plan: Planned, task: Task, machine: Machine, folder: Path) ->
         text=task.name,
         text_sha256=task.sha256,
         versions={name: version(name) for name in VERSIONS},
-        machine={
-            "device": machine.device,
-            "precision": machine.precision,
-            "compiled": machine.compiled,
-            "processes": machine.world,
-            "threads": torch.get_num_threads(),
-        },
+        machine={name: getattr(machine, name) for name in ("device", "precision", "compiled")}
+        | {"processes": machine.world, "threads": torch.get_num_threads()},
         parameters=sum(p.numel() for p in run.model.parameters()),
         seconds=run.seconds,
         curve={name: [row[name] for row in run.curve] for name in run.curve[0]},
@@ -122,11 +117,7 @@ def folder_of(given: str | os.PathLike | None = None) -> Path:
 
 
 def read_all(folder: Path, tier: str) -> list[Record]:
-    """The records of a tier, in the order of their files' names.
-
-    Raises:
-        ConfigError: they cannot be compared, for they are of several texts or precisions.
-    """
+    """The records of a tier, in the order of their files' names; of several texts or precisions a ConfigError."""
     records = [read(file) for file in sorted((folder / tier).glob("*-[0-9].json"))]
     texts, precisions = {r.text_sha256 for r in records}, {r.machine["precision"] for r in records}
     if len(texts) > 1 or len(precisions) > 1:

@@ -29,11 +29,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what is missing of what the arguments of `spikesink lab` ask for.
-
-    Returns:
-        The exit code: 0 all there, 1 some run failed, 2 bad arguments, 130 interrupted.
-    """
+    """Train what `spikesink lab` asks for and is missing; 0 all there, 1 some failed, 2 bad arguments, 130 stopped."""
     folder, build = args.figures / LAB, args.build / LAB
     try:
         machine, plans = _choose_machine(args), _choose_plans(args)
@@ -49,21 +45,19 @@ def run(args: argparse.Namespace) -> int:
     except (ConfigError, CommandError, TextError) as error:
         print(error, file=sys.stderr)
         return 2
+    train_all = _train_together if "RANK" in os.environ else _side_by_side
     try:
-        failed = (
-            _train_together(missing, args, machine) if "RANK" in os.environ else _side_by_side(missing, args, machine)
-        )
+        return 1 if train_all(missing, args, machine) else 0
     except KeyboardInterrupt:
         print(f"Interrupted; the runs go on from their checkpoints in {build} the next time.", file=sys.stderr)
         return INTERRUPTED
     except BrokenProcessPool:
         print(
-            f"A run's process was killed, perhaps for want of memory: try --jobs 1; "
+            "A run's process was killed, perhaps for want of memory: try --jobs 1; "
             f"the runs go on from their checkpoints in {build}.",
             file=sys.stderr,
         )
         return 1
-    return 1 if failed else 0
 
 
 def _choose_plans(args: argparse.Namespace) -> list[Planned]:
@@ -102,11 +96,10 @@ def _train_one(plan: Planned, args: argparse.Namespace, machine: Machine, row: i
     task, place = open_task(plan.config, args.text, args.characters), args.build / LAB / plan.tier / plan.label
     place.mkdir(parents=True, exist_ok=True)
     first = machine.rank == 0
+    options = {"unit": "step", "position": row, "leave": False, "disable": not first}
     with (
         FileLock(place / ".lock", timeout=0) if first else contextlib.nullcontext(),
-        tqdm(
-            desc=plan.label, total=plan.config.steps, unit="step", position=row, leave=False, disable=not first
-        ) as bar,
+        tqdm(desc=plan.label, total=plan.config.steps, **options) as bar,
     ):
 
         def tell(run: Run) -> None:

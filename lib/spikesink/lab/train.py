@@ -104,9 +104,7 @@ def train(
     """Train to the last step, or `until` another, from the checkpoint in `folder` if one is there.
 
     Checkpoints go there every `kept_every` seconds; without a folder none are kept. `tell` is called after every step.
-
-    Raises:
-        TrainingError: a loss that is not finite, or a checkpoint of another configuration.
+    A loss that is not finite, and a checkpoint of another configuration, raise a TrainingError.
     """
     run, identity = start(config, machine), [config.key, task.sha256, machine.precision]
     if folder is not None:
@@ -158,11 +156,7 @@ def look_steps(config: Config) -> tuple[int, ...]:
 
 
 def step(run: Run, task: Task, mean_loss: nn.Module, machine: Machine) -> None:
-    """Take the next step of a run.
-
-    Raises:
-        TrainingError: the loss is not finite, or there are more processes than windows in a batch.
-    """
+    """Take the next step of a run; TrainingError where the loss is not finite."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate(run.config, run.step)
     windows = batch(task, run.config, run.step)
@@ -223,9 +217,6 @@ def look(run: Run, task: Task, windows: int = WINDOWS) -> dict[str, Any]:
     Activations are medians over windows of each one's largest: anywhere in the stream, at position 0, and elsewhere;
     `median` is the median entry of the stream, at the layer where it is largest. `loss` is the mean over the steps
     since the last look. Of Bigram-Backcopy also `backcopy_truth`.
-
-    Raises:
-        TrainingError: the model's predictions are not finite.
     """
     tokens = held_out(task, windows, bos=run.config.bos)
     try:

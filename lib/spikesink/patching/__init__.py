@@ -10,59 +10,10 @@ context lasts, during `generate` too; `recordings` gives what to put in; `outcom
 `cuts` breaks each link between spike and sink; `behaviour` asks what that does beyond perplexity.
 """
 
+# ruff: noqa: F401 (the names that this package offers)
 from spikesink.model.anatomy import attn, block, mlp
 from spikesink.patching.cuts import decouple, unsink
-from spikesink.patching.interventions import (
-    Intervention,
-    add,
-    apply,
-    mask_key,
-    patched,
-    scale,
-    set_to,
-    skip,
-    zero,
-)
+from spikesink.patching.interventions import Intervention, add, apply, mask_key, patched, scale, set_to, skip, zero
 from spikesink.patching.outcome import Outcome, View, compare, evaluate, next_tokens, sweep, table, view
 from spikesink.patching.recordings import mean_of, means_of, patch_from, record
 from spikesink.patching.sites import Site, attention, hook, key, query, read, readout, stream, value, write, z
-
-__all__ = [
-    "Intervention",
-    "Outcome",
-    "Site",
-    "View",
-    "add",
-    "apply",
-    "attention",
-    "attn",
-    "block",
-    "compare",
-    "decouple",
-    "evaluate",
-    "hook",
-    "key",
-    "mask_key",
-    "mean_of",
-    "means_of",
-    "mlp",
-    "next_tokens",
-    "patch_from",
-    "patched",
-    "query",
-    "read",
-    "readout",
-    "record",
-    "scale",
-    "set_to",
-    "skip",
-    "stream",
-    "sweep",
-    "table",
-    "unsink",
-    "value",
-    "view",
-    "write",
-    "z",
-    "zero",
-]

@@ -51,14 +51,12 @@ def measure_behaviour(
 ) -> Behaviour:
     """Measure what cuts do near and far, to copying, to recall from the middle of a prompt, and to greedy generation.
 
-    Args:
-        broken: for its means, windows and losses.
-        names: which of its cuts.
-        n: how many prompts of each kind.
-        new_tokens: how many tokens to generate.
+    `broken` gives means, windows and losses, `names` which of its cuts; there are `n` prompts of each kind.
     """
     names = [name for name in names if name in broken.outcomes]
-    edges = _edges(broken.clean.loss.shape[1])
+    last = broken.clean.loss.shape[1]
+    # Each bin is twice as wide as the one before; the very first prediction has one token to go by.
+    edges = (1, *(2**i for i in range(3, last.bit_length()) if 2**i < last), last)
     copies = compare_on(model, repeated(model, broken.tokens, n, seed=seed), life, broken, names, seed)
     half = copies[CLEAN].loss.shape[1] // 2 + 1  # the first prediction of the second copy's second token, or after
     prompts, at = recall_prompts(model, n, seed)
@@ -81,26 +79,12 @@ def measure_behaviour(
     )
 
 
-def _edges(n: int) -> tuple[int, ...]:
-    """Bins of positions, each twice as wide as the one before; the very first prediction has one token to go by."""
-    edges = [1]
-    while (edge := 2 ** (len(edges) + 2)) < n:
-        edges.append(edge)
-    return (*edges, n)
-
-
 def compare_on(
-    model: Model,
-    prompts: Int[Tensor, "n length"],
-    life: Lifecycle,
-    broken: Broken,
-    names: Sequence[str],
-    seed: int,
+    model: Model, prompts: Int[Tensor, "n length"], life: Lifecycle, broken: Broken, names: Sequence[str], seed: int
 ) -> dict[str, Outcome]:
     """Cuts on other prompts: their spike tokens are looked for, the means are the same."""
-    where = find_spikes(model, prompts, life)
-    cuts = aim_cuts(broken.means, choose_tokens(where, seed), names) if where.any() else {}
-    return compare(model, prompts, cuts)
+    targets = choose_tokens(find_spikes(model, prompts, life), seed)
+    return compare(model, prompts, aim_cuts(broken.means, targets, names))
 
 
 def _loss_at(loss: Float[Tensor, "prompt position"], at: Sequence[slice]) -> float:
@@ -129,9 +113,8 @@ def _bos(model: Model, n: int) -> Int[Tensor, "n bos"]:
 def recall_prompts(model: Model, n: int, seed: int = 0) -> tuple[Int[Tensor, "prompt length"], list[slice]]:
     """Prompts that say where nine things are, and at last ask for one out of their middle.
 
-    Returns:
-        n prompts, and n in which the asked-for sentence has said another place, so that the answer is not told; and
-        which predictions are those of the answer. What follows it fills the prompts up to one length.
+    First n that tell, then n in which the asked-for sentence says another place; and which predictions are the
+    answer's. What follows it fills the prompts up to one length.
     """
     generator = torch.Generator().manual_seed(seed)
     told, untold = [], []
@@ -169,11 +152,11 @@ def write_greedily(
     model: Model, prompts: Int[Tensor, "n position"], broken: Broken, names: Sequence[str], n: int
 ) -> dict[str, Int[Tensor, "n new"]]:
     """What the model writes greedily after the first part of some windows, as it is and under each cut."""
-    where = broken.targets.spike[: len(prompts), : prompts.shape[1]]
-    cuts = aim_cuts(broken.means, choose_tokens(where, broken.targets.seed), names) if where.any() else {}
+    targets = choose_tokens(broken.targets.spike[: len(prompts), : prompts.shape[1]], broken.targets.seed)
+    cuts = {CLEAN: (), **aim_cuts(broken.means, targets, names)}
     options = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
     written = {}
-    for name, cut in progress({CLEAN: (), **cuts}.items(), "generating", "cut"):
+    for name, cut in progress(cuts.items(), "generating", "cut"):
         with patched(model, *cut):
             out = model.generate(prompts.to(model.cfg.device), max_new_tokens=n, **options)
         written[name] = out[:, prompts.shape[1] :].cpu()

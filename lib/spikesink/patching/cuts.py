@@ -6,6 +6,7 @@ What is put in the place of something is measured on other windows than those it
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Real
 
 import pandas as pd
@@ -18,15 +19,7 @@ from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike, p
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Block, Model
 from spikesink.model.weights import require_projections
-from spikesink.patching.interventions import (
-    Intervention,
-    add,
-    mask_key,
-    scale,
-    set_to,
-    skip,
-    zero,
-)
+from spikesink.patching.interventions import Intervention, add, mask_key, scale, set_to, skip, zero
 from spikesink.patching.means import SpikeMeans, Where, spike_means
 from spikesink.patching.outcome import CLEAN, Outcome, compare, table
 from spikesink.patching.recordings import one_prompt
@@ -44,12 +37,8 @@ def decoupled(means: SpikeMeans, where: Where, hold_readout: bool = True) -> tup
 
     The step-up and step-down blocks write nothing at the spike tokens, and the spike channels are kept empty there for
     the rest of the depth; their keys and values are held at constants from the first layer that would meet the spike.
-    None where the model has no keys and values that could be held.
-
-    Args:
-        where: the spike tokens of the windows to be run.
-        hold_readout: whether what the unembedding reads of the spike tokens is held too. Without it their own
-            next-token predictions, and nothing else, are those of a token that has lost its spike.
+    None where the model has no keys and values that could be held. `hold_readout`: what the unembedding reads of them
+    is held too. Without it their own next-token predictions, and nothing else, are those of a token without its spike.
     """
     if means.keys is None:
         return ()
@@ -82,10 +71,8 @@ def decouple(
 ) -> tuple[Intervention, ...]:
     """Interventions that take the spike out of a model's run on these windows or prompts and keep its sinks.
 
-    Args:
-        tokens: what will be run; one prompt [length], or several of one length.
-        held_out: other windows, of which the constants are taken; by default those that `life` was found in.
-        hold_readout: as in `decoupled`.
+    The constants are taken of `held_out`, other windows; by default those that `life` was found in. `hold_readout` is
+    as in `decoupled`.
 
     Raises:
         ValueError: nothing spikes in this model, in these tokens or in those held out.
@@ -150,11 +137,11 @@ def _random_direction(seed: int, *size: int) -> Tensor:
     return functional.normalize(torch.randn(*size, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def _random_channels(means: SpikeMeans, seed: int) -> Sequence[int]:
+def _random_channels(means: SpikeMeans, seed: int) -> list[int]:
     """As many ordinary channels as there are spike channels, drawn at random."""
-    free = sorted(means.ordinary_channels)
-    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [free[i] for i in order[: len(means.cycle.channels)]]
+    free = torch.tensor(sorted(means.ordinary_channels))
+    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed))
+    return free[order[: len(means.cycle.channels)]].tolist()
 
 
 def _zero(channels: Callable[[SpikeMeans, int], Sequence[int]]) -> Build:
@@ -215,7 +202,7 @@ def _mask(layers: Callable[[SpikeMeans], Iterable[int]]) -> Build:
 def _both(*builds: Build) -> Build:
     def build(means: SpikeMeans, at: Where, seed: int) -> list[Intervention]:
         cuts = [one(means, at, seed) for one in builds]
-        return [one for cut in cuts for one in cut] if all(cuts) else []
+        return [*chain.from_iterable(cuts)] if all(cuts) else []
 
     return build
 
@@ -314,13 +301,9 @@ def break_chain(
     names: Sequence[str] = tuple(CUTS),
     seed: int = 0,
 ) -> Broken:
-    """Make cuts, and measure each on the same windows.
+    """Make cuts, and measure each on the same windows: others than those of the means.
 
-    Args:
-        tokens: windows to judge on: others than those of the means.
-        where: their spike tokens.
-        names: which of `CUTS`; those that a model does not have (no step-up block, no norm) are left out.
-        seed: of what controls draw: channels, tokens, directions.
+    `where` are their spike tokens. Cuts that a model does not have (no step-up block, no norm) are left out.
     """
     if not where.any():
         raise NotApplicable(NONE_TO_JUDGE)

@@ -133,8 +133,7 @@ def set_to(
             (of the chosen ones only, where channels or heads are given); with a first dimension more, one for each of
             the site's places, as `mean_of` returns it; with two more, [place, position, ...], as `record` returns it.
         positions: one, several, a mask [position] or [window, position]; None: all.
-        channels: which of a stream, a write or a read; None: all.
-        heads: which of queries, keys, values, z or attention; None: all.
+        channels, heads: which of a stream, a write or a read; or of queries, keys, values, z or attention.
     """
     return intervene(site, Given(_values(site, values)), positions, channels, heads)
 
@@ -266,11 +265,8 @@ def patched(model: Model, *interventions: Intervention, rows: range | None = Non
     """Carry out interventions, in order, while the context lasts; during `generate` as well, KV cache included.
 
     Positions count from the start of the prompt, so in generation those beyond it are generated tokens. Afterwards the
-    model is as it was, also after an exception.
-
-    Args:
-        model: as `load` returns it, or any HookedRootModule with an `anatomy`.
-        rows: which windows the model is about to get, where positions differ between windows; by default all.
+    model is as it was, also after an exception. `rows` are the windows that the model is about to get, where positions
+    differ between windows; by default all.
 
     Raises:
         ValueError: a block, layer, head, channel or hook that this model does not have, or values of the wrong size.
@@ -300,14 +296,16 @@ def patched(model: Model, *interventions: Intervention, rows: range | None = Non
             raise RuntimeError(f"no token stood at any of its positions, so nothing came of: {intervention}.")
 
 
+@dataclass
 class _Run:
     """Interventions while a model runs: which windows it gets, how many tokens a cache holds, what took effect."""
 
-    def __init__(self, interventions: Sequence[Intervention], rows: range | None = None):
-        self.interventions, self.rows = interventions, rows
-        self.offset = self.n_runs = 0
-        self.fired: set[int] = set()
-        self.reached: set[int] = set()
+    interventions: Sequence[Intervention]
+    rows: range | None = None
+    offset: int = 0
+    n_runs: int = 0
+    fired: set[int] = field(default_factory=set)
+    reached: set[int] = field(default_factory=set)
 
     def before(self, module, args, kwargs) -> None:
         """Look at the cache, before the model runs."""
@@ -344,11 +342,12 @@ def _edit(x: Tensor, one: Intervention, place: int, index: tuple, order: Tensor 
     x = x.clone()
     chosen = x[index]
     if one.parts is None:
-        x[index] = one.change(chosen, place, order)
-        return x
-    axis, parts = -one.site.traits.part_dims, torch.tensor(one.parts, device=x.device)
-    changed = one.change(chosen.index_select(axis, parts), place, order)
-    x[index] = chosen.index_copy(axis, parts, changed.contiguous())
+        changed = one.change(chosen, place, order)
+    else:
+        axis, parts = -one.site.traits.part_dims, torch.tensor(one.parts, device=x.device)
+        part = one.change(chosen.index_select(axis, parts), place, order)
+        changed = chosen.index_copy(axis, parts, part.contiguous())
+    x[index] = changed
     return x
 
 

@@ -60,9 +60,7 @@ def spike_means(
 ) -> SpikeMeans:
     """Measure the means that cuts put in place of things, in one pass over windows that are then not judged.
 
-    Args:
-        tokens: windows; at least one must hold a spike token.
-        where: their spike tokens, if they are known; by default they are looked for.
+    `where` are their spike tokens, if they are known; by default they are looked for.
     """
     anatomy, cycle = model.anatomy, life.main
     if cycle is None:

@@ -83,15 +83,7 @@ class Outcome:
         return float(self.loss[where].mean().exp())
 
     def interval(self, what: str = "perplexity", level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """A bootstrap interval over windows (percentile method); not numbers where there is only one window.
-
-        Args:
-            what: one of `MEASURES`.
-            level: of confidence.
-
-        Raises:
-            ValueError: no such measure.
-        """
+        """A bootstrap interval of one of `MEASURES` over windows (percentile method); NaN of one window."""
         if what not in MEASURES:
             raise ValueError(f"there is no measure {what!r}; give one of {', '.join(MEASURES)}.")
         by_window, statistic = MEASURES[what]
@@ -107,11 +99,7 @@ class Outcome:
     def times(self, other: "Outcome") -> tuple[float, float]:
         """Student's 95% interval over windows of how many times another outcome's perplexity this one's is.
 
-        Paired: both are of the same windows, so that what these differ in among themselves does not widen it. Windows
-        are few, and of few a bootstrap's interval is too narrow. Not numbers where there is only one window.
-
-        Raises:
-            ValueError: the other is of other windows.
+        Paired, as both are of the same windows. Windows are few, and of few a bootstrap's interval is too narrow.
         """
         if other.loss.shape != self.loss.shape:
             raise ValueError(
@@ -139,13 +127,9 @@ def student_interval(nats: Float[np.ndarray, " window"]) -> tuple[float, float]:
 
 
 def evaluate(model: Model, tokens: Tokens, *interventions: Intervention, epsilon: float = EPSILON) -> Outcome:
-    """Run windows as they are and under interventions, and compare the two.
+    """Run windows of two tokens or more, or one prompt, as they are and under interventions, and compare the two.
 
-    Args:
-        model: as `load` returns it, or any HookedRootModule with an `anatomy` that returns logits.
-        tokens: windows of two tokens or more, or one prompt [length].
-        interventions: what to do, in order; none is the clean run.
-        epsilon: what a sink's score exceeds.
+    Without interventions it is the clean run. `epsilon` is what a sink's score exceeds.
 
     Raises:
         ValueError: no tokens, too many or unknown ones; a block, layer, head, channel, hook or position that does not
@@ -157,19 +141,12 @@ def evaluate(model: Model, tokens: Tokens, *interventions: Intervention, epsilon
 
 
 def compare(
-    model: Model,
-    tokens: Tokens,
-    cuts: Mapping[Hashable, Cut],
-    epsilon: float = EPSILON,
-    reuse: bool = True,
+    model: Model, tokens: Tokens, cuts: Mapping[Hashable, Cut], epsilon: float = EPSILON, reuse: bool = True
 ) -> dict[Hashable, Outcome]:
-    """`evaluate` many sets of interventions on the same windows; the clean run is made once.
+    """`evaluate` many sets of interventions on the same windows; the clean run, "clean", is made once and comes first.
 
     Each run starts at the first layer that its interventions touch, with what the clean run had there, where the model
     allows it: layers before it would do the same again. `reuse` says whether to, for those who doubt it.
-
-    Returns:
-        An outcome for each of `cuts`, by the same keys, after that of the clean run, by the key "clean".
     """
     if not isinstance(cuts, Mapping):
         raise ValueError("give the cuts as a dictionary, so that each has a name in the answer.")
@@ -182,28 +159,25 @@ def compare(
         raise ValueError("one token predicts nothing that could be compared; give prompts of at least two.")
     starts = {_first_layer(cut, model.anatomy) for cut in listed.values()}
     start = find_start(model, tokens, starts) if reuse else None
-    sums = {key: _Sums(epsilon) for key in (CLEAN, *listed)}
-    todo = [(rows, key) for rows in batches(model.anatomy, tokens) for key in sums]
+    parts = {key: [] for key in (CLEAN, *listed)}
+    todo = [(rows, key) for rows in batches(model.anatomy, tokens) for key in parts]
     for rows, key in progress(todo, "patching" if listed else "running", "run"):
         batch = tokens[rows.start : rows.stop].to(model.cfg.device)
         if key == CLEAN:
             clean = run(model, batch, rows=rows, keep=starts if start else ())
             if not clean.total.isfinite().all():
                 raise FloatingPointError(not_finite(model, "what the model predicts when nothing is changed"))
-            sums[CLEAN].add(batch, clean, clean)
+            parts[CLEAN].append(_summarize(batch, clean, clean, epsilon))
         else:
-            sums[key].add(batch, run(model, batch, listed[key], rows, start and (start, clean)), clean)
+            ran = run(model, batch, listed[key], rows, start and (start, clean))
+            parts[key].append(_summarize(batch, ran, clean, epsilon))
     words = {CLEAN: "the clean run", **{key: "; then ".join(map(str, cut)) for key, cut in listed.items()}}
-    outcomes = {key: total.outcome(words[key]) for key, total in sums.items()}
+    outcomes = {key: _join(words[key], epsilon, several) for key, several in parts.items()}
     return {key: outcomes.get(key, outcomes[CLEAN]) for key in (CLEAN, *cuts)}
 
 
 def sweep(
-    model: Model,
-    tokens: Tokens,
-    cuts: Mapping[Hashable, Cut],
-    over: str = "cut",
-    epsilon: float = EPSILON,
+    model: Model, tokens: Tokens, cuts: Mapping[Hashable, Cut], over: str = "cut", epsilon: float = EPSILON
 ) -> pd.DataFrame:
     """`compare`, as a tidy table: doses, layers, channels, or whatever the keys of `cuts` are, named `over`."""
     return table(compare(model, tokens, cuts, epsilon), over)
@@ -211,12 +185,11 @@ def sweep(
 
 def table(outcomes: Mapping[Hashable, Outcome], over: str = "cut") -> pd.DataFrame:
     """Outcomes as a tidy table: perplexity with its interval, KL, agreement, sink ratio, max activation."""
-    rows = []
-    for key, outcome in outcomes.items():
-        low, high = outcome.interval()
-        row = {over: key, "perplexity": outcome.perplexity, "low": low, "high": high, "kl": outcome.kl}
-        row |= {"agreement": outcome.agreement, "sink_ratio": outcome.sink_ratio}
-        rows.append(row | {"max_activation": outcome.max_activation})
+    rows = [
+        {over: key, "perplexity": outcome.perplexity, **dict(zip(("low", "high"), outcome.interval(), strict=True))}
+        | {name: getattr(outcome, name) for name in ("kl", "agreement", "sink_ratio", "max_activation")}
+        for key, outcome in outcomes.items()
+    ]
     return pd.DataFrame(rows).set_index(over)
 
 
@@ -232,11 +205,7 @@ class View:
 
 
 def view(model: Model, tokens: Tokens, *interventions: Intervention) -> View:
-    """Run one prompt, such as `model.to_tokens(prompt)[0]`, with and without interventions, for a picture of it.
-
-    Raises:
-        ValueError: as `evaluate` does.
-    """
+    """Run one prompt, such as `model.to_tokens(prompt)[0]`, with and without interventions, for a picture of it."""
     prompt = checked(model, one_prompt(tokens), interventions)
     runs = [run(model, prompt.to(model.cfg.device), cut) for cut in ((), interventions)]
     clean, changed = (ran.output[0, -1].softmax(-1).cpu() for ran in runs)
@@ -298,28 +267,21 @@ class Ran:
         return (torch.stack(expected) + other.total - self.total).clamp(min=0)
 
 
-class _Sums:
-    """What `compare` keeps of one set of interventions, batch by batch."""
+def _summarize(batch: Int[Tensor, "window position"], ran: Ran, clean: Ran, epsilon: float) -> tuple[Tensor, ...]:
+    """What `compare` keeps of one batch: an outcome's tensors, window by window."""
+    target = batch[:, 1:, None].to(ran.logits.device)
+    loss = ran.total - ran.logits.gather(-1, target)[..., 0]
+    divergence = torch.zeros_like(loss) if ran is clean else clean.divergence(ran)
+    scores = torch.stack([layer[..., 0] for layer in ran.received], 1)  # window, layer, head
+    attention = torch.stack([layer.mean(1) for layer in ran.received], 1)  # window, layer, key
+    sinks = torch.stack([(layer > epsilon).float().mean(1) for layer in ran.received], 1)
+    kept = loss, divergence, ran.best == clean.best, scores, attention, sinks, torch.stack(ran.sizes).amax(0)
+    return tuple(tensor.cpu() for tensor in kept)
 
-    def __init__(self, epsilon: float):
-        self.epsilon = epsilon
-        self.batches: list[tuple[Tensor, ...]] = []
 
-    def add(self, batch: Int[Tensor, "window position"], ran: Ran, clean: Ran) -> None:
-        target = batch[:, 1:, None].to(ran.logits.device)
-        loss = ran.total - ran.logits.gather(-1, target)[..., 0]
-        divergence = torch.zeros_like(loss) if ran is clean else clean.divergence(ran)
-        scores = torch.stack([layer[..., 0] for layer in ran.received], 1)  # window, layer, head
-        attention = torch.stack([layer.mean(1) for layer in ran.received], 1)  # window, layer, key
-        sinks = torch.stack([(layer > self.epsilon).float().mean(1) for layer in ran.received], 1)
-        largest = torch.stack(ran.sizes).amax(0)
-        kept = loss, divergence, ran.best == clean.best, scores, attention, sinks, largest
-        self.batches.append(tuple(tensor.cpu() for tensor in kept))
-
-    def outcome(self, what: str) -> Outcome:
-        loss, divergence, agrees, scores, attention, sinks, largest = map(torch.cat, zip(*self.batches, strict=True))
-        means = attention.mean(0), sinks.mean(0)
-        return Outcome(what, self.epsilon, loss, divergence, agrees, scores, *means, largest)
+def _join(what: str, epsilon: float, parts: list[tuple[Tensor, ...]]) -> Outcome:
+    loss, divergence, agrees, scores, attention, sinks, largest = map(torch.cat, zip(*parts, strict=True))
+    return Outcome(what, epsilon, loss, divergence, agrees, scores, attention.mean(0), sinks.mean(0), largest)
 
 
 def _first_layer(cut: Sequence[Intervention], anatomy: Anatomy) -> int:
@@ -368,10 +330,7 @@ class Start:
 
 @torch.inference_mode()
 def find_start(model: Model, tokens: Int[Tensor, "n length"], layers: Iterable[int]) -> Start | None:
-    """How a model can be started at these layers; None where it cannot.
-
-    Found by doing it on a few tokens, for each of them: the logits must be those of a whole run.
-    """
+    """How a model can be started at these layers: done on a few tokens, logits are those of a whole run; else None."""
     whole = getattr(model, "original_model", model)
     lists = [module for module in whole.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     stack = next((modules for modules in lists if modules[0] is model.blocks[0]), None)
@@ -407,12 +366,9 @@ def run(
     later: tuple[Start, Ran] | None = None,
     keep: Iterable[int] = (),
 ) -> Ran:
-    """Run a batch under interventions.
+    """Run a batch, windows `rows`, under interventions; `keep` the stream as it enters some layers.
 
-    Args:
-        rows: which windows these are.
-        later: how the model is started at a later layer, and the clean run, for what the layers before it did.
-        keep: layers to keep the stream of, as it enters them.
+    `later` is how the model is started at a later layer, and the clean run, for what the layers before it did.
     """
     anatomy = model.anatomy
     start, clean = (_first_layer(cut, anatomy), later[1]) if later else (0, None)

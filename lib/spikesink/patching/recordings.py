@@ -14,12 +14,7 @@ from spikesink.patching.sites import At, Parts, Positions, Site, Tokens
 
 
 def mean_of(
-    model: Model,
-    tokens: Tokens,
-    site: Site,
-    positions: At = None,
-    channels: Parts = None,
-    heads: Parts = None,
+    model: Model, tokens: Tokens, site: Site, positions: At = None, channels: Parts = None, heads: Parts = None
 ) -> Float[Tensor, " place *part"]:
     """The mean of a site's activations over windows and positions, for `set_to`. Raises what `patched` does."""
     return means_of(model, tokens, {"": (site, positions, channels, heads)})[""]
@@ -38,12 +33,7 @@ def means_of(model: Model, tokens: Tokens, selected: Mapping[str, tuple]) -> dic
 
 
 def record(
-    model: Model,
-    tokens: Tokens,
-    site: Site,
-    positions: At,
-    channels: Parts = None,
-    heads: Parts = None,
+    model: Model, tokens: Tokens, site: Site, positions: At, channels: Parts = None, heads: Parts = None
 ) -> Float[Tensor, " place position *part"]:
     """A site's activations at given positions of one prompt, for `set_to`. Raises what `patched` does."""
     recorded: dict[int, Tensor] = {}

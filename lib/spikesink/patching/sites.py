@@ -104,11 +104,7 @@ class Site:
         return self.traits.sentence.format(("" if self.traits.places == "block" else unit) + list_places(self.places))
 
     def hooks(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """The TransformerLens hook that carries it, place by place.
-
-        Raises:
-            ValueError: the model has no such block, layer or hook.
-        """
+        """The TransformerLens hook that carries it, place by place; ValueError where the model has no such place."""
         kind = self.traits
         last = anatomy.n_blocks if kind.places == "block" else anatomy.n_layers - 1
         for place in self.places if kind.places != "hook" else ():
@@ -177,9 +173,7 @@ def hook(name: str | Iterable[str]) -> Site:
 def whole_numbers(given: Places | Blocks, what: str) -> tuple[int, ...]:
     """Places, positions or parts, one or several: whole numbers, and Blocks where `what` is "block".
 
-    Raises:
-        ValueError: anything else, as a mask or a text would be read as other numbers; a bare number where a block is
-            meant, or a Block where something else is.
+    ValueError for anything else, as a mask or a text would be read as other numbers.
     """
     several = given.tolist() if hasattr(given, "tolist") else given
     several = [several] if isinstance(several, Integral) else several
@@ -219,17 +213,16 @@ class Positions:
 
     @staticmethod
     def of(at: "At | Positions") -> "Positions":
-        """From one position, several, or a mask; None is all.
-
-        Raises:
-            ValueError: a negative position, none at all, or a mask that is not of truth values.
-        """
+        """From one position, several, or a mask; None is all."""
         if at is None or isinstance(at, Positions):
             return Positions() if at is None else at
         if hasattr(at, "dtype") or (isinstance(at, list) and at and all(isinstance(p, bool | list) for p in at)):
             at = torch.as_tensor(at)
             if at.dtype == torch.bool and at.ndim in (1, 2):
-                return Positions._masked(at)
+                rows = tuple(tuple(row.nonzero()[:, 0].tolist()) for row in (at if at.ndim == 2 else at[None]))
+                if not any(rows):
+                    raise ValueError("the mask of positions is empty, so nothing would be changed.")
+                return Positions(same=rows[0]) if len(rows) == 1 else Positions(by_window=rows)
             if at.dtype.is_floating_point or at.dtype == torch.bool or at.ndim > 1:
                 raise ValueError(
                     "a mask of positions must hold truth values and be [position] or [window, position], but is "
@@ -243,13 +236,6 @@ class Positions:
                 f"position {min(positions)} does not exist; positions count from 0, and the last is len(tokens) - 1."
             )
         return Positions(same=positions)
-
-    @staticmethod
-    def _masked(at: Bool[Tensor, "*window position"]) -> "Positions":
-        rows = [tuple(row.nonzero()[:, 0].tolist()) for row in (at if at.ndim == 2 else at[None])]
-        if not any(rows):
-            raise ValueError("the mask of positions is empty, so nothing would be changed.")
-        return Positions(same=rows[0]) if len(rows) == 1 else Positions(by_window=tuple(rows))
 
     def __str__(self) -> str:
         if self.by_window is not None:
@@ -271,8 +257,7 @@ class Positions:
     def index(self, rows: range, offset: int, n: int) -> tuple[tuple | None, Tensor | None]:
         """Where they are in a tensor [window, position, ...] that holds windows `rows` and positions from `offset`.
 
-        Returns:
-            An index for the tensor, None where none of them is in it; and which of the positions these are.
+        An index for the tensor, None where none of them is in it; and which of the positions these are.
         """
         if self.by_window is None:
             if self.same is None:

@@ -108,10 +108,8 @@ def eviction_techniques(
 ) -> dict[str, Technique]:
     """The ways to keep `budget` keys of a query, its own among them, as techniques for `cross`.
 
-    With the sink exempt, one of the keys is the first token's.
-
-    `where` are the windows' spike tokens: the others that are kept as a control, drawn by `seed`, are none of them, nor
-    the first. `sink` is a constant key and value in the first token's place, as `sink_held` returns them.
+    With the sink exempt, one of the keys is the first token's. Others are kept as a control: none of the spike tokens
+    (`where`), nor the first. `sink` is a constant key and value in the first token's place (`sink_held`).
     """
     ordinary = (~where.any(0))[1:budget].nonzero()[:, 0] + 1
     order = torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:N_OTHERS]
@@ -126,12 +124,7 @@ def eviction_techniques(
 
 
 def forget(model: Model, policy: Policy) -> tuple[Intervention, ...]:
-    """Interventions that hide from every query what the policy has let go of; positions stay as they are.
-
-    Raises:
-        ValueError: a policy that shifts.
-        NotApplicable: attention whose pattern cannot be changed, or of which a part has no key.
-    """
+    """Interventions that hide from every query what the policy has let go of; positions stay as they are."""
     anatomy = model.anatomy
     if policy.shifted:
         raise ValueError("positions of a run over whole windows cannot be shifted; use run_bounded.")
@@ -152,8 +145,9 @@ def forget(model: Model, policy: Policy) -> tuple[Intervention, ...]:
 def check_editable(anatomy: Anatomy) -> None:
     """Raise NotApplicable where keys cannot be hidden from a family's attention."""
     if not anatomy.edits_pattern:
-        reason = "the attention of this {} model has read its pattern before it can be changed"
-        raise NotApplicable(reason.format(anatomy.family))
+        raise NotApplicable(
+            f"the attention of this {anatomy.family} model has read its pattern before it can be changed"
+        )
     if anatomy.learned_sink:
         raise NotApplicable(
             f"a learned logit takes part in the attention of this {anatomy.family} model, beside its keys"
@@ -213,7 +207,8 @@ class BoundedCache:
     def __call__(self, tokens: Int[Tensor, "window new"]) -> Float[Tensor, "window new vocabulary"]:
         """Run the next tokens; returns what is predicted after each."""
         n_kept, new = len(self.policy.kept), tokens.shape[1]
-        if self.n_run == 0:
+        first = self.n_run == 0
+        if first:
             if new < n_kept:
                 raise ValueError(f"the first {new} tokens are fewer than the {n_kept} to be kept; run more at once.")
             self.kept_tokens = tokens[:, :n_kept]
@@ -221,7 +216,7 @@ class BoundedCache:
             self._move_up()
         positions = torch.arange(self.n_run, self.n_run + new)
         keys = torch.cat([self.held, positions])
-        logits = self._run(tokens, positions, keys, self.cuts if self.n_run == 0 else (), self.cache)
+        logits = self._run(tokens, positions, keys, self.cuts if first else (), self.cache)
         self.n_run += new
         stays = self.policy.sees(torch.tensor([self.n_run]), keys)[0]
         self.held = keys[stays]
@@ -287,9 +282,6 @@ def run_bounded(
     """Losses, in nats, of text that runs through a bounded cache; it may be longer than the context.
 
     Where the policy shifts, kept tokens move up between chunks. `cuts` are at positions of the first chunk only.
-
-    Raises:
-        ValueError: fewer tokens in a chunk than the policy keeps for good, or heavy hitters.
     """
     bounded, losses = BoundedCache(model, policy, cuts), []
     for start in progress(range(0, tokens.shape[1], chunk), str(policy), "chunk"):
@@ -301,7 +293,7 @@ def run_bounded(
 def generate(
     model: Model, prompt: Int[Tensor, " length"], policy: Policy, n: int, cuts: Sequence[Intervention] = ()
 ) -> Int[Tensor, " n"]:
-    """Write n tokens greedily from a bounded cache; raises what `run_bounded` does."""
+    """Write n tokens greedily from a bounded cache."""
     bounded, written = BoundedCache(model, policy, cuts), []
     for part in prompt.split(CHUNK):
         logits = bounded(part[None])

@@ -50,11 +50,7 @@ def make_cells(means: SpikeMeans | NotApplicable, where: Bool[Tensor, "window po
     Sink held: from the spike on, spike tokens' keys and values are constants. Spike removed: the same, and no spike is
     written; the hidden activations that write it are zero there too, or they would set the range of a quantizer with
     nobody to read them. Sink removed: the spike tokens' keys are masked. Both removed: no spike is written, and nothing
-    is held.
-
-    Args:
-        means: as `spike_means` returns it, of other windows.
-        where: the spike tokens of the windows that will be run, as `find_spikes` returns them.
+    is held. `means` are of other windows; `where` are the spike tokens of those that will be run.
     """
     made = _cut(means, where)
     return Cells({UNCHANGED: ()}, made.reason) if isinstance(made, NotApplicable) else Cells(made)

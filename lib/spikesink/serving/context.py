@@ -146,11 +146,7 @@ def measure_lengths(
     chunk: int = CHUNK,
     epsilon: float = EPSILON,
 ) -> Lengths:
-    """Run long windows once, `chunk` tokens at a time with every key in the cache, and measure at each length.
-
-    Raises:
-        ValueError: lengths that do not rise, or more than there are tokens.
-    """
+    """Run long windows once, `chunk` tokens at a time with every key in the cache, and measure at each length."""
     lengths = tuple(lengths)
     if list(lengths) != sorted(set(lengths)) or not lengths or lengths[0] < 2 or lengths[-1] > tokens.shape[1]:
         raise ValueError(f"lengths must rise from at least 2 to the windows' {tokens.shape[1]}, but are {lengths}.")
@@ -225,7 +221,7 @@ def run_recomputed(
 ) -> Float[Tensor, "window prediction"]:
     """Losses where each token is predicted from a new run of the 3/4 of `budget` tokens before it, or more.
 
-    That is what so few tokens tell a model, whichever keys a cache would have kept. A run begins as `windows` do.
+    That is what so few tokens tell a model, whichever keys a cache would have kept.
     """
     new, losses, bos = budget // 4, [], torch.tensor([texts.bos(model)], dtype=torch.long)
     for start in progress(range(0, tokens.shape[1] - 1, new), "recomputing the window", "chunk"):
@@ -312,7 +308,7 @@ def measure_recall(
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
 ) -> Recall:
-    """Ask for a fact under caches of `budget` keys. Takes what `make_needles` does, and is NotApplicable as that is."""
+    """Ask for a fact under caches of `budget` keys; the prompts are those of `make_needles`."""
     needles, policies = make_needles(model, filler, length, n, depths, seed), cache_policies(budget)
     cuts = {name: forget(model, policies[name]) for name in (WINDOW, WITH_FIRST, HEAVY)}
     outcomes = compare(model, needles.tokens, cuts)
@@ -332,9 +328,6 @@ def make_needles(
     """Hide a sentence at several depths of a text, and ask for it in the end; beside each, one that says another place.
 
     `n` things are hidden in `filler`, a text in tokens without BOS, each at all depths; prompts have `length` tokens.
-
-    Raises:
-        NotApplicable: the text is too short, or the prompts are.
     """
     generator = torch.Generator().manual_seed(seed)
     things = [THINGS[i] for i in torch.randperm(len(THINGS), generator=generator)[:n]]

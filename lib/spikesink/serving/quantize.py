@@ -46,19 +46,13 @@ Activations = Float[Tensor, "window position *part"]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Symmetric rounding to integers: x becomes step * round(x / step).
-
-    Args:
-        bits: of the integers.
-        per: what shares a step: each window's "tensor", each "token", or each "channel" of a window.
-        split: channels that are not rounded, and do not count for the step.
-        by_head: whether each head of [window, position, head, d_head] has its own steps, as in a KV cache. What a
-            matrix multiplies is one vector a token, whichever heads it comes from.
-    """
+    """Symmetric rounding to integers: x becomes step * round(x / step)."""
 
     bits: int = 8
-    per: str = "tensor"
-    split: tuple[int, ...] = ()
+    per: str = "tensor"  # what shares a step: each window's "tensor", each "token", or each "channel" of a window
+    split: tuple[int, ...] = ()  # channels that are not rounded, and do not count for the step
+    # Whether each head of [window, position, head, d_head] has its own steps, as in a KV cache. What a matrix
+    # multiplies is one vector a token, whichever heads it comes from.
     by_head: bool = False
 
     def __post_init__(self):
@@ -98,10 +92,7 @@ class Quantizer:
 
 
 def shown_sites(model: Model) -> dict[str, list[tuple[str, ...]]]:
-    """The hooks of each of SITES that the model shows, layer by layer.
-
-    What passes inside a mixture of experts is not shown: a router sends each token elsewhere.
-    """
+    """The hooks of each of SITES that the model shows, layer by layer; what passes inside experts is not shown."""
     shown, anatomy = {}, model.anatomy
     for site, (_, ends) in SITES.items():
         layers = [tuple(f"blocks.{i}.{end}" for end in ends) for i in range(anatomy.n_layers)]
@@ -144,10 +135,7 @@ class Range:
 def measure_ranges(
     model: Model, tokens: Int[Tensor, "window position"], where: Bool[Tensor, "window position"]
 ) -> dict[str, Range]:
-    """Measure the range of every site that the model shows, in one pass.
-
-    The windows must be others than will be judged, where channels are chosen by them; `where` are their spike tokens.
-    """
+    """Measure the range of every site that the model shows, in one pass over windows that are then not judged."""
     shown = shown_sites(model)
     hooks = [names[0] for layers in shown.values() for names in layers]
     entries = {name: [] for name in hooks}
@@ -188,21 +176,18 @@ def round_activations(
     split: Mapping[str, Sequence[tuple[int, ...]]] | None = None,
     positions: Bool[Tensor, "window position"] | None = None,
 ) -> tuple[Intervention, ...]:
-    """Interventions that round activations wherever they pass a site.
+    """Interventions that round activations wherever they pass a site; without those that the model does not show.
 
-    Sites that the model does not show are left out. `split` are channels, by site and layer, that are not rounded and
-    do not count for the step; `positions` the tokens that are rounded, if not all: steps must then be per-token.
-
-    Raises:
-        ValueError: no such site; or some positions only, and a step that tokens share.
+    `split` are channels, by site and layer, that are not rounded and do not count for the step; `positions` the tokens
+    that are rounded, if not all: steps must then be per-token.
     """
     if unknown := [site for site in sites if site not in SITES]:
         raise ValueError(f"there is no site {unknown[0]!r}; give one of {', '.join(SITES)}.")
     if positions is not None and quantizer.per != "token":
         raise ValueError(f"all tokens share a step per {quantizer.per}; give per='token' to round some only.")
     cuts, shown = [], shown_sites(model)
-    for site in (site for site in sites if site in shown):
-        for layer, names in enumerate(shown[site]):
+    for site in sites:
+        for layer, names in enumerate(shown.get(site, ())):
             channels = split[site][layer] if split and site in split else quantizer.split
             here = replace(quantizer, split=channels, by_head=site in CACHED)
             cuts += [apply(hook(name), here, positions) for name in names]
@@ -260,10 +245,7 @@ def cross_weights(
     crossed: Crossed,
     settings: Mapping[str, tuple[int, str]] = WEIGHTS,
 ) -> Crossed:
-    """Round the layers' matrices in every cell, and add that to what was tried on the same windows.
-
-    `settings` are bits and what shares a step, by name.
-    """
+    """Round the layers' matrices in every cell, and add that to what was tried on the same windows."""
     if is_offloaded(model):
         raise NotApplicable("weights that are partly on disk cannot be rounded in place; load the model into memory")
     with_it = dict(crossed.with_it)

@@ -24,9 +24,9 @@ def _require_sinks(broken: Broken) -> None:
         raise NotApplicable(NO_SINK)
 
 
-def _each(measured: str, **outcomes: Outcome) -> dict[str, float]:
-    """One measure of several outcomes, as "perplexity_clean" and so on."""
-    return {f"{measured}_{name}": getattr(outcome, measured) for name, outcome in outcomes.items()}
+def _each(*measures: str, **outcomes: Outcome) -> dict[str, float]:
+    """Measures of several outcomes, as "perplexity_clean" and so on."""
+    return {f"{what}_{name}": getattr(outcome, what) for what in measures for name, outcome in outcomes.items()}
 
 
 def _intervals(**ends: Sequence[float]) -> dict[str, list[float]]:
@@ -45,17 +45,13 @@ def ab1_zeroing_breaks(broken: Broken) -> Evidence:
     zeroed, masked, rest = _outcomes(broken, "zeroed", "zeroed_and_masked", "rest_zeroed")
     controls = ("random_channels", "strongest_channels", "other_position", "another_way")
     beside = {"clean": broken.clean, "zeroed": zeroed, "zeroed_and_masked": masked, "rest_zeroed": rest}
-    if "skipped_and_zeroed" in broken.outcomes:
-        beside["skipped_and_zeroed"] = broken.outcomes["skipped_and_zeroed"]
+    beside |= {name: outcome for name, outcome in broken.outcomes.items() if name == "skipped_and_zeroed"}
     n, length = broken.tokens.shape
     return make_evidence(
         measured={
             **_each("perplexity", **beside),
-            **_intervals(
-                interval_clean=broken.clean.interval(),
-                interval_zeroed=zeroed.interval(),
-                interval_zeroed_over_clean=zeroed.times(broken.clean),
-            ),
+            **_intervals(interval_clean=broken.clean.interval(), interval_zeroed=zeroed.interval()),
+            **_intervals(interval_zeroed_over_clean=zeroed.times(broken.clean)),
             **_each("sink_ratio", clean=broken.clean, zeroed=zeroed),
             "n_windows": n,
             "length": length,
@@ -97,17 +93,13 @@ def ab3_step_up_makes_the_sink(broken: Broken) -> Evidence:
     return make_evidence(
         measured={
             "step_up_blocks": list(broken.means.cycle.step_up),
-            **_each("perplexity", clean=broken.clean, skipped=skipped),
-            **_each("sink_ratio", clean=broken.clean, skipped=skipped),
+            **_each("perplexity", "sink_ratio", clean=broken.clean, skipped=skipped),
             "most_attended_other_key_clean": broken.most_attended_other_key(CLEAN),
             "most_attended_other_key_skipped": broken.most_attended_other_key("skipped"),
             "largest_at_spike_tokens_clean": broken.at_spikes(CLEAN),
             "largest_at_spike_tokens_skipped": broken.at_spikes("skipped"),
         },
-        control={
-            **_each("perplexity", other_blocks=others, other_tokens=elsewhere),
-            **_each("sink_ratio", other_blocks=others, other_tokens=elsewhere),
-        },
+        control=_each("perplexity", "sink_ratio", other_blocks=others, other_tokens=elsewhere),
     )
 
 
@@ -130,12 +122,11 @@ def ab4_spike_removed(broken: Broken) -> Evidence:
             "perplexity_clean_elsewhere": broken.clean.perplexity_at(elsewhere),
             "perplexity_decoupled_elsewhere": open_.perplexity_at(elsewhere),
             "same_token_decoupled": apart.agreement,
-            **_each("sink_ratio", clean=broken.clean, decoupled=apart),
-            **_each("max_activation", clean=broken.clean, decoupled=apart),
+            **_each("sink_ratio", "max_activation", clean=broken.clean, decoupled=apart),
             "largest_at_spike_tokens_clean": broken.at_spikes(CLEAN),
             "largest_at_spike_tokens_decoupled": broken.at_spikes("decoupled"),
         },
-        control={**_each("perplexity", zeroed=zeroed), **_each("max_activation", zeroed=zeroed)},
+        control=_each("perplexity", "max_activation", zeroed=zeroed),
     )
 
 
@@ -160,10 +151,7 @@ def ab5_sink_removed(broken: Broken) -> Evidence:
             "largest_elsewhere_unsunk": broken.elsewhere("masked"),
             "largest_elsewhere_masked_everywhere": broken.elsewhere("masked_everywhere"),
         },
-        control={
-            **_each("perplexity", other_tokens_masked=elsewhere, ordinary_key=ordinary),
-            **_each("sink_ratio", other_tokens_masked=elsewhere, ordinary_key=ordinary),
-        },
+        control=_each("perplexity", "sink_ratio", other_tokens_masked=elsewhere, ordinary_key=ordinary),
     )
 
 

@@ -20,12 +20,12 @@ MOST_TOKENS = 0.05  # of those after the first can be spike tokens
 ASKED = tuple(["LC1", "LC3", "LC4", "LC7", "AM2", "AM3", "AM5", "AM6", "NM3", "NM4", "SK1", "SK2", "SK3", "SK5", "SK7"])
 WITHOUT_SPIKE = ("LC7", "SK1")  # asked whether there is a spike or not
 
-Evidences = Mapping[str, Evidence | NotApplicable]
+Evidences = dict[str, Evidence | NotApplicable]
 
 
 def measure_inside(
     model: Decoder, tokens: Int[Tensor, "n length"], threshold: float = THRESHOLD, seed: int = 0
-) -> dict[str, Evidence | NotApplicable]:
+) -> Evidences:
     """What notebooks 01 to 07 claim, measured in a small model, by claim.
 
     Where so many tokens pass the threshold that passing it marks no spike, LC7 says so, and what asks for spike tokens
@@ -34,10 +34,10 @@ def measure_inside(
     life = find_lifecycle(trace_windows(model, tokens, seed, threshold))
     measured = measure_chain(model, tokens, life, seed)
     few = measured["LC7"]
-    share = 0.0 if isinstance(few, NotApplicable) else few.control["other_positions_share"]
-    if isinstance(few, NotApplicable) or share > MOST_TOKENS:
-        passing = f"{share:.0%} of tokens after the first pass {threshold:g} medians, so it marks no spike"
-        why = few if isinstance(few, NotApplicable) else NotApplicable(passing)
+    why = few if isinstance(few, NotApplicable) else None
+    if why is None and (share := few.control["other_positions_share"]) > MOST_TOKENS:
+        why = NotApplicable(f"{share:.0%} of tokens after the first pass {threshold:g} medians, so it marks no spike")
+    if why is not None:
         measured |= {claim: why for claim in ASKED if claim not in WITHOUT_SPIKE}
     return {claim: measured[claim] for claim in ASKED}
 

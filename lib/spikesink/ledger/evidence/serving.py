@@ -124,12 +124,9 @@ def sv3_over_lengths(lengths: Lengths) -> Evidence:
         "limit": lengths.limit,
         "n_layers": len(lengths.full_sight),
     }
-    if n < len(lengths.lengths):
-        measured |= {
-            "lengths_past": list(lengths.lengths[n:]),
-            "sink_ratios_past": lengths.late_ratios()[n:],
-            "perplexities_past": lengths.perplexities[n:],
-        }
+    if past := list(lengths.lengths[n:]):
+        measured |= {"lengths_past": past, "sink_ratios_past": lengths.late_ratios()[n:]}
+        measured["perplexities_past"] = lengths.perplexities[n:]
     control = {
         "sink_ratios_other_position": lengths.late_ratios(other=True)[:n],
         "sink_ratios_of_all_queries": lengths.sink_ratios[:n],

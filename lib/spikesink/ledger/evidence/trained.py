@@ -36,12 +36,8 @@ def tr_family(runs: pd.DataFrame, family: str, task: pd.DataFrame | None = None)
 
     Each kind of change that the claim names must be supported by one. Where none goes another way, and the rule fails
     for those that stay open or are not trained yet, the claim is not judged. Control: each of the base's seeds in a
-    variant's place; where half of these looks or more count as changes, nothing is judged.
-
-    Args:
-        runs: of the text tier, by which the verdict is given, as `tabulate_runs` gives them.
-        family: one of `families.FAMILIES`.
-        task: runs of the task tier, to stand beside it.
+    variant's place; where half of these looks or more count as changes, nothing is judged. `runs` are of the text tier;
+    those of the `task` tier stand beside it.
     """
     compared = compare_variants(runs, family)
     if not compared:
@@ -125,7 +121,7 @@ def _why_open(asked: Sequence[Change], unsupported: Sequence[str]) -> str:
     return f"{len(undecided)} of {len(asked)} changes stay open ({why}); {rest}"
 
 
-def _count_false_alarms(runs: pd.DataFrame) -> dict[str, float | int | list[float]]:
+def _count_false_alarms(runs: pd.DataFrame) -> dict[str, Any]:
     """The base's seeds as if each were a variant, by the scatter of the others; not judged where that is not known."""
     base = runs[runs["name"] == BASE]
     n, alarms, looks = len(base), 0, 0
