@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import spikesink
 from spikesink.chain import collapse
-from spikesink.chain.lifecycle import is_spike, plateau_layers
+from spikesink.chain.lifecycle import is_spike
 from spikesink.ledger import evidence
 from spikesink.model.weights import weights_of
 from tests.test_families import tiny
@@ -80,7 +80,7 @@ def test_cosines_are_of_all_pairs_of_different_windows(measured, planted_life, s
 
 def test_a_window_is_lent_the_mean_of_the_other_half_over_the_plateau_alone(measured, planted_life, stream):
     """The plateau is points 4 to 9. The even half has e_0 there, the odd half e_1; both have e_2 everywhere else."""
-    spike, layers = is_spike(planted_life, planted_life.main), list(plateau_layers(planted_life.main))
+    spike, layers = is_spike(planted_life, planted_life.main), list(planted_life.main.layers)
     for window in range(6):
         others = [w for w in range(6) if w % 2 != window % 2]
         mean = stream[others][spike[others]][:, layers].mean((0, 1))
@@ -217,7 +217,7 @@ def test_depths_are_compared_pair_by_pair(measured):
 
 def test_attention_counts_in_the_plateaus_layers():
     moved = torch.arange(18.0).view(3, 6) / 100
-    replaced = collapse.Replaced(range(2, 5), 6, torch.tensor([1.0, 1.0, 2.0]), moved, moved + 0.1)
+    replaced = collapse.Replaced([2, 3, 4], 6, torch.tensor([1.0, 1.0, 2.0]), moved, moved + 0.1)
     result = evidence.nm5_implicit_parameter(replaced)
     assert result.measured["attention_moved"] == pytest.approx(0.09)
     assert result.control["attention_moved_other_tokens_mean"] == pytest.approx(0.15)

@@ -60,9 +60,9 @@ def test_a_residual_multiplier_counts_for_biases_and_for_any_ffn(tmp_path):
     model = spikesink.load(planted.save(transformers.GraniteForCausalLM(config).eval(), tmp_path / "granite"))
     shake(model)
     tokens, weights = torch.tensor([5, 9]), weights_of(model)
-    by_modules = replace(weights, anatomy=replace(weights.anatomy, gate_activation=None))  # as if it had no gated FFN
-    for some in (weights, by_modules):
-        stream = paths.static_path(some, tokens, 6)
+    for gate in ("silu", None):  # with its gated FFN, and as if it had none
+        model.anatomy = replace(model.anatomy, gate_activation=gate)
+        stream = paths.static_path(weights, tokens, 6)
         torch.testing.assert_close(stream, forward(model, tokens, 6)[-1], rtol=1e-4, atol=1e-5)
 
 
@@ -289,7 +289,9 @@ def test_bad_requests_are_named(planted_model, planted_probe, trigger_tokens):
         firsttoken.try_word(planted_model, trigger_tokens, planted_probe, "")
 
 
-@pytest.mark.parametrize(("family", "reason"), [("gpt_oss", "a learned logit"), ("deepseek_v3", "no W_K and W_V")])
+@pytest.mark.parametrize(
+    ("family", "reason"), [("gpt_oss", "does not give a token alone"), ("deepseek_v3", "no W_K and W_V")]
+)
 def test_where_a_token_alone_is_not_mapped_by_its_values_there_is_no_path(family, reason, tmp_path, planted_life):
     weights = weights_of(spikesink.load(tiny(family, tmp_path)))
     theirs = replace(planted_life, trace=replace(planted_life.trace, anatomy=weights.anatomy))

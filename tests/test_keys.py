@@ -75,7 +75,7 @@ def test_geometry_is_that_of_logits_by_brute_force_in_every_family(family, more,
     spike = torch.zeros(2, 20, dtype=torch.bool)
     spike[0, 0] = spike[1, 3] = spike[1, 7] = True
     groups = {"spike": spike, "next": spike.roll(1, dims=1)}
-    reducer = keys_._GeometryReducer(about, sunk[0], groups, seed=0)
+    reducer = keys_._GeometryReducer(model, sunk[0], groups, seed=0)
     reduce_windows(model, tokens, [reducer], "")
     geometry = reducer.result()
     logs = transformers_attention(directory, tokens)[layer].double().log()  # window, head, query, key

@@ -13,6 +13,7 @@ from spikesink.lab.config import Config
 from spikesink.lab.model import Decoder
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import verdict
+from spikesink.model.proof import Proof
 from tests import planted
 
 
@@ -73,7 +74,7 @@ def test_the_tables_say_what_the_cycle_holds(planted_life):
 N_BLOCKS, SECOND = 12, 1
 
 
-def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
+def handmade(spikes, drawn, medians=None, n_windows=2, length=20, reasons=None):
     """A trace of tokens given as (window, position, {block: write into the first channel, ...}).
 
     The second channel gets half of every write and each of four ordinary channels a hundredth; all start from 0, the
@@ -107,7 +108,8 @@ def handmade(spikes, drawn, medians=None, n_windows=2, length=20):
     n = int(rows.candidate.sum())
     text = torch.full((n_windows, length), 6)
     text[rows.window, rows.position] = rows.token
-    return module.Trace(ANATOMY, text, channels, 2, n, rows, medians.mean(0), medians, zeros, zeros[1:], zeros, 0.0)
+    means = (medians.mean(0), medians, zeros, zeros[1:], zeros)
+    return module.Trace(ANATOMY, text, channels, 2, n, rows, *means, closure=0.0, proof=Proof({}, reasons or {}))
 
 
 ANATOMY = Decoder(Config(n_layers=6, d_model=8, heads=(8, 1), bos=False)).anatomy

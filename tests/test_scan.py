@@ -175,7 +175,7 @@ def test_each_channel_is_that_of_the_expert_where_its_gain_is_largest(tmp_path):
 
 
 def test_a_model_whose_first_token_is_no_fixed_map_is_not_scanned(tmp_path):
-    with pytest.raises(ValueError, match=r"a learned logit takes part in each softmax of this gpt_oss model.*figures"):
+    with pytest.raises(ValueError, match=r"attention of this gpt_oss model does not give a token alone.*figures"):
         scan.scan(tiny("gpt_oss", tmp_path), 40)
 
 

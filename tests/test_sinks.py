@@ -32,8 +32,10 @@ def test_the_score_is_the_mean_over_queries_at_or_after_the_key():
     pattern = torch.tensor([[[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.2, 0.3, 0.5, 0], [0.7, 0, 0.1, 0.2]]])
     expected = [(1 + 0.5 + 0.2 + 0.7) / 4, (0.5 + 0.3 + 0) / 3, (0.5 + 0.1) / 2, 0.2]
     assert received(pattern)[0].tolist() == pytest.approx(expected)
-    near = torch.tensor([[[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0.3, 0.7, 0], [0, 0, 0.8, 0.2]]])
-    assert received(near, sight=2)[0].tolist() == pytest.approx([1.5 / 2, 0.8 / 2, 1.5 / 2, 0.2])
+    near = torch.tensor([[[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0.3, 0.7, 0], [0, 0, 0.8, 0.2]]])  # a window of two
+    assert received(near)[0].tolist() == pytest.approx([1.5 / 2, 0.8 / 2, 1.5 / 2, 0.2])
+    chunks = torch.tensor([[[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0.6, 0.4]]])
+    assert received(chunks)[0].tolist() == pytest.approx([1.5 / 2, 0.5, 1.6 / 2, 0.4])
 
 
 def test_scores_are_those_of_transformers_attention(random_directory, random_model):

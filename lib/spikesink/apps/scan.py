@@ -36,7 +36,8 @@ from spikesink.model.errors import quiet
 from spikesink.model.gguf import cache_directory, is_dequantized
 from spikesink.model.load import Prepared, gguf_file, prepare, read_configuration
 from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
-from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights, require_static_map
+from spikesink.model.proof import STATIC_PATH, require
+from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights
 
 SUSPECTS = 10  # (block, channel) pairs of largest gain that are shown
 FLOAT = 4  # bytes
@@ -234,7 +235,7 @@ def scan(
     anatomy = weights.anatomy
     _check_entries(entries, anatomy.d_vocab)
     try:
-        require_static_map(anatomy)
+        require(weights, *STATIC_PATH)
     except NotApplicable as why:
         raise ValueError(f"{why.reason}; see what it does on text instead, with make figures.") from None
     # Where the tokenizer puts BOS first, nothing else ever stands there.

@@ -21,7 +21,6 @@ from spikesink.chain.lifecycle import (
     check_model,
     check_windows,
     is_spike,
-    plateau_layers,
     right_after,
 )
 from spikesink.chain.trace import Mean, Reducer, reduce_windows
@@ -238,7 +237,7 @@ def spike_ratio(collapse: Collapse) -> Float[Tensor, " point"]:
 class Replaced:
     """What a model does when its blocks read other vectors at the spike tokens; `VARIANTS` in order."""
 
-    layers: range  # whose reads are replaced
+    layers: list[int]  # whose reads are replaced
     n_tokens: int
     loss: Float[Tensor, " variant"]  # mean cross-entropy of the next token, in nats
     moved: Float[Tensor, "variant layer"]  # total variation distance to the clean attention, mean over heads, queries
@@ -261,7 +260,7 @@ def replace_input(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle
     check_model(model, life)
     check_windows(life, tokens)
     require_separate_ffn(model.anatomy)
-    layers, spikes = plateau_layers(collapse.cycle), is_spike(life, collapse.cycle)
+    layers, spikes = collapse.cycle.layers, is_spike(life, collapse.cycle)
     if not layers:
         raise NotApplicable("no layer reads the plateau")
     if collapse.spike.mean.isnan().any():
@@ -310,7 +309,7 @@ def _compare(layer: int, where: Bool[Tensor, " position"], moved: Mean, to_spike
 def _norms(collapse: Collapse) -> list[str]:
     """The hooks of all norms that read a point of the plateau; a parallel FFN reads what attention does."""
     anatomy, last, names = collapse.anatomy, collapse.cycle.plateau[1], []
-    for layer in plateau_layers(collapse.cycle):
+    for layer in collapse.cycle.layers:
         names.append(f"blocks.{layer}.{anatomy.attention_norm}.hook_normalized")
         reads = 2 * layer if anatomy.parallel else 2 * layer + 1
         if anatomy.ffn_norm != anatomy.attention_norm and reads <= last:

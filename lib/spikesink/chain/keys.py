@@ -5,7 +5,7 @@ about their keys. `read_attention` reads queries, keys and values beside the sco
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikesink.chain.collapse import Collapse
-from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, is_spike, plateau_layers
+from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, is_spike
 from spikesink.chain.sinks import (
     ScoreReducer,
     Scores,
@@ -28,10 +28,18 @@ from spikesink.chain.sinks import (
 from spikesink.chain.trace import EPSILON, Hook, Mean, Reducer, reduce_windows
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy, Model
+from spikesink.model.proof import (
+    HOOKS,
+    ROTATED,
+    SCORES,
+    attention_logits,
+    by_head,
+    proof_of,
+    query_and_key,
+    require,
+    visible,
+)
 from spikesink.model.weights import Weights, require_projections
-
-HOOKS = {"q": "attn.q.hook_out", "k": "attn.k.hook_out", "v": "attn.v.hook_out"}
-ROTATED = {"rotated_q": "attn.hook_rot_q", "rotated_k": "attn.hook_rot_k"}  # where `Anatomy.sees_rotation`
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def read_attention(
     groups = group_tokens(life)
     scores = ScoreReducer(model.anatomy, check_epsilon(epsilon), tokens.shape[1], 0, groups)
     # Where one of these does not apply, its reason stands in its place.
-    geometry = measure(_GeometryReducer)(model.anatomy, life, groups, seed)
+    geometry = measure(_GeometryReducer)(model, life, groups, seed)
     secondary = measure(SecondaryReducer)(epsilon, groups["spike"], collapse)
     reducers = [part for part in (scores, geometry, secondary) if isinstance(part, Reducer)]
     reduce_windows(model, tokens, reducers, "reading queries and keys")
@@ -100,7 +108,7 @@ def read_attention(
 
 def layers_with_spike(life: Lifecycle) -> list[int]:
     """The layers whose attention reads the main cycle's plateau; raise NotApplicable where none does."""
-    if not (layers := list(plateau_layers(life.require_main()))):
+    if not (layers := list(life.require_main().layers)):
         raise NotApplicable("no layer reads the plateau of the spike")
     return layers
 
@@ -108,11 +116,12 @@ def layers_with_spike(life: Lifecycle) -> list[int]:
 class _GeometryReducer(Reducer):
     """The sums of `Geometry`."""
 
-    def __init__(
-        self, anatomy: Anatomy, life: Lifecycle, groups: Mapping[str, Bool[Tensor, "window position"]], seed: int
-    ):
+    def __init__(self, model: Model, life: Lifecycle, groups: Mapping[str, Bool[Tensor, "window position"]], seed: int):
         layers_with_spike(life)
+        anatomy = model.anatomy
         require_projections(anatomy)
+        require(model, "logits")
+        self.turned = proof_of(model).turned
         self.anatomy, self.groups = anatomy, groups
         self.generator = torch.Generator().manual_seed(seed)
         heads, kv_heads = (anatomy.n_layers, anatomy.n_heads), (anatomy.n_layers, anatomy.n_kv_heads)
@@ -134,38 +143,38 @@ class _GeometryReducer(Reducer):
         self.passed: dict[str, Tensor] = {}
 
     def hooks(self) -> list[Hook]:
-        names = HOOKS | ROTATED if self.anatomy.sees_rotation else HOOKS
+        names = HOOKS | (ROTATED if self.anatomy.sees_rotation else {"scores": SCORES})
         hooks = []
-        for layer in range(self.anatomy.n_layers):
+        for layer in self.anatomy.attention_layers:
             hooks += [(f"blocks.{layer}.{hook}", partial(self.keep, name)) for name, hook in names.items()]
-            hooks.append((f"blocks.{layer}.attn.hook_attn_scores", partial(self.reduce, layer)))
+            hooks.append((self.anatomy.pattern_hooks[layer], partial(self.reduce, layer)))
         return hooks
 
     def keep(self, name: str, x: Tensor) -> None:
-        self.passed[name] = _by_head(x, self.anatomy.d_head)
+        self.passed[name] = x if name == "scores" else by_head(x, self.anatomy.d_head)
 
-    def reduce(self, layer: int, logits: Float[Tensor, "head query key"]) -> None:
-        """All of a layer, once its logits are there, which come last."""
-        passed, groups = self.passed, {name: mine.to(logits.device) for name, mine in self.mine.items()}
+    def reduce(self, layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+        """All of a layer, once its pattern is there, which comes last."""
+        passed, groups = self.passed, {name: mine.to(pattern.device) for name, mine in self.mine.items()}
         for stage, q, k in zip(self.unit, ("q", "rotated_q"), ("k", "rotated_k"), strict=False):
-            for name, mine in (groups | {"matched": self.matched.to(logits.device)}).items():
+            for name, mine in (groups | {"matched": self.matched.to(pattern.device)}).items():
                 some = passed[k][:, mine]
                 self.moment[stage][name][layer] += torch.einsum("hpd,hpe->hde", some, some).cpu()
             self.unit[stage].add(layer, functional.normalize(passed[q], dim=-1).transpose(0, 1))
-        query_norm, key_norm, value_norm = (passed[name].norm(dim=-1) for name in (q, k, "v"))
+        key_norm, value_norm = (passed[name].norm(dim=-1) for name in (k, "v"))
         for name, mine in groups.items():
             self.value_norm[name].add(layer, value_norm[:, mine].T)
             self.key_norm[name].add(layer, key_norm[:, mine].T)
-        self.towards(layer, logits, query_norm, key_norm)
+        self.towards(layer, visible(pattern), passed[q], passed[k])
 
-    def towards(self, layer: int, logits: Tensor, query_norm: Tensor, key_norm: Tensor) -> None:
+    def towards(self, layer: int, sees: Bool[Tensor, "query key"], q: Tensor, k: Tensor) -> None:
         """Logits and cosines towards single keys, and towards all others that a query sees."""
-        anatomy = self.anatomy
-        sees = visible(logits.shape[-1], anatomy.sight[layer], logits.device)
-        other = sees & self.mine["other"].to(logits.device)
+        anatomy, query_norm = self.anatomy, q.norm(dim=-1)
+        logits = attention_logits(anatomy, q, k) if self.turned else self.passed["scores"]
+        other = sees & self.mine["other"].to(sees.device)
         n_other = other.sum(-1)  # query
-        per_head = key_norm.repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=0)
-        flat = logits if anatomy.softcap is None else _uncapped(logits, anatomy.softcap)
+        per_head = k.norm(dim=-1).repeat_interleave(len(q) // len(k), dim=0)
+        flat = logits if anatomy.softcap is None else attention_logits(replace(anatomy, softcap=None), q, k)
         cosines = flat / (anatomy.query_scale * query_norm[:, :, None] * per_head[:, None, :]).clamp(min=1e-30)
         to_others, cosine_others = (x.masked_fill(~other, 0).sum(-1) / n_other.clamp(min=1) for x in (logits, cosines))
         for name in ("spike", "next"):
@@ -197,16 +206,6 @@ class _GeometryReducer(Reducer):
         )
 
 
-def _by_head(x: Tensor, d_head: int) -> Float[Tensor, "head position d_head"]:
-    """A hook's queries, keys or values by head; most families' come by position first, some all heads in a row."""
-    return x.reshape(x.shape[0], -1, d_head).transpose(0, 1)
-
-
-def _uncapped(logits: Tensor, softcap: float) -> Tensor:
-    """Logits before they were bent to stay within the cap."""
-    return softcap * torch.atanh((logits / softcap).clamp(-1 + 1e-6, 1 - 1e-6))
-
-
 def effective_dimension(moment: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch"]:
     """Participation ratio of the eigenvalues of a second moment sum k k': (trace M)^2 / trace M^2, 1 for one line.
 
@@ -214,12 +213,6 @@ def effective_dimension(moment: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*
     """
     moment = moment.double()
     return moment.diagonal(dim1=-2, dim2=-1).sum(-1) ** 2 / moment.square().sum((-2, -1))
-
-
-def visible(length: int, sight: int | None, device) -> Bool[Tensor, "query key"]:
-    """Which keys a query may attend to."""
-    back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (back >= 0) & (back < (length if sight is None else sight))
 
 
 @measure
@@ -241,7 +234,7 @@ class Rebuilt:
     """Keys made of a few rows of W_K: cosine with the whole W_K h~, mean over tokens, by how many rows."""
 
     channels: tuple[int, ...]  # the spike channels, in the order in which their rows are added
-    layers: range
+    layers: list[int]
     spike: Float[Tensor, "row layer kv_head"]  # spike tokens
     other_tokens: Float[Tensor, "row layer kv_head"]  # the same rows, of other tokens
     other_channels: Float[Tensor, "row layer kv_head"]  # as many rows of the spike tokens' strongest other channels
@@ -258,7 +251,7 @@ def rebuild_keys(weights: Weights, life: Lifecycle, collapse: Collapse) -> Rebui
     """
     check_model(weights, life)
     require_projections(weights.anatomy)
-    layers, channels = plateau_layers(collapse.cycle), list(collapse.cycle.channels)
+    layers, channels = collapse.cycle.layers, list(collapse.cycle.channels)
     if not layers:
         raise NotApplicable("no layer reads the plateau")
     strongest = collapse.spike.share[collapse.cycle.middle].argsort(descending=True).tolist()
@@ -349,8 +342,7 @@ def project_heads(
     anatomy, generator = model.anatomy, torch.Generator().manual_seed(seed)
     if wrong := [at for at in heads if at[0] not in range(anatomy.n_layers) or at[1] not in range(anatomy.n_heads)]:
         raise ValueError(f"there is no layer and head {wrong[0]}; both are counted from 0.")
-    hooks = list((ROTATED if anatomy.sees_rotation else HOOKS).values())[:2]  # of queries, of keys
-    names = [f"blocks.{layer}.{hook}" for layer in {layer for layer, _ in heads} for hook in hooks]
+    names = [name for layer in {layer for layer, _ in heads} for name in query_and_key(anatomy, layer)]
     marks, points = [], {head: ([], []) for head in heads}
     for window, spikes in zip(tokens, is_spike(life, life.main), strict=True):
         others = (~spikes).nonzero()[:, 0]
@@ -362,8 +354,8 @@ def project_heads(
         )
         for (layer, head), queries_and_keys in points.items():
             indices = head, head * anatomy.n_kv_heads // anatomy.n_heads
-            for kept, hook, index in zip(queries_and_keys, hooks, indices, strict=True):
-                vectors = _by_head(cache[f"blocks.{layer}.{hook}"][0].float(), anatomy.d_head)
+            for kept, name, index in zip(queries_and_keys, query_and_key(anatomy, layer), indices, strict=True):
+                vectors = by_head(cache[name][0].float(), anatomy.d_head)
                 kept.append(vectors[index].cpu()[chosen])
     is_spike_token = torch.cat(marks).repeat(2)
     is_query = torch.arange(len(is_spike_token)) < len(is_spike_token) // 2

@@ -52,6 +52,12 @@ class Cycle:
     channels: tuple[int, ...]  # above 100 medians half-way through the plateau, the largest first
     is_spike: Bool[Tensor, " row"]  # which rows of the trace are this cycle's tokens
     blocks_needed: int  # fewest blocks that together write MOSTLY of the value; 0 if all do not
+    attention_layers: tuple[int, ...]  # of the model
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers, from 0, whose attention reads a point of the plateau."""
+        return [layer for layer in self.attention_layers if self.plateau[0] <= 2 * layer <= self.plateau[1]]
 
     @property
     def middle(self) -> Block:
@@ -122,6 +128,8 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: Real) -
     step_up = tuple(Block(b) for b in range(max(first, 1), peak + 1) if share[b - 1] >= step)
     step_down = tuple(Block(b) for b in range(peak + 1, min(last + 1, len(writes)) + 1) if share[b - 1] <= -step)
     plateau = (Block(step_up[-1] if step_up else peak), Block(step_down[0] - 1 if step_down else last))
+    if not trace.proof.holds("writes"):
+        step_up = step_down = ()  # a layer's change is known, and not which of its blocks made it
     middle = sum(plateau) // 2
     held = rows.stream[is_spike, middle, : trace.n_followed].abs().quantile(0.5, dim=0)
     strongest = held.argsort(descending=True, stable=True)
@@ -137,6 +145,7 @@ def _cycle(trace: Trace, left: Float[Tensor, "row point channel"], step: Real) -
         channels=tuple(int(trace.channels[i]) for i in strongest if held[i] > trace.threshold * trace.medians[middle]),
         is_spike=is_spike,
         blocks_needed=_blocks_needed(writes[:middle], stream[middle]),
+        attention_layers=trace.anatomy.attention_layers,
     )
     return cycle, first, last
 
@@ -251,16 +260,10 @@ def late_step_down(life: Lifecycle) -> tuple[Block, ...]:
     return tuple(b for b in life.main.step_down if not b.is_attention and b > life.trace.anatomy.n_blocks // 2)
 
 
-def plateau_layers(cycle: Cycle) -> range:
-    """The layers, from 0, whose attention reads a point of a cycle's plateau."""
-    first, last = cycle.plateau
-    return range((first + 1) // 2, min(last // 2 + 1, len(cycle.writes) // 2))  # no layer reads the last point
-
-
 def layers_before(life: Lifecycle) -> list[int]:
-    """Layers that read the stream before the main cycle's first step-up block (or, of a ramp, before its peak)."""
+    """Layers whose attention reads the stream before the main cycle's first step-up block (or, without, its peak)."""
     first = life.main.step_up[0] if life.main.step_up else life.main.peak
-    return [layer for layer in range(life.trace.anatomy.n_layers) if 2 * layer < first]
+    return [layer for layer in life.trace.anatomy.attention_layers if 2 * layer < first]
 
 
 def layers_quiet(life: Lifecycle) -> list[int]:
@@ -269,15 +272,15 @@ def layers_quiet(life: Lifecycle) -> list[int]:
     These can spike before their cycle in another channel, which is then no cycle of its own.
     """
     trace = life.trace
-    alive = {layer for cycle in life.cycles for layer in plateau_layers(cycle)}
+    alive = {layer for cycle in life.cycles for layer in cycle.layers}
     largest = spike_rows(life).stream.abs().amax(-1).quantile(0.5, dim=0)  # of each point
     spiking = largest > trace.threshold * trace.medians
     return [layer for layer in layers_before(life) if layer not in alive and not spiking[2 * layer]]
 
 
 def layers_after(life: Lifecycle) -> list[int]:
-    """Layers that read the stream past the main cycle's plateau."""
-    return [layer for layer in range(life.trace.anatomy.n_layers) if 2 * layer > life.main.plateau[1]]
+    """Layers whose attention reads the stream past the main cycle's plateau."""
+    return [layer for layer in life.trace.anatomy.attention_layers if 2 * layer > life.main.plateau[1]]
 
 
 def right_after(tokens: Bool[Tensor, "*window position"]) -> Bool[Tensor, "*window position"]:

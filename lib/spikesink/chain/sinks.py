@@ -7,10 +7,12 @@ The *sink score* of key position k in a head is the attention that it gets, mean
 
 The head *sinks* on k where alpha_k > epsilon; EPSILON = 0.3 is theirs, and T = 64. The *sink ratio* is the share of
 heads, over layers, heads and windows, that sink on position 0: the mean of 1[alpha_0 > epsilon] (`Scores.ratio`).
-In sliding-window layers only queries that have the key in sight count. `score` needs attention patterns alone; why a
+In sliding-window layers only queries that have the key in sight count; layers without attention are left out, and not
+a number where a table has a place for them. `score` needs attention patterns alone; why a
 token is a sink is told by `keys`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -52,7 +54,8 @@ class Scores:
 
     def ratio(self, epsilon: float | None = None) -> float:
         """The sink ratio: share of layers, heads and windows in which the key position's score exceeds epsilon."""
-        return float((self.at > (self.epsilon if epsilon is None else check_epsilon(epsilon))).double().mean())
+        at = self.at[:, list(self.anatomy.attention_layers)]
+        return float((at > (self.epsilon if epsilon is None else check_epsilon(epsilon))).double().mean())
 
 
 def score(
@@ -136,7 +139,7 @@ class ScoreReducer(Reducer):
     def begin(self, index: int, window: Int[Tensor, " position"]) -> None:
         """Make room for its scores."""
         self.index = index
-        self.at.append(torch.zeros(self.anatomy.n_layers, self.anatomy.n_heads))
+        self.at.append(torch.full((self.anatomy.n_layers, self.anatomy.n_heads), math.nan))
 
     def on_scores(self, layer: int, scores: Float[Tensor, "head key"]) -> None:
         """Add a layer's scores to the sums."""

@@ -32,6 +32,7 @@ from spikesink.model.anatomy import (
     not_finite,
     run_layers,
 )
+from spikesink.model.proof import Proof, proof_of, visible
 
 SPIKE_OVER_MEDIAN = 100.0  # an entry of the stream is a spike above this many medians of |h| (claim LC4)
 TOP = 3  # the paper draws the three largest channels
@@ -97,6 +98,7 @@ class Trace:
     top_writes: Float[Tensor, "block top"]  # the same of the block outputs
     attention_to_first: Float[Tensor, "layer head"]  # attention that position 0 gets, of the queries that see it, mean
     closure: float  # largest |embedding + sum of writes - stream| at the followed channels, over the point's max |h|
+    proof: Proof  # of the model
     threshold: Real = SPIKE_OVER_MEDIAN  # medians of |h| that a spike exceeds
 
     @property
@@ -153,7 +155,8 @@ def trace_windows(
 def profile(model: Model, tokens: Int[Tensor, " length"]) -> Profile:
     """How large each token of one prompt (no batch dimension) gets at every point, and how much attention it draws."""
     check_ids(tokens)
-    context, sight = anatomy(model).context, anatomy(model).sight
+    hooked = anatomy(model)
+    context = hooked.context
     if tokens.ndim != 1 or not 0 < len(tokens) <= context:
         raise ValueError(f"a prompt of shape {list(tokens.shape)} cannot be looked at; give 1 to {context} tokens.")
     check_vocabulary(model, tokens)
@@ -163,12 +166,15 @@ def profile(model: Model, tokens: Int[Tensor, " length"]) -> Profile:
         points[point] = [x.cpu() for x in (*h.abs().max(-1), h.abs().median())]
 
     def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        attention[layer] = received(pattern, sight[layer]).mean(0).cpu()
+        attention[layer] = received(pattern).mean(0).cpu()
 
     follow(model, tokens, on_stream, on_pattern=on_pattern)
     texts = tuple(model.tokenizer.decode([i]) for i in tokens.tolist())
     magnitude, channel, medians = (torch.stack(x) for x in zip(*_in_order(points), strict=True))
-    return Profile(texts, magnitude, channel, medians, torch.stack(_in_order(attention)))
+    received_by = torch.full((hooked.n_layers, len(tokens)), math.nan)
+    for layer, values in attention.items():
+        received_by[layer] = values
+    return Profile(texts, magnitude, channel, medians, received_by)
 
 
 def summarize(profile: Profile) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def summarize(profile: Profile) -> dict[str, Any]:
         "value": float(profile.magnitude[point, token]),
         "factor": float(over[point, token]),
         "runner_up": float(over[point, torch.arange(n_tokens) != token].max()) if n_tokens > 1 else 0.0,
-        "first": float(profile.attention[:, 0].mean()),
+        "first": float(profile.attention[:, 0].nanmean()),
         "even": sum(1 / (i + 1) for i in range(n_tokens)) / n_tokens,
     }
 
@@ -197,13 +203,14 @@ EPSILON = 0.3  # a sink's score (`received`) exceeds it: Gu et al.'s
 EPSILONS = (0.2, 0.4)  # that SV3 and TR1 to TR6 ask for as well
 
 
-def received(pattern: Float[Tensor, "head query key"], sight: int | None = None) -> Float[Tensor, "head key"]:
+def received(
+    pattern: Float[Tensor, "head query key"], sees: Bool[Tensor, "query key"] | None = None
+) -> Float[Tensor, "head key"]:
     """Attention that each key gets, mean over the queries at or after it that have it in sight (Gu et al.'s alpha).
 
-    Of its keys a pattern may hold the first ones alone; `sight` is how many tokens back a query sees, None for all.
+    Which those are is read off the pattern, unless it was edited: then `sees` must say.
     """
-    queries = torch.arange(pattern.shape[-2], 0, -1, device=pattern.device)[: pattern.shape[-1]]
-    return pattern.sum(1) / (queries if sight is None else queries.clamp(max=sight))
+    return pattern.sum(1) / (visible(pattern) if sees is None else sees).sum(0).clamp(min=1)
 
 
 def follow(
@@ -219,17 +226,26 @@ def follow(
     Called as on_stream(point, h), on_write(block, what it adds) and on_pattern(layer, attention); `also` are further
     hooks, each called with its value, unbatched. The stream between a layer's attention and its MLP is the stream
     that entered the layer plus the attention's write; some families have no such place in their code, because both read
-    the same stream. No logits are made. A hook that never fires is a RuntimeError.
+    the same stream. A block that a layer does not have writes zeros. Where the writes that hooks show do not add up to
+    the stream, all that a layer changes is handed on as its second block's. No logits are made. A hook that never fires
+    is a RuntimeError.
     """
     hooks_of, entered = anatomy(model), torch.empty(0)
+    adds_up = proof_of(model).holds("writes")
+    shown = hooks_of.write_hooks if adds_up else (None,) * hooks_of.n_blocks
 
     def enter_layer(layer: int, h: Tensor) -> None:
         nonlocal entered
-        entered = h
         if not h.isfinite().all():
             raise FloatingPointError(not_finite(model, f"the residual stream as it enters layer {layer}"))
+        if layer and not adds_up and on_write is not None:
+            on_write(Block(2 * layer), h - entered)
+        entered = h
         if on_stream is not None:
             on_stream(Block(2 * layer), h)
+        for block in map(Block, (2 * layer + 1, 2 * layer + 2)):
+            if block <= hooks_of.n_blocks and shown[block - 1] is None and (adds_up or block.is_attention):
+                write_block(block, torch.zeros_like(h))
 
     def write_block(block: Block, write: Tensor) -> None:
         if on_write is not None:
@@ -239,9 +255,10 @@ def follow(
 
     calls = [(name, partial(enter_layer, layer)) for layer, name in enumerate(hooks_of.layer_hooks)]
     if on_stream is not None or on_write is not None:
-        calls += [(name, partial(write_block, Block(b))) for b, name in enumerate(hooks_of.write_hooks, 1)]
+        calls += [(name, partial(write_block, Block(b))) for b, name in enumerate(shown, 1) if name is not None]
     if on_pattern is not None:
-        calls += [(name, partial(on_pattern, layer)) for layer, name in enumerate(hooks_of.pattern_hooks)]
+        patterns = [(layer, hooks_of.pattern_hooks[layer]) for layer in hooks_of.attention_layers]
+        calls += [(name, partial(on_pattern, layer)) for layer, name in patterns]
     _run_hooked(model, tokens, [*calls, *also])
 
 
@@ -275,7 +292,8 @@ class _Pass:
         self.medians: list[Float[Tensor, " point"]] = []
         self.top_stream = torch.zeros(self.anatomy.n_blocks + 1, TOP)
         self.top_writes = torch.zeros(self.anatomy.n_blocks, TOP)
-        self.attention = torch.zeros(self.anatomy.n_layers, self.anatomy.n_heads)
+        self.attention = torch.full((self.anatomy.n_layers, self.anatomy.n_heads), math.nan)
+        self.attention[list(self.anatomy.attention_layers)] = 0
         self.ratio = torch.zeros(d_model)  # the largest |h| over its window's median, by channel
         self.closure, self.n_candidates = 0.0, 0
         self.rows: Rows | None = None
@@ -313,6 +331,7 @@ class _Pass:
             top_writes=self.top_writes / n_windows,
             attention_to_first=self.attention / n_windows,
             closure=self.closure,
+            proof=proof_of(self.model),
             threshold=self.threshold,
         )
 
@@ -334,7 +353,7 @@ class _Pass:
             writes[block] = write[:, self.channels.to(write.device)].cpu()
 
         def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-            self.attention[layer] += received(pattern[..., :1], self.anatomy.sight[layer])[:, 0].cpu()
+            self.attention[layer] += received(pattern)[:, 0].cpu()
 
         follow(self.model, window, on_stream, on_write, on_pattern)
         self.medians.append(torch.stack(_in_order(medians)))
@@ -410,7 +429,7 @@ def reduce_windows(model: Model, tokens: Int[Tensor, "n length"], reducers: Sequ
             call(point, h)
 
     def on_pattern(layer: int, pattern: Float[Tensor, "head query key"]) -> None:
-        of_layer = received(pattern, model.anatomy.sight[layer]).cpu()
+        of_layer = received(pattern).cpu()
         for call in scores:
             call(layer, of_layer)
 

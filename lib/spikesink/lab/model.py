@@ -236,7 +236,6 @@ def _anatomy(config: Config) -> Anatomy:
         norm_placement="sandwich" if config.norm in ("sandwich", "sandwich_qk") else "pre",
         norm_scale_offset=0.0,
         norm_eps=EPS,
-        gated_attention=config.gate != "none",
         gate_activation="silu" if config.ffn == "swiglu" else None,
         qk_norm=config.norm in ("sandwich_qk", "qk"),
         parallel=False,

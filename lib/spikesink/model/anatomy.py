@@ -5,10 +5,14 @@ from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import AttentionBridge, PositionEmbeddingsAttentionBridge
+from transformer_lens.model_bridge.generalized_components import (
+    AttentionBridge,
+    NormalizationBridge,
+    PositionEmbeddingsAttentionBridge,
+)
 from transformers import PretrainedConfig
 
 
@@ -17,8 +21,9 @@ class Anatomy:
     """What later modules need to know about a model's family.
 
     `write_hooks[b - 1]` is the hook that carries what block b adds to the residual stream (block 2i + 1 is
-    the attention of layer i, block 2i + 2 its FFN); `layer_hooks[i]` carries the stream as it enters layer i,
-    and the last one the stream as it leaves the last layer.
+    the attention of layer i, or what mixes tokens in its place, block 2i + 2 its FFN), None where a layer has no such
+    block; `layer_hooks[i]` carries the stream as it enters layer i, and the last one the stream as it leaves the last
+    layer; `pattern_hooks[i]` carries the attention of layer i, None where it has none.
     """
 
     family: str
@@ -48,20 +53,24 @@ class Anatomy:
     prepends_bos: bool  # the tokenizer's own habit
     bos_token: int | None
     layer_hooks: tuple[str, ...] = field(repr=False)
-    write_hooks: tuple[str, ...] = field(repr=False)
-    pattern_hooks: tuple[str, ...] = field(repr=False)
+    write_hooks: tuple[str | None, ...] = field(repr=False)
+    pattern_hooks: tuple[str | None, ...] = field(repr=False)
     # Each layer's weight of each expert; None: not to be seen.
     router_hooks: tuple[str | None, ...] = field(default=(), repr=False)
     edits_pattern: bool = True  # whether a change of the attention pattern reaches what the attention writes
     projects: bool = True  # whether keys and values are linear maps of h~, by matrices of their own
     separate_ffn: bool = True  # whether the FFN is a module of its own; else it reads all windows' tokens in one row
-    gated_attention: bool = False  # what the heads give passes a gate before it is written
     learned_sink: bool = False  # a learned logit takes part in each softmax, so that a token alone gets less than all
 
     @property
     def one_gated_ffn(self) -> bool:
         """Whether each layer has one FFN, with a gate: a quadratic form."""
         return not self.n_experts and self.gate_activation is not None
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that have attention; in a hybrid others mix tokens by convolution or recurrence."""
+        return tuple(layer for layer, name in enumerate(self.pattern_hooks) if name is not None)
 
     @property
     def n_blocks(self) -> int:
@@ -127,6 +136,12 @@ def normalise(x: Float[Tensor, "*batch d_model"], anatomy: Anatomy) -> Float[Ten
         x = x - x.mean(-1, keepdim=True)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * size.square_().div_(x.shape[-1]).add_(anatomy.norm_eps).rsqrt_()
+
+
+def in_sight(length: int, sight: int | None) -> Bool[Tensor, "query key"]:
+    """Which keys each query may attend to, so many tokens back (itself included), or all."""
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    return (back >= 0) & (back < (length if sight is None else sight))
 
 
 def body_of(model: Model) -> torch.nn.Module:
@@ -226,10 +241,13 @@ def _describe_norms(model: TransformerBridge) -> dict[str, Any]:
 
 
 def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> dict[str, Any]:
-    cfg, attention = model.cfg, model.blocks[0].attn
-    own, parts = attention.original_component, dict(attention.named_children())
-    window = getattr(config, "sliding_window", None) or None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * cfg.n_layers
+    cfg, attention = model.cfg, next((block.attn for block in model.blocks if hasattr(block, "attn")), None)
+    own = getattr(attention, "original_component", None)
+    parts = dict(attention.named_children()) if attention is not None else {}
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or None
+    kinds = (
+        getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["local"] * cfg.n_layers
+    )
     # Where the family's own code has read the pattern before a hook sees it, a change of it goes nowhere.
     delegates = getattr(type(attention), "forward", None) is AttentionBridge.forward
     return {
@@ -238,7 +256,7 @@ def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> d
         "d_head": cfg.d_head,
         "qk_norm": "q_norm" in parts,
         "projects": {"k", "v"} <= parts.keys(),
-        "sight": tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        "sight": tuple(window if kind in ("sliding_attention", "local") else None for kind in kinds),
         "softcap": getattr(config, "attn_logit_softcapping", None),
         "query_scale": float(getattr(own, "scaling", None) or cfg.d_head**-0.5),
         "sees_rotation": isinstance(attention, PositionEmbeddingsAttentionBridge),
@@ -249,9 +267,9 @@ def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> d
 
 def _describe_ffn(model: TransformerBridge, config: PretrainedConfig) -> dict[str, Any]:
     mlp = getattr(model.blocks[0], "mlp", None)
-    parts = dict(mlp.named_children()) if mlp is not None else {}
     counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
     n_experts = next(filter(None, counts), 0)
+    parts = {} if n_experts and hasattr(mlp, "dense_in") else linears(mlp)
     # In a mixture of experts "gate" is the router's name.
     gated = any(".gate_" in name for name, _ in mlp.named_parameters()) if n_experts else "gate" in parts
     if "in" in parts:
@@ -266,19 +284,45 @@ def _describe_ffn(model: TransformerBridge, config: PretrainedConfig) -> dict[st
     }
 
 
+def linears(mlp: torch.nn.Module | None) -> dict[str, torch.nn.Module]:
+    """The linear parts of an FFN module of a bridge by their plain names ("gate", "in", "out"), as far as it has them.
+
+    Where some layers have experts and others one FFN, the bridge calls the parts of the one FFN "dense_gate", ...
+    """
+    children = dict(mlp.named_children()) if mlp is not None else {}
+    return {name: part for n, part in children.items() if (name := n.removeprefix("dense_")) in ("gate", "in", "out")}
+
+
+def _write_hooks(block: torch.nn.Module) -> list[str | None]:
+    """The hooks of a layer that carry what its two blocks write: an alias in most families, else a hook of the layer.
+
+    Where no attention is, what mixes tokens in its place is the one part that is neither a norm nor the FFN.
+    """
+    names = []
+    for hook in ("hook_attn_out", "hook_mlp_out"):
+        names.append(block.hook_aliases.get(hook, hook if hook in dict(block.named_children()) else None))
+    if not hasattr(block, "attn"):
+        mixers = [
+            name
+            for name, part in block.named_children()
+            if hasattr(part, "hook_out") and name != "mlp" and not isinstance(part, NormalizationBridge)
+        ]
+        names[0] = f"{mixers[0]}.hook_out" if len(mixers) == 1 else None
+    return names
+
+
 def _name_hooks(model: TransformerBridge) -> dict[str, tuple[str | None, ...]]:
-    aliases, last = model.blocks[0].hook_aliases, model.cfg.n_layers - 1
+    last = model.cfg.n_layers - 1
     routers = [getattr(getattr(block, "mlp", None), "hook_aliases", {}) for block in model.blocks]
     routers = [names.get("hook_expert_weights") for names in routers]
     return {
         "layer_hooks": (*(f"blocks.{i}.hook_in" for i in range(last + 1)), f"blocks.{last}.hook_out"),
-        # An alias in most families; Granite's block has hooks of its own, with its residual multiplier applied.
         "write_hooks": tuple(
-            f"blocks.{i}.{aliases.get(hook, hook)}"
-            for i in range(last + 1)
-            for hook in ("hook_attn_out", "hook_mlp_out")
+            hook and f"blocks.{i}.{hook}" for i, block in enumerate(model.blocks) for hook in _write_hooks(block)
         ),
-        "pattern_hooks": tuple(f"blocks.{i}.attn.hook_pattern" for i in range(last + 1)),
+        "pattern_hooks": tuple(
+            f"blocks.{i}.attn.hook_pattern" if hasattr(block, "attn") else None for i, block in enumerate(model.blocks)
+        ),
         "router_hooks": tuple(name and f"blocks.{i}.mlp.{name}" for i, name in enumerate(routers)),
     }
 

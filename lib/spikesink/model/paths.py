@@ -4,23 +4,18 @@ Alone, softmax runs over one key and is 1, so attention is the map h~ -> W_O W_V
 it from the weights, without attention scores. After a text it takes whole forward passes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from spikesink.common import NotApplicable, measure, progress
-from spikesink.model.anatomy import Anatomy, Model, check_tokens, check_vocabulary, normalise, not_finite
-from spikesink.model.weights import Weights, require_linear_attention, require_static_map, weights_of
-
-BATCH = 2048  # tokens at a time: as fast as any on the machines tried, and small beside the stream of a vocabulary
-
-Watch = Callable[[int, slice, Float[Tensor, "token d_model"]], None]  # point, which tokens, their stream
-Write = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]  # of the stream, what a block adds
+from spikesink.model.alone import BATCH, Watch, attend_alone, batches, through_layer
+from spikesink.model.anatomy import Anatomy, Model, check_tokens, check_vocabulary, not_finite
+from spikesink.model.proof import STATIC_PATH, require
+from spikesink.model.weights import Weights, require_projections, weights_of
 
 
 @measure
@@ -39,51 +34,16 @@ def static_path(
     """
     if not isinstance(weights, Weights):
         raise ValueError(f"a static path is one of weights, not of a {type(weights).__name__}; give weights_of(model).")
-    require_static_map(weights.anatomy)
+    require(weights, *STATIC_PATH)
     if last != 0:
         _check_block(weights.anatomy, last)
     check_flat_ids(weights, tokens)
     x = weights.embed(tokens)  # all at once: an embedding that is on disk is read for every call
-    for part in _batches(x) if watch else ():
+    for part in batches(x) if watch else ():
         watch(0, part, x[part])
     for layer in progress(range((last + 1) // 2), "following the static path", "layer"):
         through_layer(weights, layer, x, last, dtype, watch)
     return x
-
-
-def _batches(x: Tensor) -> list[slice]:
-    return [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
-
-
-@torch.inference_mode()
-def through_layer(
-    weights: Weights,
-    layer: int,
-    x: Float[Tensor, "token d_model"],
-    last: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    watch: Watch | None = None,
-) -> None:
-    """Send tokens that stand at position 0 through one layer, in place: x, float32, what enters it, then what leaves.
-
-    `last` is the last block to run, by default the layer's FFN; `dtype` and `watch` as for `static_path`.
-    """
-    watch = watch or (lambda point, part, stream: None)
-    attend = attend_alone(weights, layer, dtype)
-    feed = _feed(weights, layer, dtype) if last is None or 2 * layer + 2 <= last else None
-    scale = weights.anatomy.residual_multiplier
-    for part in _batches(x):
-        here = x[part]
-        entered = here.clone() if weights.anatomy.parallel else here
-        here.add_(attend(here), alpha=scale)
-        watch(2 * layer + 1, part, here)
-        if feed is not None:
-            here.add_(feed(entered), alpha=scale)
-            watch(2 * layer + 2, part, here)
-    if not x.isfinite().all():
-        name = str(dtype).removeprefix("torch.")
-        advice = "get the model again" if dtype == torch.float32 else "use float32"
-        raise FloatingPointError(f"the static path is not finite after layer {layer} in {name}; {advice}.")
 
 
 def _check_block(anatomy: Anatomy, number: int) -> None:
@@ -96,61 +56,6 @@ def check_flat_ids(model: Model, tokens: Int[Tensor, " token"]) -> None:
     if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point() or not tokens.numel():
         raise ValueError("tokens must be a one-dimensional tensor of token ids, and not empty.")
     check_vocabulary(model, tokens)
-
-
-def attend_alone(weights: Weights, layer: int, dtype: torch.dtype = torch.float32) -> Write:
-    """What a layer's attention computes of a stream whose tokens each see themselves alone: W_O W_V h~ and the biases.
-
-    Before the residual multiplier, where a family has one.
-    """
-    attention, anatomy = weights.attention(layer), weights.anatomy
-    value, out = attention.value.to(dtype), attention.out.to(dtype)
-
-    def attend(x: Tensor) -> Tensor:
-        h = x if anatomy.attention_norm is None else normalise(x, anatomy)
-        write = functional.linear(functional.linear(h.to(dtype), value), out).float() + attention.bias
-        return _through_norm(write, attention.post_scale, anatomy)
-
-    return attend
-
-
-def _feed(weights: Weights, layer: int, dtype: torch.dtype) -> Write:
-    """The same of a layer's FFN."""
-    anatomy = weights.anatomy
-    if not anatomy.one_gated_ffn:
-        return _feed_by_modules(weights, layer)
-    ffn = weights.ffn(layer)
-    low = ffn.to(dtype)
-
-    def feed(x: Tensor) -> Tensor:
-        h = (x if anatomy.ffn_norm is None else normalise(x, anatomy)).to(dtype)
-        hidden = low.activation(functional.linear(h, low.gate, low.gate_bias))
-        write = functional.linear(hidden.mul_(functional.linear(h, low.up, low.up_bias)), low.down).float()
-        write = write if ffn.down_bias is None else write + ffn.down_bias
-        return _through_norm(write, ffn.post_scale, anatomy)
-
-    return feed
-
-
-def _feed_by_modules(weights: Weights, layer: int) -> Write:
-    """The same by the model's own modules, where the FFN is not one gated FFN."""
-    names = (weights.anatomy.ffn_norm, "mlp", "ln2_post")
-
-    def feed(x: Tensor) -> Tensor:
-        with weights.block(layer, *names) as modules:
-            parts, like = dict(modules.named_children()), next(modules.mlp.parameters())
-            h = x[:, None].to(like.device, like.dtype)
-            for name in filter(parts.__contains__, names):
-                h = parts[name](h)
-                h = h[0] if isinstance(h, tuple) else h  # some experts return their router's choice as well
-        return h[:, 0].to(x.device, x.dtype)
-
-    return feed
-
-
-def _through_norm(write: Tensor, post_scale: Tensor | None, anatomy: Anatomy) -> Tensor:
-    """What a block writes: through its output norm, where it has one."""
-    return write if post_scale is None else normalise(write, anatomy) * post_scale
 
 
 @dataclass(frozen=True)
@@ -170,7 +75,7 @@ def compare_static_map(model: Model, tokens: Int[Tensor, "n length"], length: in
     """
     weights, anatomy = weights_of(model), model.anatomy
     check_tokens(model, tokens)
-    require_linear_attention(anatomy)
+    require_projections(anatomy)
     if model.cfg.dtype != torch.float32:
         raise NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
     names = [*anatomy.layer_hooks[:-1], *anatomy.write_hooks[::2]]

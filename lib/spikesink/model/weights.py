@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from spikesink.common import NotApplicable
-from spikesink.model.anatomy import Anatomy, Model, anatomy
+from spikesink.model.anatomy import Anatomy, Model, anatomy, linears
 from spikesink.model.load import DEFAULT_MODEL, load
 
 
@@ -66,23 +66,38 @@ class Attention:
 class Weights:
     """Where weights come from; what they give is float32 on the CPU, layer by layer, with the norms' scales folded in.
 
-    `block(i, *parts)` is a context in which those parts ("mlp", "ln2", ...) of layer i's TransformerLens block have
-    their weights in them. `embed(ids)` is the stream as it enters layer 0, of tokens that are each at position 0.
-
     All methods raise ValueError for a layer that does not exist, FloatingPointError for weights that are not finite,
     and NotApplicable where the family has no such part.
     """
 
-    anatomy: Anatomy
-    block: Callable[..., AbstractContextManager[torch.nn.Module]]
-    embed: Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
+    model: Model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The model's own."""
+        return anatomy(self.model)
+
+    def block(self, layer: int, *parts: str | None) -> AbstractContextManager[torch.nn.Module]:
+        """A layer's TransformerLens block, with the weights of some parts ("mlp", "ln2", ...) in them meanwhile."""
+        return _present(self.model.blocks[layer], *parts)
+
+    @torch.no_grad()
+    def embed(self, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
+        entering = _floats(self.model(ids[:, None].to(self.model.cfg.device), stop_at_layer=0)[:, 0])
+        if len(wrong := ids[~entering.isfinite().all(-1).to(ids.device)]):
+            raise FloatingPointError(f"the embedding of token {int(wrong[0])} is not finite; get the model again.")
+        return entering
 
     def ffn(self, layer: int) -> FFN:
         """The gated FFN of a layer."""
         require_form(self.anatomy)
         with self._parts(layer, "mlp", self.anatomy.ffn_norm, "ln2_post") as block:
-            linears = [dict(block.mlp.named_children())[name] for name in ("gate", "in", "out")]
-            ffn = self._fold_ffn(block, [linear.weight for linear in linears], [linear.bias for linear in linears])
+            parts = linears(block.mlp)
+            if not {"gate", "in", "out"} <= parts.keys():
+                raise NotApplicable(f"the FFN of layer {layer} has no gate, up and down matrix of its own")
+            gate, up, down = (parts[name] for name in ("gate", "in", "out"))
+            ffn = self._fold_ffn(block, [gate.weight, up.weight, down.weight], [gate.bias, up.bias, down.bias])
         return _require_finite(ffn, f"the FFN of layer {layer}")
 
     def experts(self, layer: int) -> dict[str, FFN]:
@@ -101,8 +116,9 @@ class Weights:
     def attention(self, layer: int) -> Attention:
         """The attention of a layer as a token sees it that can attend only to itself."""
         shape = self.anatomy
-        require_linear_attention(shape)
+        require_projections(shape)
         with self._parts(layer, "attn", shape.attention_norm, "ln1_post") as block:
+            _require_attention(block, layer)
             value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
             by_head = _matrix(out).unflatten(1, (shape.n_kv_heads, -1, shape.d_head))
             summed = by_head.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
@@ -119,6 +135,7 @@ class Weights:
         """W_K of a layer, head after head, and b_K: a key is W_K h~ + b_K, before any QK norm and any rotation."""
         require_projections(self.anatomy)
         with self._parts(layer, "attn", self.anatomy.attention_norm) as block:
+            _require_attention(block, layer)
             keys = self._fold(block, dict(block.attn.named_children())["k"])
         return _require_finite(keys, f"the keys of layer {layer}")
 
@@ -167,6 +184,11 @@ class Weights:
         return None if norm is None else _floats(norm.weight) + self.anatomy.norm_scale_offset
 
 
+def _require_attention(block: torch.nn.Module, layer: int) -> None:
+    if not hasattr(block, "attn"):
+        raise NotApplicable(f"layer {layer} has no attention")
+
+
 def require_form(anatomy: Anatomy) -> None:
     """Raise NotApplicable unless a layer's FFN is one gated FFN: without a gate there is no quadratic form."""
     if anatomy.n_experts:
@@ -183,27 +205,6 @@ def require_projections(anatomy: Anatomy) -> None:
         raise NotApplicable(f"the attention of this {anatomy.family} model has no W_K and W_V of its own")
 
 
-def require_linear_attention(anatomy: Anatomy) -> None:
-    """Raise NotApplicable unless attention that sees one token alone is a linear map of h~."""
-    if anatomy.gated_attention:
-        raise NotApplicable(f"what the heads of this {anatomy.family} model give passes a gate")
-    require_projections(anatomy)
-
-
-def require_static_map(anatomy: Anatomy) -> None:
-    """Raise NotApplicable unless a token that sees itself alone can be followed from block to block."""
-    if anatomy.learned_sink:
-        raise NotApplicable(
-            f"a learned logit takes part in each softmax of this {anatomy.family} model, also where one token is alone"
-        )
-    if anatomy.norm == "tanh":
-        raise NotApplicable(
-            f"the blocks of this {anatomy.family} model read the stream through DynamicTanh, which has no one scale"
-        )
-    require_separate_ffn(anatomy)
-    require_linear_attention(anatomy)
-
-
 def require_separate_ffn(anatomy: Anatomy) -> None:
     """Raise NotApplicable unless a layer's FFN can be run, and be seen reading, by itself."""
     if not anatomy.separate_ffn:
@@ -212,9 +213,8 @@ def require_separate_ffn(anatomy: Anatomy) -> None:
 
 def weights_of(model: Model) -> Weights:
     """The weights of a loaded model; of an offloaded one, each layer is read when it is asked for."""
-    return Weights(
-        anatomy(model), lambda layer, *parts: _present(model.blocks[layer], *parts), lambda ids: _embed(model, ids)
-    )
+    anatomy(model)  # what is no model is refused here
+    return Weights(model)
 
 
 def open_weights(spec: str | os.PathLike = DEFAULT_MODEL, dtype: str | torch.dtype | None = None) -> Weights:
@@ -270,15 +270,6 @@ def _require_finite(matrices: Matrices, what: str) -> Matrices:
                 f"{what}, or the norm that it reads through, has weights that are not finite; get the model again."
             )
     return matrices
-
-
-@torch.no_grad()
-def _embed(model: Model, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-    """The stream as it enters layer 0, of tokens that are each alone in a window of their own."""
-    entering = _floats(model(ids[:, None].to(model.cfg.device), stop_at_layer=0)[:, 0])
-    if len(wrong := ids[~entering.isfinite().all(-1).to(ids.device)]):
-        raise FloatingPointError(f"the embedding of token {int(wrong[0])} is not finite; get the model again.")
-    return entering
 
 
 def _unwrap(module: torch.nn.Module) -> torch.nn.Module:

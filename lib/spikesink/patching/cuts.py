@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike, plateau_layers
+from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, is_spike
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Block, Model
 from spikesink.model.weights import require_projections
@@ -90,7 +90,7 @@ def unsink(model: Model, tokens: Tokens, life: Lifecycle) -> tuple[Intervention,
 
     Takes and raises what `decouple` does.
     """
-    return (mask_key(_spikes(model, tokens, life), plateau_layers(life.main)),)
+    return (mask_key(_spikes(model, tokens, life), life.main.layers),)
 
 
 def _spikes(model: Model, tokens: Tokens, life: Lifecycle) -> Where:
@@ -190,7 +190,7 @@ def _set_keys(vectors: Callable[[SpikeMeans, int], Tensor]) -> Build:
 
 def _turned_keys(means: SpikeMeans, seed: int) -> Tensor:
     """As long as those of spike tokens, in a random direction of each head's own."""
-    keys = means.keys[means.layers.start : means.layers.stop]
+    keys = means.keys[means.layers]
     return keys.norm(dim=-1, keepdim=True) * _random_direction(seed, *keys.shape)
 
 
@@ -210,7 +210,7 @@ def _both(*builds: Build) -> Build:
 _zero_spike = _zero(lambda means, seed: means.cycle.channels)
 _skip_step_up = _skip(lambda means: means.cycle.step_up)
 _turn_keys = _set_keys(_turned_keys)
-_ordinary_keys = _set_keys(lambda means, seed: means.other_keys[means.layers.start : means.layers.stop])
+_ordinary_keys = _set_keys(lambda means, seed: means.other_keys[means.layers])
 _plateau_mask = _mask(lambda means: means.layers)
 CUTS: Mapping[str, Cut] = {
     "skipped": Cut("step-up blocks write nothing", "step-up", _skip_step_up),
@@ -284,12 +284,12 @@ class Broken:
     def plateau_sink_ratio(self, name: str) -> float:
         """The sink ratio over the layers that read the plateau alone."""
         layers, outcome = self.means.layers, self.outcomes[name]
-        return float((outcome.score[:, layers.start : layers.stop] > outcome.epsilon).float().mean())
+        return float((outcome.score[:, layers] > outcome.epsilon).float().mean())
 
     def most_attended_other_key(self, name: str) -> float:
         """The largest share of the plateau's attention that a key position of the first half gets, but the first."""
         layers, half = self.means.layers, self.tokens.shape[1] // 2
-        return float(self.outcomes[name].attention[layers.start : layers.stop, 1:half].mean(0).max())
+        return float(self.outcomes[name].attention[layers, 1:half].mean(0).max())
 
 
 @measure

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes, plateau_layers
+from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy, Block, Model
 from spikesink.patching.recordings import means_of
@@ -33,9 +33,9 @@ class SpikeMeans:
     other_reads: Float[Tensor, "block d_model"] | None = None
 
     @property
-    def layers(self) -> range:
+    def layers(self) -> list[int]:
         """Those whose attention reads the plateau."""
-        return plateau_layers(self.cycle)
+        return self.cycle.layers
 
     @property
     def start(self) -> int:
@@ -65,7 +65,7 @@ def spike_means(
     anatomy, cycle = model.anatomy, life.main
     if cycle is None:
         raise NotApplicable(life.reason)
-    if not plateau_layers(cycle):
+    if not cycle.layers:
         raise NotApplicable("no layer reads the plateau of the spike, so there is nothing to cut between it and a sink")
     where = find_spikes(model, tokens, life) if where is None else where
     if not where.any() or where.all():

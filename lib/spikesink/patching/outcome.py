@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikesink.chain.trace import EPSILON, received
 from spikesink.common import brief, escape, progress
-from spikesink.model.anatomy import Anatomy, Model, not_finite
+from spikesink.model.anatomy import Anatomy, Model, in_sight, not_finite
 from spikesink.patching.interventions import Intervention, batches, checked, patched
 from spikesink.patching.recordings import one_prompt
 from spikesink.patching.sites import Tokens
@@ -384,7 +384,8 @@ def run(
 
     def on_pattern(value, hook):
         layer = anatomy.pattern_hooks.index(hook.name)
-        by_query = received(value.flatten(0, 1).float(), anatomy.sight[layer])
+        sees = in_sight(value.shape[-1], anatomy.sight[layer]).to(value.device)
+        by_query = received(value.flatten(0, 1).float(), sees)
         scores[layer] = by_query.unflatten(0, value.shape[:2]).cpu()
 
     watch = [(name, on_layer) for name in anatomy.layer_hooks[start:]]

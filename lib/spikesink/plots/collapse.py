@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikesink.chain.collapse import Collapse, Replaced, closed_form, spike_ratio
-from spikesink.chain.lifecycle import Lifecycle, plateau_layers
+from spikesink.chain.lifecycle import Lifecycle
 from spikesink.common import brief
 from spikesink.plots.palette import ORDINARY, SINK, SPIKE, SPIKE_MAP
 from spikesink.plots.style import (
@@ -175,8 +175,8 @@ def learned_scale(scale: Float[Tensor, " layer"], life: Lifecycle) -> Figure:
     ax.plot(range(len(scale)), scale, color=SPIKE, marker="o", ms=4, lw=1.2)
     ax.axhline(1, color=ORDINARY, lw=1)
     note(ax, "the median channel", (len(scale) - 1, 1), (0, 3), ha="right", fontsize=9)
-    plateau = plateau_layers(life.main)
-    ax.axvspan(plateau.start - 0.5, plateau.stop - 0.5, color=SPIKE, alpha=0.1, lw=0)
+    plateau = life.main.layers
+    ax.axvspan(plateau[0] - 0.5, plateau[-1] + 0.5, color=SPIKE, alpha=0.1, lw=0)
     ax.set(
         yscale="log",
         xlabel="layer (shaded: its attention reads the plateau)",

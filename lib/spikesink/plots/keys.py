@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 
 from spikesink.chain.keys import AttentionReading, Cloud, Geometry, Rebuilt
-from spikesink.chain.lifecycle import Lifecycle, plateau_layers
+from spikesink.chain.lifecycle import Lifecycle
 from spikesink.chain.trace import spearman
 from spikesink.common import NotApplicable, brief
 from spikesink.plots.palette import ORDINARY, OTHERS, SINK, SMALL, SPIKE
@@ -18,7 +18,7 @@ BELOW = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (0, -0.18)}
 def sink_keys(geometry: Geometry, rebuilt: Rebuilt | NotApplicable, life: Lifecycle) -> Figure:
     """07: the spike tokens' keys: how many dimensions, how many rows of W_K, and how small their values."""
     fig, (left, middle, right) = figure(1, 3, size=(13, 4.2))
-    layers, plateau = np.arange(geometry.anatomy.n_layers), list(plateau_layers(life.main))
+    layers, plateau = np.arange(geometry.anatomy.n_layers), list(life.main.layers)
     for (stage, groups), style in zip(geometry.dimension.items(), ("-", ":"), strict=False):
         for name, colour, label in (("spike", SPIKE, "spike tokens"), ("matched", ORDINARY, "as many others")):
             values = groups[name].quantile(0.5, dim=1)
@@ -70,7 +70,7 @@ def _rows(ax, rebuilt: Rebuilt, d_model: int) -> None:
 @drawn_where_applicable
 def logits(geometry: Geometry, attention: AttentionReading, life: Lifecycle) -> Figure:
     """07: all heads of the plateau: their sink score against the logit's gap, and against the factors it is made of."""
-    layers = list(plateau_layers(life.main))
+    layers = list(life.main.layers)
     score, score_next = (attention.scores.received[name][layers].flatten() for name in ("spike", "next"))
     names = {"cosine": "cosine of query and sink key", "query_norm": "|q|", "key_norm": "|k| of the sink"}
     panels = {"gap of the logit": geometry.gap["spike"][layers].flatten()}

@@ -124,7 +124,7 @@ def where_it_goes(broken: Broken, names: Sequence[str] = (CLEAN, "skipped", "mas
         ax.spines[:].set_visible(False)
     axes[0, 0].set_ylabel("layer")
     fig.colorbar(image, ax=axes, label="attention it gets,\nmean over heads and queries", pad=0.01)
-    layers = slice(broken.means.layers.start, broken.means.layers.stop)
+    layers = broken.means.layers
     plateau = {name: attention[layers].mean(0) for name, attention in shown.items()}
     text = f"Position 0 gets {float(plateau[CLEAN][0]):.0%} of attention on the plateau"
     if "skipped" in plateau:

@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from spikesink.chain.keys import AttentionReading
-from spikesink.chain.lifecycle import Lifecycle, plateau_layers
+from spikesink.chain.lifecycle import Lifecycle
 from spikesink.chain.sinks import Scores, Secondary
 from spikesink.chain.trace import Profile
 from spikesink.ledger.claims import Evidence
@@ -88,7 +88,7 @@ def sinks_over_depth(depth: Evidence, attention: AttentionReading, life: Lifecyc
         mean = 100 * score[name].mean(1)
         bottom.plot(range(n_layers), mean, color=colour, marker=marker, ms=5, lw=1.6, label=label)
     for i, cycle in enumerate(life.cycles):
-        if not (inside := plateau_layers(cycle)):
+        if not (inside := cycle.layers):
             continue
         colour, name = (SPIKE, "plateau") if i == 0 else (SMALL, f"cycle {i + 1}")
         for ax in (top, bottom):

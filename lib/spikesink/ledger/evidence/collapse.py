@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikesink.chain.collapse import Collapse, Replaced, participation_ratio
-from spikesink.chain.lifecycle import plateau_layers
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
 from spikesink.model.weights import Weights
@@ -46,7 +45,7 @@ def nm2_sparse(collapse: Collapse, weights: Weights) -> Evidence:
         "participation_after": float(collapse.spike.participation[middle]),
         "d_model": collapse.anatomy.d_model,
     }
-    if layers := plateau_layers(collapse.cycle):
+    if layers := collapse.cycle.layers:
         scaled = collapse.spike.kept[:, 2 * layers[0]] * weights.norm_scale(layers[0])
         measured["participation_scaled"] = float(participation_ratio(scaled).mean())
     return make_evidence(
@@ -95,7 +94,7 @@ def nm4_constant_over_depth(collapse: Collapse) -> Evidence:
 
     `cosine_rest_over_depth` leaves the spike channels out: it matters where the norm's learned scale mutes those.
     """
-    layers = plateau_layers(collapse.cycle)
+    layers = collapse.cycle.layers
     if len(layers) < 2:
         raise NotApplicable("fewer than two layers read the plateau, so there is no depth to compare over")
     spike, other = (group.kept[:, 2 * torch.tensor(layers)].double() for group in (collapse.spike, collapse.other))

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from spikesink.chain.keys import AttentionReading, layers_with_spike
-from spikesink.chain.lifecycle import Lifecycle, layers_after, layers_before, layers_quiet, plateau_layers
+from spikesink.chain.lifecycle import Lifecycle, layers_after, layers_before, layers_quiet
 from spikesink.chain.sinks import Scores, Secondary, median_of_heads
 from spikesink.common import NotApplicable, measure
 from spikesink.ledger.claims import Evidence, make_evidence
@@ -106,7 +106,7 @@ def x_sk8_smaller_cycle(attention: AttentionReading, life: Lifecycle) -> Evidenc
     scores = attention.scores
     if len(life.cycles) < 2 or not scores.n_tokens_anywhere["smaller"]:
         raise NotApplicable("there is no second cycle with tokens of its own")
-    alive = sorted({layer for cycle in life.cycles[1:] for layer in plateau_layers(cycle)})
+    alive = sorted({layer for cycle in life.cycles[1:] for layer in cycle.layers})
     if not alive:
         raise NotApplicable("no layer reads the plateau of a smaller cycle")
     resting = [layer for layer in range(life.trace.anatomy.n_layers) if layer not in alive]
