@@ -175,8 +175,8 @@ def learned_scale(scale: Float[Tensor, " layer"], life: Lifecycle) -> Figure:
     ax.plot(range(len(scale)), scale, color=SPIKE, marker="o", ms=4, lw=1.2)
     ax.axhline(1, color=ORDINARY, lw=1)
     note(ax, "the median channel", (len(scale) - 1, 1), (0, 3), ha="right", fontsize=9)
-    plateau = life.main.layers
-    ax.axvspan(plateau[0] - 0.5, plateau[-1] + 0.5, color=SPIKE, alpha=0.1, lw=0)
+    if plateau := life.main.layers:
+        ax.axvspan(plateau[0] - 0.5, plateau[-1] + 0.5, color=SPIKE, alpha=0.1, lw=0)
     ax.set(
         yscale="log",
         xlabel="layer (shaded: its attention reads the plateau)",
@@ -186,8 +186,8 @@ def learned_scale(scale: Float[Tensor, " layer"], life: Lifecycle) -> Figure:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     thousands(ax)
     ax.yaxis.set_minor_formatter(NullFormatter())
-    on = scale[plateau.start : plateau.stop]
-    if len(on):
-        text = f"On the plateau the scale at the spike's channel is {brief(float(on.quantile(0.5)))} of the median"
+    if plateau:
+        middle = brief(float(scale[plateau].quantile(0.5)))
+        text = f"On the plateau the scale at the spike's channel is {middle} of the median"
         ax.set_title(text, fontsize=11)
     return fig
