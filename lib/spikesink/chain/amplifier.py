@@ -27,6 +27,7 @@ from spikesink.chain.lifecycle import Lifecycle, check_model, check_windows, fir
 from spikesink.chain.trace import median
 from spikesink.common import measure, progress
 from spikesink.model.anatomy import Anatomy, Block, Model, mlp
+from spikesink.model.proof import require
 from spikesink.model.weights import FFN, Weights, require_form, weights_of
 
 KERNEL = 2**22  # entries of a d_mlp x d_mlp kernel that are held at a time
@@ -175,6 +176,7 @@ def census(weights: Weights) -> Census:
     if not isinstance(weights, Weights):
         raise ValueError(f"a census is of weights, not of a {type(weights).__name__}; give weights_of(model).")
     require_form(weights.anatomy)
+    require(weights, "FFN")
     layers = range(weights.anatomy.n_layers)
     gain = [gains(weights.ffn(layer)).float() for layer in progress(layers, "weighing FFN blocks", "block")]
     return Census(tuple(map(mlp, layers)), torch.stack(gain))
@@ -227,6 +229,7 @@ def read_block(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle, b
     if block is not None and block not in (blocks := [mlp(layer) for layer in range(anatomy.n_layers)]):
         raise ValueError(f"{Block(block)} is not among the FFN blocks, {blocks[0]} to {blocks[-1]}.")
     require_form(anatomy)
+    require(model, "FFN")
     block, main = Block(block or first_step_up(life)), life.require_main()
     ffn = weights.ffn(block.layer)
     pairs, hooks = eigenpairs(ffn, main.channel), ffn_hooks(anatomy, block.layer)

@@ -26,6 +26,7 @@ from spikesink.chain.lifecycle import (
 from spikesink.chain.trace import Mean, Reducer, reduce_windows
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Anatomy, Block, Model, normalise
+from spikesink.model.proof import require
 from spikesink.model.weights import Weights, require_separate_ffn
 
 MOST_KEPT = 32  # tokens of either kind whose h~ is kept at every point
@@ -92,9 +93,7 @@ def measure_collapse(model: Model, tokens: Int[Tensor, "n length"], life: Lifecy
     anatomy, cycle = model.anatomy, life.require_main()
     if anatomy.attention_norm is None:
         raise NotApplicable(f"the blocks of this {anatomy.family} model read the stream itself, not through a norm")
-    if anatomy.norm == "tanh":
-        blocks = f"the blocks of this {anatomy.family} model"
-        raise NotApplicable(f"{blocks} read the stream through DynamicTanh, not a norm")
+    require(model, "norm")
     check_windows(life, tokens)
     groups = _Groups(anatomy, life, seed)
     reduce_windows(model, tokens, [groups], "normalising the stream")

@@ -20,6 +20,7 @@ from spikesink.chain.lifecycle import STEP, Cycle, Lifecycle, check_model, check
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Block, Model, block, check_tokens, normalise
 from spikesink.model.paths import after_text, prefixes, static_path
+from spikesink.model.proof import STATIC_PATH, require
 from spikesink.model.weights import Weights, weights_of
 
 Decode = Callable[[list[int]], str]
@@ -66,7 +67,7 @@ def probe(
 ) -> Probe:
     """Put every entry of the vocabulary (or these) at position 0 and see whether it spikes, by `static_path`."""
     check_model(weights, life)
-    cycle = life.require_main()
+    cycle = life.require_main(*STATIC_PATH)
     if not cycle.step_up:
         raise NotApplicable("no block is step-up, so there is no place to look for the spike")
     tokens = torch.arange(weights.anatomy.d_vocab) if tokens is None else tokens
@@ -393,6 +394,7 @@ def compare_delimiters(
     if cycle is None:
         life.require_main()
         raise NotApplicable("there is no smaller cycle")
+    require(model, "writes", "patterns")
     if not cycle.step_up:
         raise NotApplicable("no block is step-up, so there is no place before which to look")
     if weights.anatomy.attention_norm is None:

@@ -89,13 +89,15 @@ def read_attention(
     collapse: Collapse | NotApplicable,
     epsilon: float = EPSILON,
     seed: int = 0,
-) -> AttentionReading:
+) -> AttentionReading | NotApplicable:
     """Score attention, read queries, keys and values, and find secondary sinks, in one pass over the windows.
 
     `collapse` gives the primary direction; without it no secondary sinks are looked for.
     """
     check_model(model, life)
     check_windows(life, tokens)
+    if (why := measure(require)(model, "patterns")) is not None:
+        return why
     groups = group_tokens(life)
     scores = ScoreReducer(model.anatomy, check_epsilon(epsilon), tokens.shape[1], 0, groups)
     # Where one of these does not apply, its reason stands in its place.
@@ -251,6 +253,7 @@ def rebuild_keys(weights: Weights, life: Lifecycle, collapse: Collapse) -> Rebui
     """
     check_model(weights, life)
     require_projections(weights.anatomy)
+    require(weights, "norm", "keys")
     layers, channels = collapse.cycle.layers, list(collapse.cycle.channels)
     if not layers:
         raise NotApplicable("no layer reads the plateau")

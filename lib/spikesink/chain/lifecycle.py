@@ -28,6 +28,7 @@ from torch import Tensor
 from spikesink.chain.trace import Rows, Trace, follow
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Block, Model, anatomy, check_ids, check_tokens
+from spikesink.model.proof import require
 from spikesink.model.weights import Weights
 
 STEP = 0.1
@@ -87,10 +88,11 @@ class Lifecycle:
         """Why claims about a spike do not apply, for a model without one."""
         return f"no token has an entry above {self.trace.threshold:g} medians anywhere in the residual stream"
 
-    def require_main(self) -> Cycle:
-        """The largest cycle; raises NotApplicable where nothing spikes."""
+    def require_main(self, *parts: str) -> Cycle:
+        """The largest cycle; raises NotApplicable where nothing spikes, or these parts of the model's proof fail."""
         if self.main is None:
             raise NotApplicable(self.reason)
+        require(self.trace, *parts)
         return self.main
 
 
@@ -249,7 +251,7 @@ def find_spikes(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle) 
 @measure
 def first_step_up(life: Lifecycle) -> Block:
     """The main cycle's first FFN block that is step-up: it meets tokens that do not spike yet, a later one may not."""
-    for block in life.require_main().step_up:
+    for block in life.require_main("writes").step_up:
         if not block.is_attention:
             return block
     raise NotApplicable("no single FFN block writes a tenth of the spike, so there is none to take apart")
@@ -309,7 +311,7 @@ def check_windows(life: Lifecycle, tokens: Int[Tensor, "n length"], part: bool =
 @measure
 def writes_table(life: Lifecycle, least: float = 0.02) -> pd.DataFrame:
     """Every block that writes at least `least` of the main cycle's value: its write, its share, its step."""
-    cycle = life.require_main()
+    cycle = life.require_main("writes")
     steps = dict.fromkeys(cycle.step_up, "up") | dict.fromkeys(cycle.step_down, "down")
     pairs = zip(cycle.writes.tolist(), (cycle.writes / cycle.value).tolist(), strict=True)
     rows = [(str(Block(b)), *pair, steps.get(b, "")) for b, pair in enumerate(pairs, 1)]

@@ -25,8 +25,9 @@ from torch.nn import functional
 from spikesink.chain.collapse import Collapse
 from spikesink.chain.lifecycle import Lifecycle, is_spike, right_after
 from spikesink.chain.trace import EPSILON, Mean, Reducer, median, reduce_windows
-from spikesink.common import NotApplicable
+from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy, Model, anatomy, check_length, check_not_padding, check_tokens, normalise
+from spikesink.model.proof import require
 
 ALIGNED = 0.9  # a cosine with the primary direction that counts as pointing the same way
 MOST_ROWS = 512  # of secondary sinks kept
@@ -58,6 +59,7 @@ class Scores:
         return float((at > (self.epsilon if epsilon is None else check_epsilon(epsilon))).double().mean())
 
 
+@measure
 def score(
     model: Model,
     tokens: Int[Tensor, "n length"],
@@ -72,6 +74,7 @@ def score(
     `position` is kept window by window, for the sink ratio. `groups` are sets of key tokens to average over, such as
     `group_tokens(life)`. A late key is judged by few queries, near ones, so their sinks are counted in the first half.
     """
+    require(model, "patterns")
     groups = groups or {}
     length = _checked_length(model, tokens, length)
     check_not_padding(model, tokens)

@@ -231,7 +231,8 @@ def follow(
     is a RuntimeError.
     """
     hooks_of, entered = anatomy(model), torch.empty(0)
-    adds_up = proof_of(model).holds("writes")
+    proof = proof_of(model)
+    adds_up = proof.holds("writes")
     shown = hooks_of.write_hooks if adds_up else (None,) * hooks_of.n_blocks
 
     def enter_layer(layer: int, h: Tensor) -> None:
@@ -256,7 +257,7 @@ def follow(
     calls = [(name, partial(enter_layer, layer)) for layer, name in enumerate(hooks_of.layer_hooks)]
     if on_stream is not None or on_write is not None:
         calls += [(name, partial(write_block, Block(b))) for b, name in enumerate(shown, 1) if name is not None]
-    if on_pattern is not None:
+    if on_pattern is not None and proof.holds("patterns"):
         patterns = [(layer, hooks_of.pattern_hooks[layer]) for layer in hooks_of.attention_layers]
         calls += [(name, partial(on_pattern, layer)) for layer, name in patterns]
     _run_hooked(model, tokens, [*calls, *also])

@@ -232,7 +232,7 @@ def _anatomy(config: Config) -> Anatomy:
         d_mlp=config.d_mlp,
         d_vocab=config.d_vocab,
         context=config.lengths[1],
-        norm="tanh" if config.norm == "dynamic_tanh" else "RMS",
+        norm="RMS",
         norm_placement="sandwich" if config.norm in ("sandwich", "sandwich_qk") else "pre",
         norm_scale_offset=0.0,
         norm_eps=EPS,

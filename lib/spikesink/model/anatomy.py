@@ -35,7 +35,7 @@ class Anatomy:
     d_mlp: int
     d_vocab: int
     context: int
-    norm: str  # "RMS", "LN", or "tanh" where DynamicTanh stands in its place
+    norm: str  # "RMS" or "LN"
     norm_placement: str  # "pre", "post" or "sandwich"
     norm_scale_offset: float  # the scale is offset + weight: 1 in Gemma, else 0
     norm_eps: float  # added to the mean square before the root
@@ -229,7 +229,7 @@ def _describe_norms(model: TransformerBridge) -> dict[str, Any]:
         placement = "sandwich" if hasattr(block, "ln1") else "post"
     else:
         placement = "pre"
-    norms = [name for name in ("ln1", "ln2") if placement != "post" and hasattr(block, name)]
+    norms = [name for name in ("ln1", "norm", "ln2") if placement != "post" and hasattr(block, name)]
     return {
         "norm": "RMS" if cfg.uses_rms_norm else "LN",
         "norm_placement": placement,

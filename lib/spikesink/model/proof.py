@@ -22,7 +22,7 @@ from spikesink.common import NotApplicable, write_atomically
 from spikesink.model import alone
 from spikesink.model import anatomy as shapes
 from spikesink.model import weights as matrices
-from spikesink.model.anatomy import Anatomy, Model, anatomy, run_layers
+from spikesink.model.anatomy import Anatomy, Model, anatomy, normalise, run_layers
 from spikesink.model.errors import first_line
 from spikesink.model.gguf import cache_directory
 from spikesink.model.weights import Weights, weights_of
@@ -30,6 +30,7 @@ from spikesink.model.weights import Weights, weights_of
 WINDOWS, LENGTH = 4, 12  # what is run: tokens spread over the vocabulary, the same in every call
 HOOKS = {"q": "attn.q.hook_out", "k": "attn.k.hook_out", "v": "attn.v.hook_out"}
 ROTATED = {"rotated_q": "attn.hook_rot_q", "rotated_k": "attn.hook_rot_k"}  # where `Anatomy.sees_rotation`
+NORMALISED = "hook_normalized"  # of a norm: h~, before its learned scale
 SCORES = "attn.hook_attn_scores"  # the logits, in most families; in some the pattern
 
 # Of each part: how far it may be off in float32 and in half precision (bfloat16 rounds each number by up to 0.004), and
@@ -37,6 +38,8 @@ SCORES = "attn.hook_attn_scores"  # the logits, in most families; in some the pa
 PARTS: dict[str, tuple[float, float, str]] = {
     "writes": (1e-3, 2e-2, "the writes of this {} model's blocks do not add up to its stream: something else writes"),
     "patterns": (1e-3, 2e-2, "the attention that this {} model shows does not add up to one over what a token sees"),
+    "norm": (1e-3, 2e-2, "the norms of this {} model do more than divide the stream by its root mean square"),
+    "keys": (1e-3, 1e-1, "the keys of this {} model are not W_K h~"),
     "logits": (1e-3, 1e-1, "the attention of this {} model is not the softmax of q.k times one scale"),
     # As it is where a gate, a clip or a learned sink stands between.
     "attention": (1e-3, 1e-1, "the attention of this {} model does not give a token alone W_O W_V h~"),
@@ -120,6 +123,8 @@ def _prove(model: Model) -> Proof:
 
     check("writes", _check_writes)
     check("patterns", _check_pattern)
+    check("norm", _check_norm)
+    check("keys", _check_keys)
     turned = check("logits", _check_logits)
     if not turned and not model.anatomy.sees_rotation:
         passed |= {UNASKED + name: value for name, value in _run(model, silence_queries=True).items()}
@@ -132,7 +137,7 @@ def _prove(model: Model) -> Proof:
 def _layers(anatomy: Anatomy, part: str) -> list[int]:
     """The layers in which a part is looked for."""
     having, n = anatomy.attention_layers, anatomy.n_layers
-    if part in ("writes", "FFN"):
+    if part in ("writes", "norm", "FFN"):
         return list(range(n))
     if not having or (part == "attention" and len(having) < n):
         raise NotApplicable(f"{n - len(having)} of {n} layers of this {anatomy.family} model have no attention")
@@ -148,8 +153,9 @@ def _run(model: Model, silence_queries: bool = False) -> Passed:
     shape, passed = model.anatomy, {}
     names = [*shape.layer_hooks, *filter(None, (*shape.write_hooks, *shape.pattern_hooks))]
     queries = [query_and_key(shape, layer)[0] for layer in shape.attention_layers]
-    for layer in shape.attention_layers:
-        names += [n for n in (*query_and_key(shape, layer), f"blocks.{layer}.{SCORES}") if n in model.hook_dict]
+    for layer in range(shape.n_layers):
+        hooks = (*query_and_key(shape, layer), f"blocks.{layer}.{HOOKS['k']}", f"blocks.{layer}.{SCORES}")
+        names += [n for n in (*hooks, f"blocks.{layer}.{shape.attention_norm}.{NORMALISED}") if n in model.hook_dict]
     tokens = torch.arange(WINDOWS * LENGTH).view(LENGTH, WINDOWS).T * shape.d_vocab // (WINDOWS * LENGTH)
 
     def keep(value: Tensor, hook) -> Tensor | None:
@@ -185,6 +191,23 @@ def _check_pattern(model: Model, passed: Passed, layer: int) -> Tensor:
     missing = 1 - pattern.sum(-1)
     off = missing.clamp(max=0).abs() if model.anatomy.learned_sink else missing.abs()
     return off.amax() + pattern.triu(1).amax() - pattern.clamp(max=0).amin()
+
+
+def _check_norm(model: Model, passed: Passed, layer: int) -> Tensor:
+    """The normalised stream that enters a layer, against what the norm's own hook shows."""
+    shape = model.anatomy
+    if shape.attention_norm is None:
+        raise NotApplicable(f"the blocks of this {shape.family} model read the stream itself, not through a norm")
+    shown = passed[f"blocks.{layer}.{shape.attention_norm}.{NORMALISED}"]
+    return _relative(normalise(passed[shape.layer_hooks[layer]], shape), shown)
+
+
+def _check_keys(model: Model, passed: Passed, layer: int) -> Tensor:
+    """W_K h~ and its bias, against the projection's own keys, before any QK norm and RoPE."""
+    shape, (matrix, bias) = model.anatomy, weights_of(model).keys(layer)
+    enters = passed[shape.layer_hooks[layer]]
+    h = enters if shape.attention_norm is None else normalise(enters, shape)
+    return _relative(h @ matrix.T + bias, passed[f"blocks.{layer}.{HOOKS['k']}"].flatten(2))
 
 
 def _check_logits(model: Model, passed: Passed, layer: int) -> Tensor:

@@ -162,7 +162,7 @@ def am7_weights_alone(life: Lifecycle, census: Census, n: int = 10) -> Evidence:
 
     Beside it, how much that list finds: how many of the top 1% of pairs are a spike channel in a step block.
     """
-    main = life.require_main()
+    main = life.require_main("writes")
     up, down = ([b for b in blocks if not b.is_attention] for blocks in (main.step_up, main.step_down))
     if not up or not down:
         raise NotApplicable(f"no FFN block is step-{'down' if up else 'up'}, so there is no pair to look for")

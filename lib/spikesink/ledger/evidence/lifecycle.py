@@ -24,7 +24,7 @@ def lc1_step_up(life: Lifecycle) -> Evidence:
     Of attention blocks, the largest write of either sign in the first half or before the step-down. A step-up block can
     dominate every channel of its tokens: what sets the spike channels apart is the size.
     """
-    cycle, n_blocks, controls = life.require_main(), life.trace.anatomy.n_blocks, life.trace.ordinary
+    cycle, n_blocks, controls = life.require_main("writes"), life.trace.anatomy.n_blocks, life.trace.ordinary
     share = cycle.writes / cycle.value
     early = [b for b in cycle.step_up if not b.is_attention and b <= n_blocks // 2]
     which = torch.tensor(sorted(early, key=lambda b: -share[b - 1])[:STEP_BLOCKS], dtype=torch.long) - 1
@@ -52,7 +52,7 @@ def lc1_step_up(life: Lifecycle) -> Evidence:
 @measure
 def lc2_plateau(life: Lifecycle) -> Evidence:
     """LC2: the median share that a block between step-up and step-down writes, whatever its sign."""
-    cycle = life.require_main()
+    cycle = life.require_main("writes")
     first, last = cycle.plateau
     if first == last:
         raise NotApplicable("no block lies between the last step-up and the first step-down block")
@@ -74,7 +74,7 @@ def lc2_plateau(life: Lifecycle) -> Evidence:
 @measure
 def lc3_step_down(life: Lifecycle) -> Evidence:
     """LC3: which blocks cancel the spike, and what share the late FFN blocks among them take back."""
-    cycle, spikes, late = life.require_main(), spike_rows(life), late_step_down(life)
+    cycle, spikes, late = life.require_main("writes"), spike_rows(life), late_step_down(life)
     which, index = torch.tensor(late, dtype=torch.long) - 1, index_of(life, cycle.channel)
     held, taken = spikes.stream[:, cycle.middle], -spikes.writes[:, which].sum(1)  # token, channel
     from_others = -ordinary_rows(life).writes[:, which, index].sum(1)
