@@ -28,7 +28,7 @@ def expected_reasons(family: str) -> dict[str, str]:
     else:
         reasons |= dict.fromkeys(OF_EXPERTS, "every layer has one FFN, and no router chooses")
         if gate is None:
-            no_gate = f"the FFN of this {family} model has no gate, so it is no quadratic form"
+            no_gate = f"the FFN of this {family} model shows no gate, so no quadratic form"
             reasons |= dict.fromkeys(OF_THE_FFN, no_gate)
     reasons |= dict.fromkeys(("SV2", "SV3"), serving.SHORT)
     if family == "gpt_oss":

@@ -92,7 +92,7 @@ def test_freed_memory_between_blocks_in_use_is_given_back():
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("gpt2", "has no gate, so it is no quadratic form"), ("mixtral", "is a mixture of 4 experts, not one gated FFN")],
+    [("gpt2", "shows no gate, so no quadratic form"), ("mixtral", "is a mixture of 4 experts, not one gated FFN")],
 )
 def test_a_family_without_one_gated_ffn_says_so(family, reason, tmp_path):
     with pytest.raises(NotApplicable, match=f"the FFN of this {family} model {reason}"):

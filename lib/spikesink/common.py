@@ -28,6 +28,12 @@ class NotApplicable(Exception):  # noqa: N818 (an answer, not an error: "n/a" in
     def __hash__(self) -> int:
         return hash(self.reason)
 
+    def __getattr__(self, name: str) -> "NotApplicable":
+        """What a measure that does not apply would hold does not apply either."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
 
 _inside: ContextVar[bool] = ContextVar("inside a measure", default=False)
 

@@ -259,6 +259,7 @@ def replace_input(model: Model, tokens: Int[Tensor, "n length"], life: Lifecycle
     check_model(model, life)
     check_windows(life, tokens)
     require_separate_ffn(model.anatomy)
+    model.anatomy.require_attention()
     layers, spikes = collapse.cycle.layers, is_spike(life, collapse.cycle)
     if not layers:
         raise NotApplicable("no layer reads the plateau")

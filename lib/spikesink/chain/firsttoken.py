@@ -290,6 +290,8 @@ def read_self_attention(
     check_tokens(model, tokens)
     n_layers = (last + 1) // 2
     patterns = anatomy.pattern_hooks[:n_layers]
+    if None in patterns:
+        anatomy.require_attention()
     stream = (anatomy.layer_hooks[n_layers - 1], *anatomy.write_hooks[2 * n_layers - 2 : last])
     by_layer, value = torch.zeros(n_layers, *tokens.shape), torch.zeros(tokens.shape)
     for row, window in enumerate(progress(tokens, "watching attention", "window")):

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from spikesink.common import progress
+from spikesink.common import CommandError, progress
 from spikesink.model.anatomy import (
     Anatomy,
     Block,
@@ -228,7 +228,7 @@ def follow(
     that entered the layer plus the attention's write; some families have no such place in their code, because both read
     the same stream. A block that a layer does not have writes zeros. Where the writes that hooks show do not add up to
     the stream, all that a layer changes is handed on as its second block's. No logits are made. A hook that never fires
-    is a RuntimeError.
+    is a CommandError.
     """
     hooks_of, entered = anatomy(model), torch.empty(0)
     proof = proof_of(model)
@@ -278,7 +278,10 @@ def _run_hooked(model: Model, tokens: Int[Tensor, " length"], calls: Sequence[Ho
         run_layers(model, tokens[None])
     if silent := [name for name, _ in calls if name not in fired]:
         family = anatomy(model).family
-        raise RuntimeError(f"{len(silent)} hooks of this {family} model never fired, the first is {silent[0]}.")
+        raise CommandError(
+            f"this {family} model cannot be measured: {len(silent)} places in it are not to be seen, the first is "
+            f"{silent[0]}; try a model of another family."
+        )
 
 
 class _Pass:

@@ -15,6 +15,8 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformers import PretrainedConfig
 
+from spikesink.common import NotApplicable
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -71,6 +73,11 @@ class Anatomy:
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that have attention; in a hybrid others mix tokens by convolution or recurrence."""
         return tuple(layer for layer, name in enumerate(self.pattern_hooks) if name is not None)
+
+    def require_attention(self) -> None:
+        """Raise NotApplicable unless each layer shows its attention."""
+        if missing := self.n_layers - len(self.attention_layers):
+            raise NotApplicable(f"{missing} of {self.n_layers} layers of this {self.family} model show no attention")
 
     @property
     def n_blocks(self) -> int:
@@ -266,12 +273,15 @@ def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> d
 
 
 def _describe_ffn(model: TransformerBridge, config: PretrainedConfig) -> dict[str, Any]:
-    mlp = getattr(model.blocks[0], "mlp", None)
+    mlps = [getattr(block, "mlp", None) for block in model.blocks]
+    mlp = next((mlp for mlp in mlps if mlp is not None), None)
     counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
     n_experts = next(filter(None, counts), 0)
     parts = {} if n_experts and hasattr(mlp, "dense_in") else linears(mlp)
     # In a mixture of experts "gate" is the router's name.
-    gated = any(".gate_" in name for name, _ in mlp.named_parameters()) if n_experts else "gate" in parts
+    gated = "gate" in parts
+    if n_experts:
+        gated = any(".gate_" in name for part in mlps if part is not None for name, _ in part.named_parameters())
     if "in" in parts:
         width = parts["in"].weight.numel() // model.cfg.d_model  # by its size, as some families keep it transposed
     else:
@@ -280,7 +290,7 @@ def _describe_ffn(model: TransformerBridge, config: PretrainedConfig) -> dict[st
         "d_mlp": width or model.cfg.d_mlp,
         "gate_activation": model.cfg.act_fn if gated else None,
         "n_experts": n_experts,
-        "separate_ffn": mlp is not None and mlp.name is not None,
+        "separate_ffn": all(mlp is not None and mlp.name is not None for mlp in mlps),
     }
 
 
@@ -298,15 +308,11 @@ def _write_hooks(block: torch.nn.Module) -> list[str | None]:
 
     Where no attention is, what mixes tokens in its place is the one part that is neither a norm nor the FFN.
     """
-    names = []
-    for hook in ("hook_attn_out", "hook_mlp_out"):
-        names.append(block.hook_aliases.get(hook, hook if hook in dict(block.named_children()) else None))
-    if not hasattr(block, "attn"):
-        mixers = [
-            name
-            for name, part in block.named_children()
-            if hasattr(part, "hook_out") and name != "mlp" and not isinstance(part, NormalizationBridge)
-        ]
+    children = dict(block.named_children())
+    names = [block.hook_aliases.get(h, h if h in children else None) for h in ("hook_attn_out", "hook_mlp_out")]
+    if "attn" not in children:
+        parts = {name: part for name, part in children.items() if name != "mlp" and hasattr(part, "hook_out")}
+        mixers = [name for name, part in parts.items() if not isinstance(part, NormalizationBridge)]
         names[0] = f"{mixers[0]}.hook_out" if len(mixers) == 1 else None
     return names
 
@@ -321,7 +327,7 @@ def _name_hooks(model: TransformerBridge) -> dict[str, tuple[str | None, ...]]:
             hook and f"blocks.{i}.{hook}" for i, block in enumerate(model.blocks) for hook in _write_hooks(block)
         ),
         "pattern_hooks": tuple(
-            f"blocks.{i}.attn.hook_pattern" if hasattr(block, "attn") else None for i, block in enumerate(model.blocks)
+            name if (name := f"blocks.{i}.attn.hook_pattern") in model.hook_dict else None for i in range(last + 1)
         ),
         "router_hooks": tuple(name and f"blocks.{i}.mlp.{name}" for i, name in enumerate(routers)),
     }

@@ -31,12 +31,16 @@ _UNREACHABLE = (
     f"it is no local path and not one of the built-in models ({', '.join(BUILTINS)}), and the hub could not be "
     "reached; go online or give a local model"
 )
+_UNREADABLE = "its layers are not built as those of the families that can be read ({line}); try one of another family"
 _DAMAGED = "{part} is incomplete or damaged ({line}); get it again"
 
 
 @contextlib.contextmanager
-def explain_errors(spec: str, part: str = "it") -> Iterator[None]:
-    """Turn what transformers and the hub raise into a LoadError about a model, or a part of it."""
+def explain_errors(spec: str, part: str = "it", unreadable: bool = False) -> Iterator[None]:
+    """Turn what transformers and the hub raise into a LoadError about a model, or a part of it.
+
+    `unreadable`: the model is whole, and it is its form that is not known.
+    """
     try:
         yield
     except LoadError:
@@ -49,6 +53,7 @@ def explain_errors(spec: str, part: str = "it") -> Iterator[None]:
             raise KeyboardInterrupt from None  # some libraries turn it into an error of their own
         on_the_hub = local(spec) is None and spec not in BUILTINS
         advice = _UNREACHABLE if on_the_hub and isinstance(error, OSError) else _DAMAGED
+        advice = _UNREADABLE if unreadable else advice
         for sign, words in _ADVICE.items():
             by_kind = isinstance(sign, type) and any(isinstance(cause, sign) for cause in causes)
             if by_kind or (isinstance(sign, str) and re.search(sign, str(error))):

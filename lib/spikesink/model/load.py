@@ -117,7 +117,8 @@ def load(
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
     bridge.offloaded = offloaded  # goes with the model
-    anatomy(bridge)
+    with explain_errors(ready.source.spec, unreadable=True):
+        anatomy(bridge)
     return bridge
 
 

@@ -76,6 +76,7 @@ def compare_static_map(model: Model, tokens: Int[Tensor, "n length"], length: in
     weights, anatomy = weights_of(model), model.anatomy
     check_tokens(model, tokens)
     require_projections(anatomy)
+    anatomy.require_attention()
     if model.cfg.dtype != torch.float32:
         raise NotApplicable(f"the model runs in {model.cfg.dtype}, whose rounding hides the difference; use float32")
     names = [*anatomy.layer_hooks[:-1], *anatomy.write_hooks[::2]]

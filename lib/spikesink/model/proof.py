@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spikesink.common import NotApplicable, write_atomically
+from spikesink.common import CommandError, NotApplicable, write_atomically
 from spikesink.model import alone
 from spikesink.model import anatomy as shapes
 from spikesink.model import weights as matrices
@@ -45,6 +45,8 @@ PARTS: dict[str, tuple[float, float, str]] = {
     "attention": (1e-3, 1e-1, "the attention of this {} model does not give a token alone W_O W_V h~"),
     "FFN": (1e-3, 1e-1, "the FFNs of this {} model do not give what their weights say"),
 }
+# What code of a family that is not known here may raise.
+ERRORS = (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, ArithmeticError)
 STATIC_PATH = ("writes", "attention", "FFN")  # what following a token that stands alone needs
 
 
@@ -114,8 +116,8 @@ def _prove(model: Model) -> Proof:
             errors[part] = max(float(function(model, passed, layer)) for layer in _layers(model.anatomy, part))
         except NotApplicable as why:
             reasons[part] = why.reason
-        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, ArithmeticError) as error:
-            reasons[part] = f"{PARTS[part][2].format(family)} (it cannot be computed: {first_line(error)})"
+        except ERRORS as error:
+            reasons[part] = f"the {part} of this {family} model cannot be checked ({first_line(error)})"
         else:
             if not errors[part] <= PARTS[part][0 if whole else 1]:
                 reasons[part] = f"{PARTS[part][2].format(family)} (off by {errors[part]:.2g})"
@@ -136,12 +138,11 @@ def _prove(model: Model) -> Proof:
 
 def _layers(anatomy: Anatomy, part: str) -> list[int]:
     """The layers in which a part is looked for."""
-    having, n = anatomy.attention_layers, anatomy.n_layers
     if part in ("writes", "norm", "FFN"):
-        return list(range(n))
-    if not having or (part == "attention" and len(having) < n):
-        raise NotApplicable(f"{n - len(having)} of {n} layers of this {anatomy.family} model have no attention")
-    return list(having)
+        return list(range(anatomy.n_layers))
+    if part == "attention" or not anatomy.attention_layers:
+        anatomy.require_attention()
+    return list(anatomy.attention_layers)
 
 
 Passed = dict[str, Tensor]  # by hook, in float32 on the CPU
@@ -154,7 +155,7 @@ def _run(model: Model, silence_queries: bool = False) -> Passed:
     names = [*shape.layer_hooks, *filter(None, (*shape.write_hooks, *shape.pattern_hooks))]
     queries = [query_and_key(shape, layer)[0] for layer in shape.attention_layers]
     for layer in range(shape.n_layers):
-        hooks = (*query_and_key(shape, layer), f"blocks.{layer}.{HOOKS['k']}", f"blocks.{layer}.{SCORES}")
+        hooks = (*query_and_key(shape, layer), *(f"blocks.{layer}.{name}" for name in (*HOOKS.values(), SCORES)))
         names += [n for n in (*hooks, f"blocks.{layer}.{shape.attention_norm}.{NORMALISED}") if n in model.hook_dict]
     tokens = torch.arange(WINDOWS * LENGTH).view(LENGTH, WINDOWS).T * shape.d_vocab // (WINDOWS * LENGTH)
 
@@ -162,8 +163,17 @@ def _run(model: Model, silence_queries: bool = False) -> Passed:
         passed[hook.name] = value.float().cpu()
         return torch.zeros_like(value) if silence_queries and hook.name in queries else None
 
-    with torch.inference_mode(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        run_layers(model, tokens[:, : shape.context])
+    try:
+        with torch.inference_mode(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+            run_layers(model, tokens[:, : shape.context])
+    except ERRORS as error:
+        family, why = shape.family, first_line(error)
+        raise CommandError(f"this {family} model cannot be run ({why}); try a model of another family.") from None
+    if any(passed[name].shape[2:] != (shape.d_model,) for name in shape.layer_hooks if name in passed):
+        raise CommandError(
+            f"the residual stream of this {shape.family} model is not one vector of {shape.d_model} numbers a token; "
+            "try a model of another family."
+        )
     return passed
 
 
@@ -214,6 +224,8 @@ def _check_logits(model: Model, passed: Passed, layer: int) -> Tensor:
     """The softmax of q.k times the scale over what each query sees, against the pattern less a learned sink's share."""
     shape, error = model.anatomy, torch.zeros(())
     query, key = query_and_key(shape, layer)
+    if (width := passed[f"blocks.{layer}.{HOOKS['q']}"][0, 0].numel()) != shape.n_heads * shape.d_head:
+        raise ValueError(f"its queries come with something else, {width} numbers a token")
     for pattern, q, k in zip(passed[shape.pattern_hooks[layer]], passed[query], passed[key], strict=True):
         logits = attention_logits(shape, by_head(q, shape.d_head), by_head(k, shape.d_head))
         expected = logits.masked_fill(~visible(pattern), -torch.inf).softmax(-1)

@@ -196,7 +196,7 @@ def require_form(anatomy: Anatomy) -> None:
             f"the FFN of this {anatomy.family} model is a mixture of {anatomy.n_experts} experts, not one gated FFN"
         )
     if anatomy.gate_activation is None:
-        raise NotApplicable(f"the FFN of this {anatomy.family} model has no gate, so it is no quadratic form")
+        raise NotApplicable(f"the FFN of this {anatomy.family} model shows no gate, so no quadratic form")
 
 
 def require_projections(anatomy: Anatomy) -> None:
@@ -254,6 +254,8 @@ def gated_parts(mlp: torch.nn.Module) -> Iterator[Part]:
         if isinstance(both, Tensor) and both.ndim == 3:
             if getattr(module, "is_transposed", False) or any("bias" in n for n, _ in module.named_parameters()):
                 return  # another order of the matrix, or an activation that is not the plain one
+            if both.shape[-1] != down.shape[-2]:
+                return
             for expert in range(len(both)):
                 yield str(expert), (*both[expert].chunk(2), down[expert]), (None, None, None)
         elif all(hasattr(linear, "weight") for linear in linears):

@@ -8,6 +8,7 @@ from torch import Tensor
 from spikesink.chain.lifecycle import Cycle, Lifecycle, find_spikes
 from spikesink.common import NotApplicable, measure
 from spikesink.model.anatomy import Anatomy, Block, Model
+from spikesink.model.proof import require
 from spikesink.patching.recordings import means_of
 from spikesink.patching.sites import key, read, readout, stream, value
 
@@ -67,6 +68,8 @@ def spike_means(
         raise NotApplicable(life.reason)
     if not cycle.layers:
         raise NotApplicable("no layer reads the plateau of the spike, so there is nothing to cut between it and a sink")
+    anatomy.require_attention()
+    require(model, "writes", "patterns")
     where = find_spikes(model, tokens, life) if where is None else where
     if not where.any() or where.all():
         kind = "no" if not where.any() else "every"

@@ -31,7 +31,7 @@ MEASURES: Mapping[str, tuple[Callable, Callable]] = {
     "perplexity": (lambda outcome: outcome.loss.mean(1), lambda x, axis: np.exp(x.mean(axis=axis))),
     "kl": (lambda outcome: outcome.divergence.mean(1), np.mean),
     "agreement": (lambda outcome: outcome.agrees.float().mean(1), np.mean),
-    "sink_ratio": (lambda outcome: (outcome.score > outcome.epsilon).float().mean((1, 2)), np.mean),
+    "sink_ratio": (lambda outcome: _over(outcome.score, outcome.epsilon).nanmean((1, 2)), np.mean),
     "max_activation": (lambda outcome: outcome.largest.amax(1), np.median),
 }
 
@@ -71,7 +71,7 @@ class Outcome:
     @property
     def sink_ratio(self) -> float:
         """Share of layers, heads and windows in which position 0's sink score exceeds epsilon."""
-        return float((self.score > self.epsilon).float().mean())
+        return float(_over(self.score, self.epsilon).nanmean())
 
     @property
     def max_activation(self) -> float:
@@ -267,6 +267,11 @@ class Ran:
         return (torch.stack(expected) + other.total - self.total).clamp(min=0)
 
 
+def _over(score: Float[Tensor, "*batch"], epsilon: float) -> Float[Tensor, "*batch"]:
+    """1 where a score exceeds epsilon, 0 where not, and no number where there is none."""
+    return (score > epsilon).float().masked_fill(score.isnan(), torch.nan)
+
+
 def _summarize(batch: Int[Tensor, "window position"], ran: Ran, clean: Ran, epsilon: float) -> tuple[Tensor, ...]:
     """What `compare` keeps of one batch: an outcome's tensors, window by window."""
     target = batch[:, 1:, None].to(ran.logits.device)
@@ -274,7 +279,7 @@ def _summarize(batch: Int[Tensor, "window position"], ran: Ran, clean: Ran, epsi
     divergence = torch.zeros_like(loss) if ran is clean else clean.divergence(ran)
     scores = torch.stack([layer[..., 0] for layer in ran.received], 1)  # window, layer, head
     attention = torch.stack([layer.mean(1) for layer in ran.received], 1)  # window, layer, key
-    sinks = torch.stack([(layer > epsilon).float().mean(1) for layer in ran.received], 1)
+    sinks = torch.stack([_over(layer, epsilon).mean(1) for layer in ran.received], 1)
     kept = loss, divergence, ran.best == clean.best, scores, attention, sinks, torch.stack(ran.sizes).amax(0)
     return tuple(tensor.cpu() for tensor in kept)
 
@@ -389,7 +394,9 @@ def run(
         scores[layer] = by_query.unflatten(0, value.shape[:2]).cpu()
 
     watch = [(name, on_layer) for name in anatomy.layer_hooks[start:]]
-    watch += [(name, on_pattern) for name in anatomy.pattern_hooks[start:]]
+    watch += [(name, on_pattern) for name in anatomy.pattern_hooks[start:] if name is not None]
+    unseen = torch.full((len(batch), anatomy.n_heads, batch.shape[1]), torch.nan)  # where a layer shows no attention
+    scores |= {layer: unseen for layer, name in enumerate(anatomy.pattern_hooks) if name is None}
     with ExitStack() as stack:
         if start:
             stack.enter_context(later[0].at(start, clean.entered[start]))

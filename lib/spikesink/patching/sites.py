@@ -25,13 +25,13 @@ class Kind:
 
     sentence: str  # what it is called; {} stands for its places
     places: str  # what these are: "block", "layer" or "hook"
-    hook: Callable[[Anatomy, Block | int | str], str]  # the TransformerLens hook that carries it, at a place
+    hook: Callable[[Anatomy, Block | int | str], str | None]  # the TransformerLens hook that carries it, at a place
     parts: str = "channel"  # what it consists of: channels, or heads
     part_dims: int = 1  # dimensions of a part: a channel is a number, a head of queries a vector
     first: int = 0  # place
 
 
-def _stream_hook(anatomy: Anatomy, after: Block) -> str:
+def _stream_hook(anatomy: Anatomy, after: Block) -> str | None:
     if after.is_attention and anatomy.parallel:
         raise ValueError(
             f"attention and FFN of this {anatomy.family} model read the same stream, so there is none after {after}, "
@@ -63,7 +63,7 @@ def _projection(name: str) -> Callable[[Anatomy, int], str]:
     return hook
 
 
-def _pattern_hook(anatomy: Anatomy, layer: int) -> str:
+def _pattern_hook(anatomy: Anatomy, layer: int) -> str | None:
     if not anatomy.edits_pattern:
         # TransformerLens leaves such attention to the model itself: https://github.com/TransformerLensOrg/TransformerLens/pull/1673
         raise ValueError(
@@ -111,7 +111,12 @@ class Site:
             if not kind.first <= place <= last:
                 named = place if kind.places == "block" else f"layer {place}"
                 raise ValueError(f"{named} does not exist; this model has {kind.places}s {kind.first} to {last}.")
-        return tuple(kind.hook(anatomy, place) for place in self.places)
+            if kind.places == "layer" and place not in anatomy.attention_layers:
+                raise ValueError(f"layer {place} of this {anatomy.family} model shows no attention.")
+        hooks = tuple(kind.hook(anatomy, place) for place in self.places)
+        if None in hooks:
+            raise ValueError(f"this {anatomy.family} model does not show {self}; change another place.")
+        return hooks
 
 
 def stream(after: Blocks) -> Site:

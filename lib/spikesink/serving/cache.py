@@ -144,6 +144,7 @@ def forget(model: Model, policy: Policy) -> tuple[Intervention, ...]:
 
 def check_editable(anatomy: Anatomy) -> None:
     """Raise NotApplicable where keys cannot be hidden from a family's attention."""
+    anatomy.require_attention()
     if not anatomy.edits_pattern:
         raise NotApplicable(
             f"the attention of this {anatomy.family} model has read its pattern before it can be changed"

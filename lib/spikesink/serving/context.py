@@ -21,6 +21,7 @@ from spikesink.chain.trace import EPSILON
 from spikesink.common import NotApplicable, measure, progress, write_atomically, writing_to
 from spikesink.model import texts
 from spikesink.model.anatomy import Model, body_of
+from spikesink.model.proof import require
 from spikesink.patching import Outcome, compare
 from spikesink.patching.behaviour import PLACES, THINGS, asked, ids_of
 from spikesink.patching.outcome import CLEAN, student_interval
@@ -126,6 +127,7 @@ def choose_lengths(
     `most` is how many entries of attention, over all layers and heads, may be computed.
     """
     anatomy = model.anatomy
+    anatomy.require_attention()
     ids = torch.cat([torch.tensor(texts.bos(model), dtype=torch.long), texts.all_ids(model, source)])
     rotates = any("Rotary" in type(module).__name__ for module in body_of(model).modules())  # else positions run out
     limit = anatomy.context * (PAST if rotates else 1)
@@ -204,8 +206,10 @@ class LongRun:
         return float(self.streams[name].mean().exp())
 
 
+@measure
 def measure_long(model: Model, source: str | texts.Text = "house", most: float = MOST) -> LongRun:
     """Run a text as `choose_lengths` cuts it, through a full cache and, where keys can be hidden, bounded ones."""
+    require(model, "writes", "patterns")
     tokens, lengths = choose_lengths(model, source, most)
     streams = {}
     with suppress(NotApplicable):
@@ -234,6 +238,7 @@ def run_recomputed(
     return torch.cat(losses, 1)
 
 
+@measure
 def load_or_measure(
     model: Model, source: str, folder: Path, others: Iterable[Path] = (), most: float = MOST
 ) -> LongRun:

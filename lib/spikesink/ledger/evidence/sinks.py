@@ -21,22 +21,22 @@ def sk1_many_heads(scores: Scores) -> Evidence:
     Other positions of the first half can hold a spike token too; ordinary tokens are those that spike in no cycle.
     """
     others = slice(1, max(2, scores.length // 2))
-    ratios = scores.above[..., others].mean((0, 1))
+    ratios = scores.above[..., others].nanmean((0, 1))
     control = {
         "sink_ratio_other_positions": float(ratios.mean()),
         "sink_ratio_highest_other_position": float(ratios.max()),
-        "mean_attention_other_positions": float(scores.mean[..., others].mean()),
+        "mean_attention_other_positions": float(scores.mean[..., others].nanmean()),
         "attention_if_even": float((1 / torch.arange(1, scores.length + 1)).mean()),
     }
     if scores.n_tokens.get("other"):
-        pairs = scores.n_tokens["other"] * scores.anatomy.n_layers * scores.anatomy.n_heads
+        pairs = scores.n_tokens["other"] * len(scores.anatomy.attention_layers) * scores.anatomy.n_heads
         control["sink_ratio_ordinary_tokens"] = int(scores.sinks["other"].sum()) / pairs
     return make_evidence(
         measured={
             "sink_ratio": scores.ratio(),
             "epsilon": scores.epsilon,
             "length": scores.length,
-            "mean_attention": float(scores.at.mean()),
+            "mean_attention": float(scores.at.nanmean()),
         },
         control=control,
     )
