@@ -26,7 +26,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -
 READY := $(VENV)/.ready-$(shell cat requirements.txt requirements-model.txt pyproject.toml | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := figures
-.PHONY: figures test test-slow venv lab ablations bench scan plan site store help clean
+.PHONY: figures test test-slow venv lab ablations bench scan plan families site store help clean
 
 # A scan reads the files as they are and computes in float32 on the CPU.
 AS_A_SCAN = $(if $(filter-out cpu float32,$(DEVICE) $(DTYPE)),$(error make $@ works in float32 on the CPU; leave out DEVICE and DTYPE))
@@ -61,6 +61,9 @@ scan: $(READY)  ## what MODEL's weights alone say, a layer at a time: for models
 
 plan: $(READY)  ## only what a scan of MODEL would take, from its configuration alone
 	@$(AS_A_SCAN)$(BIN)/python -m spikesink scan "$(MODEL)" --plan
+
+families: $(READY)  ## try a tiny model of every family that TransformerLens lists: docs/families.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.survey
 
 site: $(READY)  ## pages of the notebooks, the READMEs and the figures as they are here, to open or to serve: build/site
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c site . build/site

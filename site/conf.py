@@ -12,7 +12,14 @@ from sphinx.util.docutils import SphinxTranslator
 
 project = "spikesink"
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "notebooks/*.ipynb", "figures/README.md", "figures/*/README.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/*.md",
+    "notebooks/*.ipynb",
+    "figures/README.md",
+    "figures/*/README.md",
+]
 extensions = ["myst_nb"]
 nb_execution_mode = "off"
 nb_merge_streams = True
