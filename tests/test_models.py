@@ -1,5 +1,6 @@
 """Loading: the same numbers as transformers', and a cache that is safe from kills, full disks and other processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM
@@ -23,8 +25,13 @@ from spikesink.model.errors import LoadError
 from tests import planted
 
 
-def tiny_gguf(path: Path, architecture: str = "llama", layers: int = 1) -> Path:
-    """A whole, tiny GGUF file with random weights, as llama.cpp's own library writes it."""
+def tiny_gguf(
+    path: Path, architecture: str = "llama", layers: int = 1, without: str = "", also: tuple[str, ...] = (), **header
+) -> Path:
+    """A whole, tiny GGUF file with random weights, as llama.cpp's own library writes it.
+
+    Or one that lacks a tensor, has others besides, or says more in its header.
+    """
     writer, random = gguf.GGUFWriter(path, architecture), np.random.default_rng(0)
     alphabet = sorted(ByteLevel.alphabet())
     d, d_mlp, vocabulary = 32, 64, 260
@@ -55,7 +62,13 @@ def tiny_gguf(path: Path, architecture: str = "llama", layers: int = 1) -> Path:
         shapes |= {f"blk.{i}.attn_{name}": square for name in ("q", "k", "v", "output")}
         shapes |= {f"blk.{i}.{name}_norm": vector for name in ("attn", "ffn")}
         shapes |= {f"blk.{i}.ffn_gate": wide, f"blk.{i}.ffn_up": wide, f"blk.{i}.ffn_down": (d, d_mlp)}
+    shapes |= dict.fromkeys(also, (d // 4,))
+    for key, value in header.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{architecture}.{key.replace('__', '.')}", value)
     for name, shape in shapes.items():
+        if name == without:
+            continue
         writer.add_tensor(f"{name}.weight", (0.1 * random.standard_normal(shape)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -146,6 +159,73 @@ def test_a_file_that_is_no_whole_gguf(name, architecture, change, words, tmp_pat
     with pytest.raises(LoadError, match=words):
         spikesink.load(tmp_path / name)
     assert left_in(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "words"),
+    [
+        ("a.gguf", {"without": "blk.0.ffn_gate"}, "lacks 1 of its model's weights, .*gate_proj"),
+        ("a.gguf", {"without": "blk.0.attn_norm"}, "lacks 1 of its model's weights"),
+        ("a.gguf", {"also": ("rope_freqs",)}, "would not use .rope_freqs.weight"),
+        ("a.gguf", {"also": ("blk.0.attn_sinks",)}, "would not use .blk.0.attn_sinks.weight"),
+        ("a.gguf", {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}, "rope.scaling.type = linear"),
+        ("a.gguf", {"rope__scaling__type": "yarn"}, "rope.scaling.type = yarn"),
+        ("a.gguf", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50"),
+        ("a.gguf", {"residual_scale": 0.22}, "residual_scale"),
+        ("a-00002-of-00003.gguf", {}, "part 2 of 3; put them together with llama-gguf-split --merge a-00001"),
+    ],
+)
+def test_a_gguf_is_read_whole_or_refused_and_not_cached(name, written, words, tmp_path, cache):
+    with pytest.raises(spikesink.LoadError, match=words):
+        spikesink.load(tiny_gguf(tmp_path / name, **written))
+    assert left_in(cache) == []
+
+
+def test_a_folder_that_holds_one_gguf_is_that_file(tmp_path, cache):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    file = tiny_gguf(folder / "a.gguf", rope__scaling__type="none")
+    assert spikesink.load(folder).source.files == (file,)
+    tiny_gguf(folder / "b.gguf")
+    with pytest.raises(spikesink.LoadError, match=r"holds 2 .gguf files; give one"):
+        spikesink.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 2}, r"has no place for, the first is model.layers.2"),
+        ({"intermediate_size": 80}, "other shapes than its config.json says"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized .gptq."),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantized .bitsandbytes."),
+        ({"quantization": {"bits": 4, "group_size": 64}}, r"quantized .MLX."),
+        ({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "code of its own .mine."),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_a_directory_whose_parts_do_not_belong_together_is_refused(change, words, device, tmp_path, random_directory):
+    shutil.copytree(random_directory, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(spikesink.LoadError, match=words):
+        spikesink.load(tmp_path / "copy", device)
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(spikesink.LoadError, match="is an adapter, not a model; merge it"):
+        spikesink.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_transformers_runs_in_half_precision_runs(dtype, tmp_path):
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 400}
+    torch.manual_seed(0)
+    made = transformers.CodeGenForCausalLM(transformers.CodeGenConfig(**sizes)).eval()
+    model = spikesink.load(planted.save(made, tmp_path), dtype=dtype)
+    tokens = torch.arange(12)[None]
+    plain = made.to(getattr(torch, dtype))(tokens).logits
+    assert (model(tokens) - plain).abs().max() < 0.02 * plain.abs().max()
 
 
 def test_a_builtin_with_the_wrong_hash(tmp_path, cache, monkeypatch):

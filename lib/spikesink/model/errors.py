@@ -16,6 +16,7 @@ class LoadError(CommandError):
     """A model that cannot be loaded; the message is one sentence that names the cause and the way out."""
 
 
+MISMATCHED = "its weights have other shapes than its config.json says; put two there that belong together"
 # What is among the causes of an error, or in its text, and what is said of it; the first that fits counts.
 _ADVICE: dict[type[Exception] | str, str] = {
     GatedRepoError: "access to it is restricted on the hub; ask for it there, then log in with: hf auth login",
@@ -23,9 +24,7 @@ _ADVICE: dict[type[Exception] | str, str] = {
         "the hub has no such model, or it is private; check the spelling, or log in with: hf auth login"
     ),
     "architecture|model type": "its architecture is not supported ({line}); try a model of another family",
-    "ignore_mismatched_sizes": (
-        "its weights have other shapes than its config.json says; put two there that belong together"
-    ),
+    "ignore_mismatched_sizes": MISMATCHED,
 }
 _UNREACHABLE = (
     f"it is no local path and not one of the built-in models ({', '.join(BUILTINS)}), and the hub could not be "

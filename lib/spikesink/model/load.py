@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 
 from spikesink.model.anatomy import anatomy
-from spikesink.model.errors import LoadError, explain_errors, quiet
+from spikesink.model.errors import MISMATCHED, LoadError, explain_errors, quiet
 from spikesink.model.gguf import dequantize, hash_file, is_gguf
 from spikesink.model.names import BUILTINS, DEFAULT_MODEL, local, slug
 from spikesink.model.placement import SPREAD, OffloadDirectory, choose_device, choose_dtype, main_device, read_budget
@@ -113,6 +114,9 @@ def load(
         # The bridge takes the device of the first parameter, which is nowhere when it is offloaded.
         bridge.cfg.device = main_device(hf_model)
     _give_norms_a_weight(bridge)
+    for linear in bridge.modules() if ready.dtype != torch.float32 else ():
+        if isinstance(linear, torch.nn.Linear):
+            linear.register_forward_pre_hook(_cast_input)
     # The bridge turns every tokenizer into one that adds BOS; its own default follows the tokenizer's habit instead.
     bridge.cfg.default_prepend_bos = ready.prepends_bos
     bridge.source = ready.source
@@ -141,7 +145,20 @@ def _read_weights(ready: Prepared, budget: dict | None, offloaded: OffloadDirect
         raise LoadError(
             f"{ready.source.spec} lacks {len(missing)} of its weights, the first is {missing[0]}; get it again."
         )
-    return (hf_model if offloaded is not None else hf_model.to(ready.device)).eval()
+    if unasked := sorted(report["unexpected_keys"]):
+        raise LoadError(
+            f"{ready.source.spec} holds {len(unasked)} weights that its config.json has no place for, the first is "
+            f"{unasked[0]}; put a config.json and weights there that belong together."
+        )
+    if offloaded is None:
+        return hf_model.to(ready.device).eval()
+    shapes = {name: tuple(weight.shape) for name, weight in hf_model.state_dict().items()}
+    for file in ready.source.files if ready.source.directory == ready.source.files[0].parent else ():
+        with safe_open(file, "pt") as weights:  # what is read from disk when it runs, transformers does not compare
+            for name in weights.keys():  # noqa: SIM118 (it is no dict)
+                if (shape := tuple(weights.get_slice(name).get_shape())) != shapes.get(name, shape):
+                    raise LoadError(f"{ready.source.spec} cannot be loaded: {MISMATCHED} ({name}).")
+    return hf_model.eval()
 
 
 def _give_norms_a_weight(bridge: TransformerBridge) -> None:
@@ -152,6 +169,11 @@ def _give_norms_a_weight(bridge: TransformerBridge) -> None:
     for norm in bridge.modules():
         if isinstance(norm, NormalizationBridge) and not hasattr(norm, "weight"):
             norm.weight = torch.ones(())
+
+
+def _cast_input(linear: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What enters a matrix, in its precision: some families' attention, as the bridge runs it, gives float32."""
+    return tuple(x.to(linear.weight.dtype) for x in inputs)
 
 
 def prepare(
@@ -214,6 +236,13 @@ def _locate(spec: str) -> Source:
             )
         return Source(spec, spec, dequantize(file), (file,))
     path = local(spec)
+    if path is not None and path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise LoadError(f"{spec} is an adapter, not a model; merge it into its base model (merge_and_unload).")
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) > 1:
+            raise LoadError(f"{spec} holds {len(inside)} .gguf files; give one of them: {inside[0].name}, ...")
+        path = inside[0] if inside else path
     if path is not None and path.is_file():
         if path.suffix != ".gguf" and not is_gguf(path):
             raise LoadError(f"{spec} is a file but not GGUF; give a .gguf file, or the directory the model is in.")
@@ -227,10 +256,31 @@ def _locate(spec: str) -> Source:
             )
     if not (path / "config.json").is_file():
         raise LoadError(f"the directory {spec} holds no model (no config.json); give one that save_pretrained wrote.")
+    _check_plain(spec, path / "config.json")
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise LoadError(f"{spec} has a config.json but no weights in safetensors; put them beside it.")
     return Source(spec, slug(spec), path, files)
+
+
+def _check_plain(spec: str, config: Path) -> None:
+    """Raise LoadError where a directory's weights are quantized, or its layers are code of its own."""
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # transformers says what is wrong with it
+    for key in ("quantization_config", "quantization"):
+        if isinstance(how := said.get(key), dict):
+            kind = how.get("quant_method") or ("MLX" if key == "quantization" else "some kind")
+            raise LoadError(
+                f"the weights of {spec} are quantized ({kind}), and measures read the weights themselves; give the "
+                "model that they were made of, or a GGUF file, which is dequantized."
+            )
+    if "auto_map" in said and said.get("model_type") not in CAUSAL_LMS:
+        raise LoadError(
+            f"{spec} runs code of its own ({said.get('model_type')}), which is never executed here; give a model of a "
+            "family that transformers has."
+        )
 
 
 def _is_hub_id(spec: str) -> bool:
