@@ -10,6 +10,8 @@ from torch.nn import functional
 
 import spikesink
 from spikesink import patching
+from spikesink.chain.sinks import score
+from spikesink.model.anatomy import mlp
 from spikesink.patching import add, apply, block, key, mask_key, query, read, readout, scale, set_to, skip, stream, zero
 from spikesink.patching import attention as attention_
 from spikesink.patching import hook as hook_
@@ -503,3 +505,38 @@ def test_families_without_a_place_say_so(family, site, said, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     with pytest.raises(ValueError, match=said):
         patching.evaluate(model, spikesink.windows(model, "house", 1, 12), zero(site))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("site", ["stream", "write", "read", "key", "value", "z", "attention"])
+def test_a_cut_does_to_a_prompt_what_it_does_to_it_alone(family, site, tmp_path):
+    model = spikesink.load(tiny(family, tmp_path))
+    torch.manual_seed(0)
+    for weight in model.original_model.parameters():
+        if weight.ndim > 1:  # what a cut changes is to change what comes next
+            weight.copy_(0.3 * torch.randn_like(weight))
+    heads = {"key": model.anatomy.n_kv_heads, "value": model.anatomy.n_kv_heads, "z": 4}
+    place = getattr(patching, site)(1 if site in (*heads, "attention") else mlp(1))
+    ones = torch.ones(heads[site], 16) if site in heads else torch.ones(64)
+    cut = patching.mask_key([0, 1], 1) if site == "attention" else patching.set_to(place, 3 * ones, [0, 1])
+    prompts = ["a word and then another one, and more of them", "so short", "in between these two"]
+
+    def generate(given):
+        with patching.patched(model, cut):
+            return model.generate(given, max_new_tokens=5, do_sample=False, verbose=False)
+
+    alone = [generate(prompt) for prompt in prompts]
+    assert list(generate(prompts)) == alone
+    assert alone != list(model.generate(prompts, max_new_tokens=5, do_sample=False, verbose=False))
+
+
+def test_what_is_no_prompt_is_refused_in_a_sentence(random_directory):
+    random_model = spikesink.load(random_directory)
+    random_model.tokenizer.pad_token = random_model.tokenizer.convert_ids_to_tokens(7)
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        random_model.generate("", max_new_tokens=1, verbose=False)
+    tokens, pad = spikesink.windows(random_model, "house", 3, 24), 7
+    tokens[1, :3] = pad
+    for measured in (spikesink.trace_windows, score):
+        with pytest.raises(ValueError, match="window 1 is padded"):
+            measured(random_model, tokens)

@@ -192,14 +192,22 @@ def check_length(model: Model, length: int) -> None:
 
 
 def check_not_padding(model: Model, tokens: Tensor) -> None:
-    """Raise ValueError where a window [n, length] of two tokens or more holds nothing but the tokenizer's padding."""
-    padding = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    """Raise ValueError where a window [n, length] of two tokens or more holds nothing but the tokenizer's padding.
+
+    Or begins or ends with several such tokens, where that cannot be text's own end or beginning.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    padding = getattr(tokenizer, "pad_token_id", None)
     if padding is None or tokens.shape[1] < 2:
         return
     if empty := (tokens == padding).all(1).nonzero()[:, 0].tolist():
         raise ValueError(
             f"window {empty[0]} holds nothing but padding (token {padding}); leave it out, or fill it with text."
         )
+    ends = (tokens[:, :2] == padding).all(1) | (tokens[:, -2:] == padding).all(1)
+    if padding not in (tokenizer.bos_token_id, tokenizer.eos_token_id) and ends.any():
+        window = int(ends.nonzero()[0])
+        raise ValueError(f"window {window} is padded (token {padding}); cut windows of one length, without padding.")
 
 
 def anatomy(model: Model | TransformerBridge) -> Anatomy:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 
-from spikesink.model.anatomy import anatomy
+from spikesink.model.anatomy import anatomy, body_of
 from spikesink.model.errors import MISMATCHED, LoadError, explain_errors, quiet
 from spikesink.model.gguf import dequantize, hash_file, is_gguf
 from spikesink.model.names import BUILTINS, DEFAULT_MODEL, local, slug
@@ -123,6 +123,7 @@ def load(
     bridge.offloaded = offloaded  # goes with the model
     with explain_errors(ready.source.spec, unreadable=True):
         anatomy(bridge)
+    body_of(bridge).register_forward_pre_hook(_refuse_nothing, with_kwargs=True)
     return bridge
 
 
@@ -169,6 +170,12 @@ def _give_norms_a_weight(bridge: TransformerBridge) -> None:
     for norm in bridge.modules():
         if isinstance(norm, NormalizationBridge) and not hasattr(norm, "weight"):
             norm.weight = torch.ones(())
+
+
+def _refuse_nothing(_body: torch.nn.Module, tokens: tuple, options: dict) -> None:
+    """Raise ValueError for a prompt without tokens, as the empty text is where no BOS is put first."""
+    if any(isinstance(x, torch.Tensor) and not x.numel() for x in (*tokens, options.get("input_ids"))):
+        raise ValueError("the prompt has no tokens; give a text with a word in it.")
 
 
 def _cast_input(linear: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

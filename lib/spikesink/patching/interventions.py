@@ -303,6 +303,7 @@ class _Run:
     interventions: Sequence[Intervention]
     rows: range | None = None
     offset: int = 0
+    padding: list[int] | None = None  # how many tokens stand before each prompt's own, where the model is told so
     n_runs: int = 0
     fired: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
@@ -311,18 +312,42 @@ class _Run:
         """Look at the cache, before the model runs."""
         cache = kwargs.get("past_key_values")
         self.offset = 0 if cache is None else int(cache.get_seq_length())
+        mask = kwargs.get("attention_mask")
+        padded = isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, 0].all()
+        self.padding = mask.long().argmax(1).tolist() if padded else None
         self.n_runs += 1
 
     def edit(self, number: int, place: int, x: Tensor) -> Tensor:
         """Carry out one intervention on activations [window, position, *part], or attention [window, head, q, k]."""
         self.fired.add(number)
-        one, first, length = self.interventions[number], self.offset, x.shape[1]
-        if one.site.kind == "attention":  # a cache with a sliding window has let go of the earliest keys
-            first, length = first + x.shape[2] - x.shape[3], x.shape[3]
-        by_window = one.positions.by_window
+        one = self.interventions[number]
+        by_window, rows = one.positions.by_window, range(len(x)) if self.rows is None else self.rows
         if self.rows is None and by_window is not None and len(by_window) != len(x):
             raise ValueError(f"the positions are of {len(by_window)} windows, but the model was given {len(x)}.")
-        index, order = one.positions.index(range(len(x)) if self.rows is None else self.rows, first, length)
+        if self.padding is None:
+            return self._edit(number, place, x, rows, self.offset)
+        if len(x) != len(self.padding):
+            raise ValueError(f"what passes there knows no prompts, and they are padded; run them one by one: {one}.")
+        edited = x.clone()
+        for row, pad in enumerate(self.padding):  # each from its own first token on
+            skip, part = max(0, pad - self.offset), (slice(row, row + 1),)
+            if one.site.kind == "attention":
+                part += (
+                    slice(None),
+                    slice(skip, None),
+                    slice(max(0, pad - self.offset - x.shape[2] + x.shape[3]), None),
+                )
+            else:
+                part += (slice(skip, None),)
+            edited[part] = self._edit(number, place, x[part], rows[row : row + 1], self.offset + skip - pad)
+        return edited
+
+    def _edit(self, number: int, place: int, x: Tensor, rows: range, first: int) -> Tensor:
+        """The same for windows `rows`, of which x holds what begins at position `first`."""
+        one, length = self.interventions[number], x.shape[1]
+        if one.site.kind == "attention":  # a cache with a sliding window has let go of the earliest keys
+            first, length = first + x.shape[2] - x.shape[3], x.shape[3]
+        index, order = one.positions.index(rows, first, length)
         if index is None:
             return x
         self.reached.add(number)
