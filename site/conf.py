@@ -57,6 +57,13 @@ figures/*/README
 
 ```{toctree}
 :hidden:
+:caption: Models
+
+docs/families
+```
+
+```{toctree}
+:hidden:
 :caption: Taking part
 
 CONTRIBUTING
