@@ -1,10 +1,12 @@
 """One command: what it asks for is known without torch, and each part imports what it needs and no more."""
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -58,6 +60,57 @@ def test_models_are_told_apart_by_commas_unless_a_path_has_them(tmp_path):
     assert cli.model_names(f"{tmp_path}/a,b") == [f"{tmp_path}/a,b"]
     assert cli.model_names("a/b,c/d") == ["a/b", "c/d"]
     assert tuple(BASES) == cli.TIERS
+
+
+def test_what_is_piped_in_is_read_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
+    os.mkfifo(pipe := tmp_path / "pipe")
+    Thread(target=pipe.write_bytes, args=(b"Some words. " * 40,)).start()
+    chosen = cli.parser().parse_args(["figures", "--text", str(pipe)])
+    kept = Path(chosen.text)
+    assert kept.parent == tmp_path / "cache" / "texts"
+    assert kept.read_bytes() == b"Some words. " * 40
+    whole = "import sys; from spikesink import cli; print(cli.a_text(sys.argv[1]))"
+    for given in ("-", "/dev/stdin"):
+        ran = subprocess.run([sys.executable, "-c", whole, given], input=b"Some words. " * 40, capture_output=True)
+        assert ran.stdout.decode().strip() == str(kept), ran.stderr
+
+
+def test_a_path_with_a_tilde_is_one_of_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    chosen = cli.parser().parse_args(["figures", "--model", "~/model", "--figures", "~/f", "--build", "~/b"])
+    assert chosen.models == [str(tmp_path / "model")]
+    assert (chosen.figures, chosen.build) == (tmp_path / "f", tmp_path / "b")
+    assert cli.parser().parse_args(["report", "a", "--out", "~/r"]).out == tmp_path / "r"
+
+
+@pytest.mark.parametrize("turned_into", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_is_one_line_whatever_a_library_makes_of_it(turned_into, monkeypatch, capsys):
+    def command(chosen):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise turned_into("failed to import") from error
+
+    monkeypatch.setitem(COMMANDS, "census", "cli:command")
+    monkeypatch.setattr(cli, "command", command, raising=False)
+    assert main(["census", "smollm2-135m"]) == 130
+    assert capsys.readouterr() == ("interrupted; what was finished is kept, run the same command to go on\n", "")
+
+
+def test_an_interruption_while_libraries_are_imported_is_one_line(tmp_path):
+    """A module in the place of torch is interrupted as it is imported, and would make an ImportError of that."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    import time; time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('torch is broken')\n"
+    )
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "from spikesink.__main__ import main; main(['probe', 'smollm2-135m'])"
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "lib")])
+    environment = os.environ | {"PYTHONPATH": path}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=50)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "interrupted; nothing was begun\n", "")
 
 
 @pytest.mark.slow

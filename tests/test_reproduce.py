@@ -100,10 +100,18 @@ def test_an_interrupted_run_leaves_no_half_notebook_and_stops_the_models_after_i
 
     monkeypatch.setattr(papermill, "execute_notebook", interrupted)
     code, said = project("--model", "tiny,other")
-    assert code == common.INTERRUPTED
+    assert code == 130
     assert "what was finished is kept" in said
     assert "running on other" not in said
     assert list(Path("build/figures/tiny").iterdir()) == []
+
+
+def test_a_kernel_that_was_killed_is_one_sentence(project):
+    change("import json", "import json, os; os.kill(os.getpid(), 9)")
+    code, said = project()
+    assert code == 1
+    assert "01_one: failed. its kernel was killed, perhaps for want of memory" in said
+    assert [path.name for path in Path("build/figures/tiny").iterdir()] == []
 
 
 def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, monkeypatch):
@@ -112,14 +120,20 @@ def test_several_models_run_in_turn_and_one_that_fails_stops_no_other(project, m
     def check(parameters):
         if parameters["MODEL"] == "nosuch":
             raise common.CommandError("there is no model nosuch")
+        if parameters["MODEL"] == "odd":
+            raise KeyError("d_model")
 
     monkeypatch.setattr(reproduce, "check", check)
     change("import json", "assert MODEL != 'bad'")
-    code, said = project("--model", "nosuch,bad,tiny")
+    code, said = project("--model", "nosuch,odd,bad,tiny")
     lines = said.splitlines()
     assert code == 1
     assert lines.index("there is no model nosuch") < next(i for i, line in enumerate(lines) if "running on" in line)
-    assert lines[-3:-1] == ["1 of 3 models done: tiny", "nosuch not done: there is no model nosuch"]
+    assert lines[-4:-1] == [
+        "1 of 4 models done: tiny",
+        "nosuch not done: there is no model nosuch",
+        "odd not done: KeyError: 'd_model'.",
+    ]
     assert lines[-1].startswith("bad not done: [1/1] 01_one: failed. AssertionError")
     assert [path.name for path in Path("figures").iterdir() if path.is_dir()] == ["tiny"]
     assert Path("figures/claims.svg").is_file()

@@ -269,7 +269,7 @@ def test_the_command_plans_scans_and_names_what_is_wrong(
     assert list(tmp_path.iterdir()) == []
     assert main(["scan", f"{planted_directory},./nowhere,{random_directory}", *command[2:]]) == 1
     said = capsys.readouterr().out
-    assert "there is no file or directory ./nowhere" in said
+    assert "nowhere not done: there is no file or directory ./nowhere" in said
     for name in ("planted-llama", "random-llama"):
         file = tmp_path / "figures" / name / "scan.json"
         assert f"Written to {file}" in said
@@ -279,6 +279,11 @@ def test_the_command_plans_scans_and_names_what_is_wrong(
         assert "ask for 1 to 400" in capsys.readouterr().out
     assert main([*command[:-1], str(tmp_path / "figures" / "planted-llama" / "scan.json")]) == 1
     assert re.search("is a file|cannot be written", capsys.readouterr().out)
+    planned = scan.plan
+    monkeypatch.setattr(scan, "plan", lambda model, n: {}[0] if "planted" in model else planned(model, n))
+    assert main(["scan", f"{planted_directory},{random_directory}", "--plan", "--entries", "40"]) == 1
+    assert re.search("planted-llama not done: KeyError: 0.\nrandom-llama: 0", capsys.readouterr().out)
+    monkeypatch.setattr(scan, "plan", planned)
     monkeypatch.setattr(scan, "scan", Mock(side_effect=KeyboardInterrupt))
     assert main(command) == 130
     assert "run the same command to go on" in capsys.readouterr().out

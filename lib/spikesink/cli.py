@@ -1,6 +1,7 @@
 """What `spikesink` can be asked for, without torch: help and wrong arguments need not wait for it."""
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
+from spikesink.common import check_writable, write_atomically
+from spikesink.model.names import DEFAULT_MODEL, ENTRIES, cache_directory, local, slug
 
 # What the lab trains by default, here so that its parser imports nothing of it.
 TIERS = ("task", "text", "large")
@@ -19,7 +21,9 @@ KEPT_EVERY = 60.0  # seconds between checkpoints
 
 MODEL = "a built-in name (smollm2-135m), .gguf file, directory or hub id"
 SEVERAL = f"{MODEL}; several with commas between them"
-TEXT = "house (spikesink's own prose), pydoc (Python's documentation), a file in UTF-8, or datasets:NAME"
+TEXT = (
+    "house (spikesink's own prose), pydoc (Python's documentation), a UTF-8 file (-: what is piped in) or datasets:NAME"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 def open_console(stderr: bool = False) -> Console:
     """Where a command says what it does."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
 
 
 def make_table(columns: Iterable[object], rows: Iterable[Iterable[object]]) -> Table:
@@ -110,7 +114,7 @@ def _figures(commands) -> None:
     command.add_argument("--model", type=model_names, default=DEFAULT_MODEL, dest="models", help=SEVERAL)
     _add_measuring(command, least_windows=1, least_tokens=2)
     command.add_argument("--jobs", type=at_least(1), default=1, help="notebooks at a time (default: %(default)s)")
-    command.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="their folder")
+    command.add_argument("--notebooks", type=a_folder, default=Path("notebooks"), help="their folder")
     command.add_argument("--store", action="store_true", help="run as the notebooks are, keep outputs in them")
     _add_folders(command)
 
@@ -123,7 +127,7 @@ def _lab(commands) -> None:
     )
     command.add_argument("--tier", choices=TIERS, default=TIERS[0], help="which runs (default: %(default)s)")
     command.add_argument("--only", default="", metavar="NAME", help="only runs with this in their name")
-    command.add_argument("--text", default=SOURCE, help=f"for the text tiers: {SOURCE} (default), {TEXT}")
+    command.add_argument("--text", type=a_text, default=SOURCE, help=f"for the text tiers: {SOURCE} (default), {TEXT}")
     command.add_argument(
         "--characters", type=at_least(1), default=CHARACTERS, help="of that text, the most (default: %(default)s)"
     )
@@ -148,7 +152,7 @@ def _bench(commands) -> None:
         description="Time both ways to the same answer within one run, and show the ratios.",
     )
     command.add_argument("--model", default=DEFAULT_MODEL, help=f"{MODEL} (default: %(default)s)")
-    command.add_argument("--readme", type=Path, help="put the table of the default model there")
+    command.add_argument("--readme", type=a_folder, help="put the table of the default model there")
     _add_folders(command)
 
 
@@ -162,7 +166,7 @@ def _add_folders(command: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(command: argparse.ArgumentParser, least_windows: int, least_tokens: int) -> None:
-    command.add_argument("--text", default="house", help=f"{TEXT} (default: %(default)s)")
+    command.add_argument("--text", type=a_text, default="house", help=f"{TEXT} (default: %(default)s)")
     command.add_argument("--n-prompts", type=at_least(least_windows), default=16, help="windows (default: %(default)s)")
     command.add_argument(
         "--seq-len", type=at_least(least_tokens), default=256, help="tokens in a window (default: %(default)s)"
@@ -198,7 +202,19 @@ def a_folder(given: str) -> Path:
     """The folder that an argument names; an empty name would be the folder one stands in."""
     if not given.strip():
         raise argparse.ArgumentTypeError("an empty name is no folder")
-    return Path(given)
+    return Path(os.path.expanduser(given))
+
+
+def a_text(given: str) -> str:
+    """The text that an argument names; what is piped in can be read once only, so it is kept in the cache as a file."""
+    path = Path("/dev/stdin") if given == "-" else local(given)
+    if path is None or path.is_file() or path.is_dir():
+        return given
+    content = path.read_bytes()
+    file = cache_directory() / "texts" / f"{hashlib.sha256(content).hexdigest()[:20]}.txt"
+    check_writable(file.parent)
+    write_atomically(file, content)
+    return str(file)
 
 
 def at_least(least: int):

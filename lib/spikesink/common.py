@@ -60,11 +60,35 @@ def measure(function):
     return measured
 
 
-INTERRUPTED = 130  # the exit code of a command that was
-
-
 class CommandError(RuntimeError):
     """What cannot be done as it was asked for; the message is a sentence that says why and what would do."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came of, the last cause last."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None:
+        found.append(cause)
+    return found
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C, or what some library made of it."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
+
+
+def in_a_sentence(error: Exception) -> str:
+    """What an error says where other models are to follow: its own sentence, or its kind and its first line."""
+    if was_interrupted(error):
+        raise KeyboardInterrupt from None
+    if isinstance(error, CommandError | ValueError | FloatingPointError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
 
 
 def check_writable(folder: Path, keep: bool = True) -> None:

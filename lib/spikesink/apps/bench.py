@@ -69,7 +69,7 @@ def command(chosen: argparse.Namespace) -> None:
     console = open_console()
     with console.status("timing"):
         rows = list(bench(chosen.model))
-    console.print(markdown(rows), markup=False)
+    console.print(markdown(rows))
     machine = {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
     content = {"model": slug(chosen.model), **machine, "torch": torch.__version__, "rows": list(map(asdict, rows))}
     write_atomically(chosen.figures / "bench.json", json.dumps(content, indent=2) + "\n")

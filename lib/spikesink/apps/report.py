@@ -95,14 +95,14 @@ def command(chosen: argparse.Namespace) -> None:
         tokens = texts.windows(model, chosen.text, chosen.n_prompts, chosen.seq_len, chosen.seed)
         for section in diagnose(model, tokens, chosen.text, out, chosen.long, chosen.seed, status.update):
             sections[section.key] = section
-            console.print(f"\n[bold]{TITLES[section.key]}[/bold]")
-            console.print(section.prose, markup=False)
+            console.print(f"\n{TITLES[section.key]}", style="bold")
+            console.print(section.prose)
             if section.table is not None:
                 table = (section.table[list(section.narrow)] if section.narrow else section.table).reset_index()
                 console.print(make_table(table.columns, table.itertuples(index=False)))
-    console.print("\n[bold]In short[/bold]")
+    console.print("\nIn short", style="bold")
     for line in in_short(sections):
-        console.print(line, markup=False)
+        console.print(line)
     console.print(f"\nWritten to {out / 'report.html'} and report.json")
 
 

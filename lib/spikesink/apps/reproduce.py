@@ -26,7 +26,7 @@ from rich.console import Console
 from spikesink.apps import publish
 from spikesink.apps.once import FOLDER
 from spikesink.cli import absolute, open_console
-from spikesink.common import CommandError, check_writable, write_atomically
+from spikesink.common import CommandError, check_writable, in_a_sentence, write_atomically
 from spikesink.lab.config import LAB
 from spikesink.model.names import local, slug
 
@@ -105,9 +105,9 @@ def run_all(runs: Sequence[Run], console: Console, jobs: int = 1) -> int:
                 continue
             try:
                 step(run, console, jobs)
-            except CommandError as error:
-                console.print(str(error), style="bold red")
-                failed[run.name] = str(error)
+            except Exception as error:
+                failed[run.name] = in_a_sentence(error)
+                console.print(failed[run.name], style="bold red")
     models = [run.name for run in runs if "MODEL" in run.parameters]
     if len(models) > 1:
         whole = [name for name in models if name not in failed]
@@ -198,6 +198,7 @@ def _in_process(notebook: Path, parameters: dict[str, Any], build: Path) -> Path
 def execute(notebook: Path, parameters: dict[str, Any], build: Path) -> Path:
     """Run a notebook; what it became is in `build`, whole, or as `<name>.failed.ipynb` with a CommandError."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     build.mkdir(parents=True, exist_ok=True)
@@ -211,6 +212,10 @@ def execute(notebook: Path, parameters: dict[str, Any], build: Path) -> Path:
     except PapermillExecutionError as error:
         os.replace(unfinished, failed)
         raise CommandError(f"{error.ename}: {error.evalue} (cell {error.cell_index}; all of it in {failed})") from None
+    except DeadKernelError:
+        raise CommandError(
+            "its kernel was killed, perhaps for want of memory: try JOBS=1 or a smaller model."
+        ) from None
     finally:
         unfinished.unlink(missing_ok=True)
     return whole

@@ -29,13 +29,13 @@ from spikesink.chain import amplifier
 from spikesink.chain.lifecycle import STEP
 from spikesink.chain.trace import SPIKE_OVER_MEDIAN
 from spikesink.cli import make_table, open_console
-from spikesink.common import CommandError, NotApplicable, brief, check_writable, progress, write_atomically
+from spikesink.common import NotApplicable, brief, check_writable, in_a_sentence, progress, write_atomically
 from spikesink.model import paths
 from spikesink.model.anatomy import Block, mlp
 from spikesink.model.errors import quiet
-from spikesink.model.gguf import cache_directory, is_dequantized
+from spikesink.model.gguf import is_dequantized
 from spikesink.model.load import Prepared, gguf_file, prepare, read_configuration
-from spikesink.model.names import DEFAULT_MODEL, ENTRIES, local, slug
+from spikesink.model.names import DEFAULT_MODEL, ENTRIES, cache_directory, local, slug
 from spikesink.model.proof import STATIC_PATH, require
 from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_weights
 
@@ -401,8 +401,9 @@ def command(chosen: argparse.Namespace) -> int:
     for model in chosen.models:
         try:
             _scan_one(model, chosen, console)
-        except (CommandError, ValueError, FloatingPointError, OSError) as error:
-            console.print(str(error), style="bold red")
+        except Exception as error:
+            which = f"{slug(model)} not done: " if len(chosen.models) > 1 else ""
+            console.print(f"{which}{in_a_sentence(error)}", style="bold red")
             failed = True
     return int(failed)
 

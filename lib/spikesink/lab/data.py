@@ -26,7 +26,7 @@ from spikesink.cli import CHARACTERS, SOURCE
 from spikesink.common import progress, write_atomically
 from spikesink.lab.config import BOS, LENGTH, Config, ConfigError, doubled
 from spikesink.model import texts
-from spikesink.model.gguf import cache_directory
+from spikesink.model.names import cache_directory
 
 BOS_TOKEN = "<bos>"
 CHARACTERS_FOR_BPE = 20_000_000  # of these, from the beginning, that the BPE is learned from

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from spikesink.common import INTERRUPTED, CommandError, check_writable
+from spikesink.common import CommandError, check_writable
 from spikesink.lab.config import LAB, ConfigError
 from spikesink.lab.data import open_task
 from spikesink.lab.families import Planned, planned
@@ -48,9 +48,6 @@ def run(args: argparse.Namespace) -> int:
     train_all = _train_together if "RANK" in os.environ else _side_by_side
     try:
         return 1 if train_all(missing, args, machine) else 0
-    except KeyboardInterrupt:
-        print(f"Interrupted; the runs go on from their checkpoints in {build} the next time.", file=sys.stderr)
-        return INTERRUPTED
     except BrokenProcessPool:
         print(
             "A run's process was killed, perhaps for want of memory: try --jobs 1; "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers.utils import logging as transformers_logging
 
-from spikesink.common import CommandError
+from spikesink.common import CommandError, causes, first_line, was_interrupted
 from spikesink.model.names import BUILTINS, local
 
 
@@ -45,25 +45,17 @@ def explain_errors(spec: str, part: str = "it", unreadable: bool = False) -> Ite
     except LoadError:
         raise
     except Exception as error:
-        causes = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-            causes.append(cause)
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-            raise KeyboardInterrupt from None  # some libraries turn it into an error of their own
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
         on_the_hub = local(spec) is None and spec not in BUILTINS
         advice = _UNREACHABLE if on_the_hub and isinstance(error, OSError) else _DAMAGED
         advice = _UNREADABLE if unreadable else advice
         for sign, words in _ADVICE.items():
-            by_kind = isinstance(sign, type) and any(isinstance(cause, sign) for cause in causes)
+            by_kind = isinstance(sign, type) and any(isinstance(cause, sign) for cause in causes(error))
             if by_kind or (isinstance(sign, str) and re.search(sign, str(error))):
                 advice = words
                 break
         raise LoadError(f"{spec} cannot be loaded: {advice.format(part=part, line=first_line(error))}.") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:160]
 
 
 @contextlib.contextmanager

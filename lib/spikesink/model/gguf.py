@@ -17,21 +17,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
-from spikesink.model.errors import LoadError, explain_errors, first_line, quiet
+from spikesink.common import first_line
+from spikesink.model.errors import LoadError, explain_errors, quiet
+from spikesink.model.names import cache_directory
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-
-
-def cache_directory() -> Path:
-    """Where dequantized models are kept: $SPIKESINK_CACHE, or the platform's own place for caches."""
-    return Path(os.environ.get("SPIKESINK_CACHE") or user_cache_path("spikesink")).expanduser()
 
 
 @contextlib.contextmanager

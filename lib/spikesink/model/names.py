@@ -1,8 +1,11 @@
 """What a model can be asked for by, and the folder name that it gets; light, so that it costs no import of torch."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 DEFAULT_MODEL = "smollm2-135m"
 ENTRIES = 1024  # of a vocabulary, spread evenly over it, that a scan puts at position 0
@@ -45,3 +48,8 @@ def local(spec: str) -> Path | None:
         return path if spec and path.exists() else None
     except (OSError, RuntimeError, ValueError):  # too long for a name, the home of nobody, a NUL in it
         return None
+
+
+def cache_directory() -> Path:
+    """Where dequantized models are kept: $SPIKESINK_CACHE, or the platform's own place for caches."""
+    return Path(os.environ.get("SPIKESINK_CACHE") or user_cache_path("spikesink")).expanduser()

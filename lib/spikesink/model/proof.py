@@ -18,13 +18,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spikesink.common import CommandError, NotApplicable, write_atomically
+from spikesink.common import CommandError, NotApplicable, first_line, write_atomically
 from spikesink.model import alone
 from spikesink.model import anatomy as shapes
 from spikesink.model import weights as matrices
 from spikesink.model.anatomy import Anatomy, Model, anatomy, normalise, run_layers
-from spikesink.model.errors import first_line
-from spikesink.model.gguf import cache_directory
+from spikesink.model.names import cache_directory
 from spikesink.model.weights import Weights, weights_of
 
 WINDOWS, LENGTH = 4, 12  # what is run: tokens spread over the vocabulary, the same in every call

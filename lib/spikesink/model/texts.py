@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from spikesink.common import first_line
 from spikesink.model.anatomy import Anatomy, Model, anatomy
-from spikesink.model.errors import first_line
 from spikesink.model.load import Prepared
 
 CHARACTERS_FROM_A_DATASET = 2_000_000
