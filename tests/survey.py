@@ -19,7 +19,7 @@ import spikesink
 from spikesink.chain import sinks
 from spikesink.common import CommandError, NotApplicable, escape, markdown_table, progress, write_atomically
 from spikesink.ledger.evidence.everything import measure_all
-from spikesink.model.proof import PARTS, prove
+from spikesink.model.proof import CARRIES, PARTS, prove
 from spikesink.model.texts import Text
 from tests import planted
 
@@ -196,6 +196,7 @@ def page(rows: list[Row], names: list[str]) -> str:
         measured=len(notes[False]),
         whole=sum(not (row.refused or row.reasons or row.wrong) for row in rows),
         wrong=sum(bool(row.wrong) for row in rows),
+        carries="\n".join(f"- **{part}**: {what}" for part, what in CARRIES.items()),
         table=markdown_table(["family", *PARTS, "why not"], cells),
         missing=", ".join(missing),
     )
@@ -213,9 +214,10 @@ bridge lists and transformers can build, {n} in all; {measured} of them are meas
 differ from transformers or break. Each is held against transformers itself: logits, the stream between layers, the
 attention on position 0. What a model must prove is checked on your own model too, when it is first traced.
 
-What the columns carry: **writes**, the life cycle's step-up and step-down blocks; **patterns**, sink scores; **norm**
-and **keys**, what becomes of a spike behind the norm and which rows of W_K make its key; **logits**, cosines and gaps
-of queries and keys; **attention** and **FFN**, the vocabulary at position 0, and (FFN) the census and quadratic form.
+What each column carries:
+
+{carries}
+
 The stream itself, so spikes, their channels and tokens, is measured in all that are not refused. In a layer without
 attention, what mixes tokens in its place counts as the layer's first block.
 

@@ -9,7 +9,7 @@ import pytest
 
 from spikesink import __main__
 from spikesink.apps import report
-from spikesink.serving import cache
+from spikesink.serving import cache, quantize
 from spikesink.serving.diagnosis import (
     NO_FAILURE,
     NOT_TESTED,
@@ -18,7 +18,7 @@ from spikesink.serving.diagnosis import (
     ROUTING,
     UNCLEAR,
 )
-from tests import planted
+from tests import planted, survey
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def made(family_directory, text, tmp_path_factory):
 def test_a_report_says_where_spike_and_sinks_are(made):
     data, _, _ = made
     sections = data["sections"]
-    assert list(sections) == ["spike", "sink", "quantization", "cache"]
+    assert list(sections) == ["spike", "sink", "quantization", "cache", "holds"]
+    assert set(sections["holds"].values()) == {"holds"}
     assert sections["spike"]["LC1"]["step_up_blocks"] == [4]
     assert sections["spike"]["LC1"]["channels"] == [9, 30]
     assert sections["sink"]["SK1"]["sink_ratio"] == pytest.approx(4 / 24)
@@ -52,10 +53,10 @@ def test_a_report_says_where_spike_and_sinks_are(made):
 
 
 def test_the_page_needs_nothing_else(made):
-    _, page, _ = made
+    data, page, _ = made
     assert not re.search(r"https?://|<script|<link|src=\"(?!data:)|url\(", page)
     assert page.count("<img") == page.count("data:image/png;base64,") == 4
-    for title in ("In short", *list(report.TITLES.values())[:4], "What the words mean", "Not tested"):
+    for title in ("In short", *(report.TITLES[key] for key in data["sections"]), "What the words mean", "Not tested"):
         assert page.count(f"<h2>{title}</h2>") == 1
     assert "<li>Long contexts (not measured)</li>" in page
 
@@ -96,7 +97,7 @@ def test_what_is_finished_is_left_when_it_is_stopped(random_directory, text, tmp
     assert "what was finished is kept" in capsys.readouterr().out
     data = json.loads((out / "report.json").read_text())
     assert list(data["sections"]) == ["spike", "sink"]
-    missing = [f"{report.TITLES[key]} (not measured)" for key in ("quantization", "cache", "long")]
+    missing = [f"{report.TITLES[key]} (not measured)" for key in ("quantization", "cache", "long", "holds")]
     assert data["not_tested"] == [*missing, *report.NOT_TESTED]
     assert "No spike: " in (out / "report.html").read_text()
 
@@ -136,6 +137,36 @@ def test_a_model_without_a_spike_is_told_what_serving_costs(random_directory, te
     assert set(sections["long"]["streams"]) > {cache.WINDOW, cache.WITH_FIRST}
     page = (tmp_path / "report.html").read_text()
     assert page.count("Tried in the unchanged model alone: no token") == 2
+
+
+NO_ATTENTION = {"attention": "2 of 4 layers of this"}
+SOMETHING_ELSE = {"writes": "something else writes", "FFN": "do not give what their weights say"}
+
+
+@pytest.mark.parametrize(
+    ("family", "fails", "said"),
+    [
+        ("Lfm2", NO_ATTENTION, "2 of its 4 layers show attention: 1, 3."),
+        ("Qwen3Next", {**NO_ATTENTION, "logits": "cannot be checked"}, f"Not tried: {quantize.NOT_SHOWN}."),
+        ("Qwen3", {}, "A tiny run of the model was compared"),
+        ("Olmo2", {"norm": "not through a norm"}, "A norm follows each block"),
+        ("FalconH1", SOMETHING_ELSE, "something else writes"),
+        ("Bloom", {"logits": "is not the softmax of q.k", "FFN": "cannot be checked"}, "A tiny run of the model was"),
+    ],
+)
+def test_a_report_ends_with_what_holds_for_the_model(family, fails, said, text, tmp_path, capsys):
+    """A hybrid, a gated one, one with a norm after each block, one that something else writes in."""
+    planted.save(survey.build(f"{family}ForCausalLM"), tmp_path)
+    options = ["--text", text, "--n-prompts", "4", "--seq-len", "32", "--out", str(tmp_path / "report")]
+    assert __main__.main(["report", str(tmp_path), *options]) == 0
+    printed, data = capsys.readouterr().out, json.loads((tmp_path / "report" / "report.json").read_text())
+    holds = data["sections"]["holds"]
+    assert {part for part, fact in holds.items() if fact != "holds"} == set(fails)
+    for part, reason in fails.items():
+        assert reason in holds[part]
+    assert said in printed
+    assert "nan" not in printed
+    assert (tmp_path / "report" / "report.html").read_text().count("<h2>What holds for this model</h2>") == 1
 
 
 def test_a_page_escapes_what_it_is_given():

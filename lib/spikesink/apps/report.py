@@ -30,7 +30,7 @@ from spikesink.cli import make_table, open_console
 from spikesink.common import NotApplicable, brief, check_writable, write_atomically, writing_to
 from spikesink.ledger import evidence
 from spikesink.ledger.claims import Evidence
-from spikesink.model import texts
+from spikesink.model import proof, texts
 from spikesink.model.anatomy import Model
 from spikesink.model.load import load
 from spikesink.model.names import slug
@@ -46,19 +46,21 @@ TITLES = {
     "quantization": "Quantization",
     "cache": "A bounded KV cache",
     "long": "Long contexts",
+    "holds": "What holds for this model",
 }
 TEXTS = {"house": "spikesink's own prose, in English", "pydoc": "Python's documentation of its language"}
 SENTENCES = {
-    "LC1": "The spike reaches {plateau_value}, in channels {channels}, {share_written:.0%} of it written by "
+    "LC1": "The spike reaches {plateau_value} (channels: {channels}), {share_written:.0%} of it written by "
     "{step_up_blocks}.",
     "LC3": "{share_cancelled:.0%} of it is cancelled by {step_down_blocks}.",
+    "LC3, never": "No block takes it back.",
     "LC4": "{n_spike_channels} of {d_model} channels spike, the largest with {top_over_median} times the median entry "
     "of all tokens there.",
     "LC7": "{n_spike_tokens} tokens spike, {spike_token_share:.2%} of all; the first one in {position0_share:.0%} of "
     "the windows. The most frequent: {most_frequent}.",
     "SK1": "In {sink_ratio:.0%} of heads and windows the first token gets more than {epsilon} of the attention, and "
     "{mean_attention:.0%} of all attention on average.",
-    "X-SK9": "{n_tokens} other tokens are secondary sinks, in layers {first_layer} to {last_layer}.",
+    "X-SK9": "Other tokens that are secondary sinks: {n_tokens}, in layers {first_layer} to {last_layer}.",
     "SV3": "Over {lengths} tokens the sink ratio is {sink_ratios:.2f}.",
 }
 # How a diagnosis is summed up, and what helps.
@@ -167,7 +169,7 @@ def diagnose(
         "text": source,
         "windows": f"{len(tokens)} of {tokens.shape[1]} tokens",
     }
-    hidden = [f"{site} in fewer bits: this model does not show it" for site in quantize.hidden_inputs(model)]
+    hidden = [f"{what} in fewer bits: {why}" for what, why in quantize.not_rounded(model).items()]
     for number, (key, stage) in enumerate(stages.items(), 1):
         minutes, seconds = divmod(round(time.perf_counter() - started), 60)
         begun(f"{number} of {len(stages)}: {TITLES[key]} (begun after {minutes}:{seconds:02})")
@@ -259,9 +261,11 @@ def _describe(judged: Mapping[str, Evidence | NotApplicable], **more: Any) -> tu
             sentences.append(f"{one.reason[0].upper()}{one.reason[1:]}.")
             facts[claim] = {"reason": one.reason}
         else:
-            sentences.append(say(SENTENCES[claim], one, **more).data.replace("\n", " "))
+            never = claim == "LC3" and not one.measured["step_down_blocks"]
+            words = SENTENCES["LC3, never" if never else claim]
+            sentences.append(say(words, one, **more).data.replace("\n", " "))
             facts[claim] = dict(one.measured)
-    return sentences, facts
+    return list(dict.fromkeys(sentences)), facts
 
 
 def _spike(subject: Subject) -> Section:
@@ -283,8 +287,8 @@ def _sink(subject: Subject) -> Section:
     attention = keys.read_attention(model, tokens, life, collapsed, seed=seed)
     judged = {"SK1": evidence.sk1_many_heads(attention.scores), "X-SK9": evidence.x_sk9_secondary(attention.secondary)}
     sentences, facts = _describe(judged)
-    mean = attention.scores.at.mean(0)  # layer, head
-    order = mean.flatten().argsort(descending=True)[:HEADS].tolist()
+    mean = attention.scores.at.mean(0).nan_to_num(-1)  # layer, head; layers without attention come last
+    order = mean.flatten().argsort(descending=True)[: min(HEADS, int((mean >= 0).sum()))].tolist()
     rows = [(*divmod(i, mean.shape[1]), f"{float(mean.flatten()[i]):.0%}") for i in order]
     table = pd.DataFrame(rows, columns=["layer", "head", "attention to position 0"]).set_index("layer")
     picture = plots.sink_map(attention.scores, sinks.score(model, tokens, length=subject.short))
@@ -321,6 +325,8 @@ def _costs_section(key: str, crossed: cells.Crossed | NotApplicable, picture: Fi
     """A section about techniques in cells."""
     if isinstance(crossed, NotApplicable):
         return Section(key, f"Not tried: {crossed.reason}.", {"reason": crossed.reason})
+    if not crossed.with_it:
+        return Section(key, f"Not tried: {quantize.NOT_SHOWN}.", {"reason": quantize.NOT_SHOWN}, picture=picture)
     diagnoses = diagnosis.diagnose(crossed)
     facts = {}
     for name, one in diagnoses.items():
@@ -349,10 +355,27 @@ def _long(subject: Subject) -> Section:
     return Section("long", " ".join(filter(None, sentences)), facts, picture=plots.lengths(run.lengths))
 
 
+def _holds(subject: Subject) -> Section:
+    """What the model's self-check says: which of the parts that measures stand on it is made of."""
+    anatomy, proved = subject.model.anatomy, proof.proof_of(subject.model)
+    facts = {part: proved.reasons.get(part, "holds") for part in proof.PARTS}
+    with_attention = anatomy.attention_layers
+    sentences = ["A tiny run of the model was compared with what each measure takes it to be made of."]
+    if len(with_attention) < anatomy.n_layers:
+        layers = ", ".join(map(str, with_attention))
+        sentences.append(f"{len(with_attention)} of its {anatomy.n_layers} layers show attention: {layers or 'none'}.")
+    if anatomy.norm_placement != "pre":
+        sentences.append("A norm follows each block, so what its matrices give is not yet what it writes.")
+    rows = [(part, proof.CARRIES[part], fact) for part, fact in facts.items()]
+    table = pd.DataFrame(rows, columns=["part", "what stands on it", "in this model"]).set_index("part")
+    return Section("holds", " ".join(sentences), facts, table)
+
+
 STAGES: Mapping[str, Callable[[Subject], Section]] = {
     "spike": _spike,
     "sink": _sink,
     "quantization": _quantization,
     "cache": _cache,
     "long": _long,
+    "holds": _holds,
 }

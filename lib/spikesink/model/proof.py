@@ -44,6 +44,16 @@ PARTS: dict[str, tuple[float, float, str]] = {
     "attention": (1e-3, 1e-1, "the attention of this {} model does not give a token alone W_O W_V h~"),
     "FFN": (1e-3, 1e-1, "the FFNs of this {} model do not give what their weights say"),
 }
+# What each of PARTS carries.
+CARRIES = {
+    "writes": "the blocks that write the spike and take it back",
+    "patterns": "sink scores",
+    "norm": "what becomes of the spike behind the norm",
+    "keys": "which rows of W_K make the sink's key",
+    "logits": "cosines and gaps of queries and keys",
+    "attention": "what a token becomes that stands first",
+    "FFN": "which channels each FFN can amplify; what a token becomes that stands first",
+}
 # What code of a family that is not known here may raise.
 ERRORS = (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 STATIC_PATH = ("writes", "attention", "FFN")  # what following a token that stands alone needs

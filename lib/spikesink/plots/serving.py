@@ -58,13 +58,14 @@ def quantizer_steps(ranges: Mapping[str, Range]) -> Figure:
     fig.supxlabel("layer")
     fig.supylabel("size of an entry")
     axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8.5, loc="center")  # a free place
-    worst = max((site for site in ranges if site in INPUTS), key=lambda site: float(ranges[site].zeroed.max()))
-    zeroed, n = ranges[worst].zeroed, len(ranges[worst].set_by_spike)
-    above(
-        fig,
-        f"Of what matrices multiply, {worst} loses most: {float(zeroed.max()):.0%} of other tokens' entries, in layer "
-        f"{int(zeroed.argmax())}; spike tokens set its range in {n} of {len(zeroed)} layers",
-    )
+    if multiplied := [site for site in ranges if site in INPUTS]:
+        worst = max(multiplied, key=lambda site: float(ranges[site].zeroed.max()))
+        zeroed, n = ranges[worst].zeroed, len(ranges[worst].set_by_spike)
+        above(
+            fig,
+            f"Of what matrices multiply, {worst} loses most: {float(zeroed.max()):.0%} of other tokens' entries, in "
+            f"layer {int(zeroed.argmax())}; spike tokens set its range in {n} of {len(zeroed)} layers",
+        )
     return fig
 
 

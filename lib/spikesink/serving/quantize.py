@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from spikesink.common import NotApplicable, measure, progress
+from spikesink.common import measure, progress
 from spikesink.model.anatomy import Model
 from spikesink.model.placement import is_offloaded
 from spikesink.patching import Intervention, apply, compare, hook
@@ -31,6 +31,8 @@ SITES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 INPUTS = tuple(site for site, (role, _) in SITES.items() if role == "multiplied")  # what matrices multiply
 CACHED = tuple(site for site, (role, _) in SITES.items() if role == "cached")
+
+NOT_SHOWN = "this model does not show in every layer what its matrices multiply"
 
 DIMS = {"tensor": (1, 2), "token": (-1,), "channel": (1,)}  # of [window, position, channel]: what shares a step
 PER_TENSOR, PER_TOKEN, PER_CHANNEL = "int8 per-tensor", "int8 per-token", "int8 per-channel"
@@ -104,10 +106,14 @@ def shown_sites(model: Model) -> dict[str, list[tuple[str, ...]]]:
     return shown
 
 
-def hidden_inputs(model: Model) -> list[str]:
-    """What matrices multiply and the model does not show, so that it is not rounded."""
+def not_rounded(model: Model) -> dict[str, str]:
+    """What no technique here rounds in this model, and why: what matrices multiply, what is cached, and weights."""
     shown = shown_sites(model)
-    return [site for site in INPUTS if site not in shown]
+    hidden = {site: "this model does not show it in every layer" for site in (*INPUTS, *CACHED) if site not in shown}
+    if is_offloaded(model):
+        return {**hidden, "weights": "some are on disk; load the model into memory"}
+    fused = model.anatomy.n_experts and any(p.ndim > 2 for block in model.blocks for p in block.parameters())
+    return {**hidden, "weights": "the matrices of this model's experts are in one array"} if fused else hidden
 
 
 @dataclass(frozen=True)
@@ -222,15 +228,18 @@ def rounding_techniques(
     """The ways to round what matrices multiply, and what is cached, as techniques for `cross`.
 
     With the sink exempt, the cached keys and values of the spike tokens (`where`, of the windows to be run) are not
-    rounded. What matrices multiply has no sink's part that could be exempt.
+    rounded. What matrices multiply has no sink's part that could be exempt. Without those that would round nothing.
     """
+    techniques, left = {}, not_rounded(model)
+    multiplied, cached = (not set(sites) <= set(left) for sites in (INPUTS, CACHED))
     per = {PER_TENSOR: "tensor", PER_TOKEN: "token", PER_CHANNEL: "channel"}
-    techniques = {name: Technique(round_activations(model, Quantizer(8, shared))) for name, shared in per.items()}
-    if where.any():
+    for name, shared in per.items() if multiplied else ():
+        techniques[name] = Technique(round_activations(model, Quantizer(8, shared)))
+    if multiplied and where.any():
         for name, field in ((APART, "outliers"), (OTHERS_APART, "others")):
             split = {site: getattr(ranges[site], field) for site in INPUTS if site in ranges}
             techniques[name] = Technique(round_activations(model, Quantizer(), split=split), cells=(UNCHANGED,))
-    for name, bits in KV_BITS.items():
+    for name, bits in KV_BITS.items() if cached else ():
         quantizer = Quantizer(bits, "token")
         exempt = round_activations(model, quantizer, CACHED, positions=~where) if where.any() else None
         techniques[name] = Technique(round_activations(model, quantizer, CACHED), exempt)
@@ -245,9 +254,9 @@ def cross_weights(
     crossed: Crossed,
     settings: Mapping[str, tuple[int, str]] = WEIGHTS,
 ) -> Crossed:
-    """Round the layers' matrices in every cell, and add that to what was tried on the same windows."""
-    if is_offloaded(model):
-        raise NotApplicable("weights that are partly on disk cannot be rounded in place; load the model into memory")
+    """Round the layers' matrices in every cell, and add that to what was tried on the same windows, if it can be."""
+    if "weights" in not_rounded(model):
+        return crossed
     with_it = dict(crossed.with_it)
     for name, (bits, per) in settings.items():
         with rounded_weights(model, bits, per):

@@ -22,6 +22,8 @@ def sv1_sets_the_scale(crossed: Crossed) -> Evidence:
     """
     if crossed.reason:
         raise NotApplicable(crossed.reason)
+    if quantize.PER_TENSOR not in crossed.with_it:
+        raise NotApplicable(quantize.NOT_SHOWN)
     low, high = crossed.interval(quantize.PER_TENSOR)
     if low != low:
         raise NotApplicable("one window alone has no interval")
