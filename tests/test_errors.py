@@ -168,7 +168,7 @@ CACHE = "cache .* could not be written.*SPIKESINK_CACHE"
 
 # What is done to a directory of shards, and what the sentence names.
 BROKEN = {
-    "no weights": (remove("*.safetensors"), "no weights in safetensors; put them beside"),
+    "no weights": (remove("*.safetensors"), "no weights in safetensors .*; put them beside"),
     "a shard's header damaged": (cut_shard(lambda whole: whole[:8] + b"x" * 32 + whole[40:]), SHARD),
     "a shard cut short": (cut_shard(lambda whole: whole[:1000]), SHARD),
     "an empty shard": (cut_shard(lambda whole: b""), SHARD),

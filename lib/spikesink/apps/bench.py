@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from spikesink import patching
+from spikesink.apps.scan import matmul_peak
 from spikesink.chain import amplifier
 from spikesink.chain.lifecycle import Lifecycle, find_lifecycle, first_step_up
 from spikesink.chain.trace import trace_windows
@@ -147,7 +148,9 @@ def compare_gains(ffn: FFN) -> Row:
 
     ways = {"one kernel for all": lambda: amplifier.gains(ffn)[some], f"forming each U_k (from {len(some)})": formed}
     row = time_in_turns(f"gains of all {d} channels of one block", ways)
-    return replace(row, against_takes=row.against_takes * d / len(some))
+    share = amplifier.operations(*ffn.gate.shape) / row.takes / matmul_peak()
+    way = f"{row.way} ({share:.0%} of a matrix product's speed)"
+    return replace(row, way=way, against_takes=row.against_takes * d / len(some))
 
 
 def compare_eigenpairs(ffn: FFN, channel: int) -> Row:

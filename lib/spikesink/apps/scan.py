@@ -41,7 +41,6 @@ from spikesink.model.weights import FFN, Weights, gated_parts, give_back, open_w
 
 SUSPECTS = 10  # (block, channel) pairs of largest gain that are shown
 FLOAT = 4  # bytes
-PRODUCTS = 2 * 3  # of d_mlp x d_mlp x d_model, to weigh an FFN
 HELD = 1.5  # what the process holds over what is in use: an allocator keeps some between two layers
 STREAMS = 6  # of all entries that are held at once: what enters and leaves a layer, and what is counted of it
 
@@ -98,6 +97,7 @@ def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Pla
     total, embedding = _numel(hf_model), _numel(hf_model.get_input_embeddings()) * dtype.itemsize
     first = _comes_first(os.fspath(spec))
     experts = [p.numel() for name, p in hf_model.named_parameters() if p.ndim == 3 and "experts" in name]
+    weighed = sum(amplifier.operations(m, d) for layer in widths for m in layer)
     apart = SUSPECTS * 2 * d * d * max((m for layer in widths for m in layer), default=0)
     return Plan(
         model=slug(os.fspath(spec)),
@@ -105,7 +105,7 @@ def plan(spec: str | os.PathLike = DEFAULT_MODEL, entries: int = ENTRIES) -> Pla
         parameters=total,
         read=(2 * total + sum(sorted(3 * d * sum(layer) for layer in widths)[-SUSPECTS:])) * dtype.itemsize,
         peak=int(max(HELD * (layer + stream), embedding + stream)),
-        operations=2 * entries * sum(sizes) + sum(PRODUCTS * m * m * d for layer in widths for m in layer) + apart,
+        operations=2 * entries * sum(sizes) + weighed + apart,
         first=first,
         disk=total * dtype.itemsize if first else 0,
         unpacked=sum(experts) * dtype.itemsize,

@@ -38,7 +38,7 @@ MODELS = f"{', '.join(BUILTINS)}, a .gguf file, a directory or a hub id"
 class Source:
     """Where a loaded model came from: `spec` as given, `slug` for folder names, the `directory` it was read from.
 
-    `files` are the weights as they were given: the GGUF file, or every safetensors file of the directory.
+    `files` are the weights as they were given: the GGUF file, or the safetensors files of the directory that are read.
     """
 
     spec: str
@@ -106,6 +106,7 @@ def load(
     offloaded = OffloadDirectory() if ready.device in SPREAD else None
     with explain_errors(ready.source.spec), quiet():
         hf_model = _read_weights(ready, budget, offloaded)
+    with explain_errors(ready.source.spec, unreadable=True), quiet():
         bridge = TransformerBridge.boot_transformers(
             str(ready.source.directory), hf_model=hf_model, tokenizer=ready.tokenizer, dtype=ready.dtype
         )
@@ -195,7 +196,7 @@ def prepare(
         read_budget(None)  # what is wrong with the environment's is known before anything is fetched
     source = _locate(spec)
     config = _read_config(str(source.directory), spec)
-    for file in sorted(source.directory.glob("*.safetensors")):
+    for file in _weight_files(spec, source.directory):
         with explain_errors(spec, file.name), safe_open(file, "pt"):
             pass
     with explain_errors(spec, "its tokenizer"), quiet():
@@ -264,10 +265,24 @@ def _locate(spec: str) -> Source:
     if not (path / "config.json").is_file():
         raise LoadError(f"the directory {spec} holds no model (no config.json); give one that save_pretrained wrote.")
     _check_plain(spec, path / "config.json")
-    files = tuple(sorted(path.glob("*.safetensors")))
-    if not files:
-        raise LoadError(f"{spec} has a config.json but no weights in safetensors; put them beside it.")
-    return Source(spec, slug(spec), path, files)
+    return Source(spec, slug(spec), path, _weight_files(spec, path))
+
+
+def _weight_files(spec: str, directory: Path) -> tuple[Path, ...]:
+    """The files that transformers reads of a directory: one, or those that the index names, whatever else is there."""
+    if (one := directory / "model.safetensors").is_file():
+        return (one,)
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        raise LoadError(
+            f"{spec} has a config.json but no weights in safetensors (model.safetensors, or several files and {index.name});"
+            " put them beside it."
+        )
+    with explain_errors(spec, index.name):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise LoadError(f"{spec} lacks {len(missing)} of its files, the first is {missing[0]}; put it there.")
+    return tuple(directory / name for name in names)
 
 
 def _check_plain(spec: str, config: Path) -> None:

@@ -28,7 +28,8 @@ def sink_map(scores: Scores, short: Scores) -> Figure:
     for which in "xy":
         whole(left, which)
     left.spines[:].set_visible(False)
-    left.set_title(f"{len(heads)} of {mean.numel()} heads sink on position {scores.position} (dots)", fontsize=11)
+    n_heads = int((~mean.isnan()).sum())
+    left.set_title(f"{len(heads)} of {n_heads} heads sink on position {scores.position} (dots)", fontsize=11)
     epsilons = np.linspace(0.02, 0.98, 97)
     for some, colour, style in ((scores, SINK, "-"), (short, OTHERS[0], "--")):
         name, ratio = f"{some.length} tokens", some.ratio()

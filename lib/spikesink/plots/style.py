@@ -135,8 +135,8 @@ def blocks_text(blocks: Sequence[Block]) -> str:
 
 
 def verb(items: Sequence[object], many: str) -> str:
-    """A verb that agrees with `blocks_text`: "write", or "writes" for one block."""
-    return many if len(items) != 1 else f"{many}s"
+    """A verb that agrees with `blocks_text`: "write", or "writes" for one block and for none."""
+    return many if len(items) > 1 else f"{many}s"
 
 
 def label_layers(axis, n_layers: int, room: float = 0) -> None:
