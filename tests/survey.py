@@ -10,21 +10,26 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 import spikesink
-from spikesink.chain import sinks
+from spikesink.chain import keys, sinks
+from spikesink.chain.lifecycle import find_lifecycle, is_spike
+from spikesink.chain.trace import trace_windows
 from spikesink.common import CommandError, NotApplicable, escape, markdown_table, progress, write_atomically
 from spikesink.ledger.evidence.everything import measure_all
+from spikesink.model.paths import static_path
 from spikesink.model.proof import CARRIES, PARTS, prove
 from spikesink.model.texts import Text
+from spikesink.model.weights import weights_of
 from tests import planted
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-TOLERANCE = 1e-4  # of the largest value, in float32
+TOLERANCE = 1e-5  # of the largest value, in float32
 LAYERS, WIDTH, HEADS, VOCABULARY = 4, 64, 4, 400
 # What sizes are called; a configuration gets those that it has.
 SIZES = (
@@ -82,9 +87,9 @@ class Row:
     wrong: list[str] = field(default_factory=list)  # where it differs from transformers, or breaks
 
 
-def configure(name: str, cls: type) -> transformers.PretrainedConfig:
-    """A tiny configuration of an architecture's own class."""
-    base, more = cls.config_class(), MORE.get(name, {})
+def configure(name: str, cls: type, **own: Any) -> transformers.PretrainedConfig:
+    """A tiny configuration of an architecture's own class; what is its `own` comes before all sizes here."""
+    base, more = cls.config_class(), MORE.get(name, {}) | own
     sizes = {key: size for size, names in SIZES for key in names.split() if _has(base, key)} | more
     types = getattr(base, "layer_types", None)
     if isinstance(types, list) and "layer_types" not in more:
@@ -104,11 +109,11 @@ def _has(config: transformers.PretrainedConfig, key: str) -> bool:
     return hasattr(config, key) and (getattr(config, key) is not None or key in optional)
 
 
-def build(architecture: str) -> transformers.PreTrainedModel:
+def build(architecture: str, **own: Any) -> transformers.PreTrainedModel:
     """A tiny random model of an architecture, in whose layer 1 something writes a spike where it can be found."""
     cls = getattr(transformers, architecture)
     torch.manual_seed(0)
-    model = cls(configure(re.sub(r"(ForCausalLM|LMHeadModel)$", "", architecture), cls)).eval().float()
+    model = cls(configure(re.sub(r"(ForCausalLM|LMHeadModel)$", "", architecture), cls, **own)).eval().float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)
@@ -143,7 +148,11 @@ def survey(architecture: str, folder: Path) -> Row:
 
 
 def compare(model, theirs, row: Row) -> None:
-    """Hold logits, the stream between layers and the attention on position 0 against transformers' own."""
+    """Hold what is measured against transformers' own outputs.
+
+    Logits, the stream between layers, the attention on position 0; and where the model proves what they stand on, the
+    static path of first tokens, and how much nearer queries are to a spike token's key.
+    """
     tokens = torch.randint(4, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = theirs(tokens, output_hidden_states=True, output_attentions=True, use_cache=False)
@@ -162,6 +171,37 @@ def compare(model, theirs, row: Row) -> None:
     for layer, attention in zip(model.anatomy.attention_layers, attentions, strict=True):
         seen_by = (attention > 0).any(1).sum(1)[:, 0, None]  # how many queries have position 0 in sight
         close("attention", scores.at[:, layer], attention[..., 0].sum(-1) / seen_by, row)
+    compare_alone(model, theirs, row)
+    compare_gaps(model, tokens, attentions, row)
+
+
+@torch.no_grad()
+def compare_alone(model, theirs, row: Row) -> None:
+    """What tokens become that stand alone, before the last layer."""
+    tokens = torch.arange(4, VOCABULARY, 57)
+    ours = static_path(weights_of(model), tokens, 2 * model.anatomy.n_layers - 2)
+    plain = theirs(tokens[:, None], output_hidden_states=True, use_cache=False).hidden_states
+    if not isinstance(ours, NotApplicable):
+        nearest = min((h[:, 0] for h in plain), key=lambda h: float((h - ours).abs().max()))
+        close("static path", ours, nearest, row)
+
+
+def compare_gaps(model, tokens: torch.Tensor, attentions: list[torch.Tensor], row: Row) -> None:
+    """Logits of queries with a spike token's key, less the mean over others: log attention has the same differences."""
+    life = find_lifecycle(trace_windows(model, tokens))
+    geometry = keys.read_attention(model, tokens, life, NotApplicable("not collapsed")).geometry
+    if isinstance(geometry, NotApplicable):
+        return
+    spiking = is_spike(life, life.main)
+    for layer, attention in zip(model.anatomy.attention_layers, attentions, strict=True):
+        gaps = []
+        for weights, spikes in zip(attention, spiking, strict=True):
+            seen, logits = (weights > 0).any(0), weights.double().log()
+            other = seen & ~spikes
+            for key in spikes.nonzero()[:, 0].tolist():
+                queries = [query for query in range(key + 1, len(seen)) if seen[query, key] and other[query].any()]
+                gaps += [logits[:, query, key] - logits[:, query, other[query]].mean(-1) for query in queries]
+        close("gap", geometry.gap["spike"][layer].double(), torch.stack(gaps).mean(0), row)
 
 
 def close(what: str, ours: torch.Tensor, theirs: torch.Tensor, row: Row) -> None:

@@ -275,8 +275,8 @@ def _weight_files(spec: str, directory: Path) -> tuple[Path, ...]:
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         raise LoadError(
-            f"{spec} has a config.json but no weights in safetensors (model.safetensors, or several files and {index.name});"
-            " put them beside it."
+            f"{spec} has a config.json but no weights in safetensors (model.safetensors, or several files and "
+            f"{index.name}); put them beside it."
         )
     with explain_errors(spec, index.name):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
