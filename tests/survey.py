@@ -29,7 +29,7 @@ from spikesink.model.weights import weights_of
 from tests import planted
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
-TOLERANCE = 1e-5  # of the largest value, in float32
+TOLERANCE = 1e-4  # of the largest value, in float32
 LAYERS, WIDTH, HEADS, VOCABULARY = 4, 64, 4, 400
 # What sizes are called; a configuration gets those that it has.
 SIZES = (
@@ -58,6 +58,7 @@ MORE = {
     "DeepseekV3": MLA,
     "Falcon": {"multi_query": True, "new_decoder_architecture": False},
     "FalconH1": {"mamba_d_ssm": 128},
+    "Gemma4": {"vocab_size_per_layer_input": 400, "hidden_size_per_layer_input": 16},
     "GPTNeo": {"attention_types": [[["global", "local"], 2]]},
     "Glm4MoeLite": MLA,
     "GlmMoeDsa": MLA,
@@ -105,6 +106,8 @@ def configure(name: str, cls: type, **own: Any) -> transformers.PretrainedConfig
 
 
 def _has(config: transformers.PretrainedConfig, key: str) -> bool:
+    if key in (getattr(config, "per_layer_attributes", None) or ()):
+        return False
     optional = {"head_dim", "num_key_value_heads", "n_inner", "num_experts_per_tok", "moe_intermediate_size"}
     return hasattr(config, key) and (getattr(config, key) is not None or key in optional)
 
@@ -124,11 +127,11 @@ def build(architecture: str, **own: Any) -> transformers.PreTrainedModel:
     return model
 
 
-def survey(architecture: str, folder: Path) -> Row:
+def survey(architecture: str, folder: Path, with_claims: bool = True, **own: Any) -> Row:
     """Try one architecture."""
     row = Row(re.sub(r"(ForCausalLM|LMHeadModel)$", "", architecture))
     try:
-        theirs = build(architecture)
+        theirs = build(architecture, **own)
     except Exception as error:
         row.refused = f"no tiny model could be made ({type(error).__name__})"
         return row
@@ -139,7 +142,8 @@ def survey(architecture: str, folder: Path) -> Row:
         compare(
             model, transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(), row
         )
-        claims(model, row)
+        if with_claims:
+            claims(model, row)
     except (CommandError, ValueError, FloatingPointError) as error:
         row.refused = str(error).replace(str(folder), "it")
     except Exception as error:

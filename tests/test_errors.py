@@ -168,13 +168,16 @@ CACHE = "cache .* could not be written.*SPIKESINK_CACHE"
 
 # What is done to a directory of shards, and what the sentence names.
 BROKEN = {
-    "no weights": (remove("*.safetensors"), "no weights in safetensors .*; put them beside"),
+    "no weights": (remove("*.safetensors"), r"lacks \d+ of its files, the first is model-00001.*put it there"),
     "a shard's header damaged": (cut_shard(lambda whole: whole[:8] + b"x" * 32 + whole[40:]), SHARD),
     "a shard cut short": (cut_shard(lambda whole: whole[:1000]), SHARD),
     "an empty shard": (cut_shard(lambda whole: b""), SHARD),
-    "a shard that is not there": (lambda copy: third(copy).unlink(), r"model-00003-of-\d+\.safetensors.*get it again"),
+    "a shard that is not there": (
+        lambda copy: third(copy).unlink(),
+        "lacks 1 of its files, the first is model-00003.*put it there",
+    ),
     "a matrix that is not there": (drop_matrix, r"lacks 1 of its weights, the first is model\."),
-    "shards without their index": (remove("*.index.json"), DAMAGED),
+    "shards without their index": (remove("*.index.json"), "no weights in safetensors .*; put them beside"),
     "an index that is no JSON": (write("*.index.json", "{"), DAMAGED),
     "a config that is no JSON": (write("config.json", "{"), DAMAGED),
     "no tokenizer": (remove("tokenizer*"), f"tokenizer is {DAMAGED}"),

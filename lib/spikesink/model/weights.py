@@ -118,8 +118,7 @@ class Weights:
         shape = self.anatomy
         require_projections(shape)
         with self._parts(layer, "attn", shape.attention_norm, "ln1_post") as block:
-            _require_attention(block, layer)
-            value, out = (dict(block.attn.named_children())[name] for name in ("v", "o"))
+            value, out = _projections(shape, block, layer, "v", "o")
             by_head = _matrix(out).unflatten(1, (shape.n_kv_heads, -1, shape.d_head))
             summed = by_head.sum(2).flatten(1)  # d_model, K/V head, query head, d_head -> d_model, K/V head and d_head
             matrix, value_bias = self._fold(block, value)
@@ -135,8 +134,7 @@ class Weights:
         """W_K of a layer, head after head, and b_K: a key is W_K h~ + b_K, before any QK norm and any rotation."""
         require_projections(self.anatomy)
         with self._parts(layer, "attn", self.anatomy.attention_norm) as block:
-            _require_attention(block, layer)
-            keys = self._fold(block, dict(block.attn.named_children())["k"])
+            keys = self._fold(block, *_projections(self.anatomy, block, layer, "k"))
         return _require_finite(keys, f"the keys of layer {layer}")
 
     def norm_scale(self, layer: int) -> Float[Tensor, " d_model"]:
@@ -184,9 +182,19 @@ class Weights:
         return None if norm is None else _floats(norm.weight) + self.anatomy.norm_scale_offset
 
 
-def _require_attention(block: torch.nn.Module, layer: int) -> None:
+def _projections(shape: Anatomy, block: torch.nn.Module, layer: int, *names: str) -> list[torch.nn.Module]:
+    """Matrices of a layer's attention; NotApplicable where it has none of its own, or with heads of another width."""
     if not hasattr(block, "attn"):
         raise NotApplicable(f"layer {layer} has no attention")
+    parts, wide, narrow = (
+        dict(block.attn.named_children()),
+        shape.n_heads * shape.d_head,
+        shape.n_kv_heads * shape.d_head,
+    )
+    sizes = {"k": (narrow, shape.d_model), "v": (narrow, shape.d_model), "o": (shape.d_model, wide)}
+    if any(name not in parts or _matrix(parts[name]).shape != sizes[name] for name in names):
+        raise NotApplicable(f"layer {layer} has keys or values that are shared, or heads of another width than others")
+    return [parts[name] for name in names]
 
 
 def require_form(anatomy: Anatomy) -> None:
