@@ -26,7 +26,7 @@ from spikesink.serving.cache import (
 )
 from spikesink.serving.cells import cross, make_cells
 from spikesink.serving.diagnosis import ROUTING, diagnose
-from tests import planted
+from tests import planted, survey
 
 FEW = dict(rtol=1e-4, atol=1e-5)
 
@@ -181,6 +181,18 @@ def test_generating_from_a_cache_is_generating_from_what_it_holds(served):
         with patching.patched(model, *forget(model, policy)):
             assert int(model(whole[None])[0, -1].argmax()) == token
         whole = torch.cat([whole, token[None]])
+
+
+@pytest.mark.parametrize(("family", "own"), [("Gemma3", {}), ("Mistral", {"sliding_window": 8}), ("Llama", {})])
+def test_what_is_forgotten_in_generation_is_what_is_forgotten_without_a_cache(family, own, tmp_path):
+    """Where a sliding window lets go of keys, the first one that is left is not the first token."""
+    model = spikesink.load(planted.save(survey.build(f"{family}ForCausalLM", **own), tmp_path))
+    tokens = torch.randint(4, 400, (1, 20), generator=torch.Generator().manual_seed(0))
+    how = dict(max_new_tokens=20, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
+    with patching.patched(model, *forget(model, Policy(4, (0, 1)))):
+        cached = model.generate(tokens, **how)
+        assert torch.equal(cached, model.generate(tokens, use_past_kv_cache=False, **how))
+    assert not torch.equal(cached, model.generate(tokens, **how))
 
 
 @pytest.mark.parametrize(("field", "value"), [("edits_pattern", False), ("learned_sink", True)])

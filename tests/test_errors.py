@@ -239,6 +239,7 @@ TEXTS_THAT_DO_NOT_DO = {
     "an empty file": (lambda w: spikesink.read(w.file("empty.txt", b" \n\n ")), r"empty\.txt' is empty"),
     "latin": (lambda w: spikesink.read(w.file("latin.txt", b"caf\xe9")), r"latin\.txt is not UTF-8"),
     "an empty text": (lambda w: spikesink.windows(w.model, Text("mine", ""), 2, 16), "'mine' has 0 .*ask for fewer"),
+    "half a character": (lambda w: Text("mine", "caf\udce9"), r"half a character at place 3 .*errors='replace'"),
     "beyond the context": (lambda w: spikesink.windows(w.model, length=513), "513 .*context of 512"),
     "a number in words": (lambda w: spikesink.windows(w.model, n="4"), "n is '4'; give a whole number"),
     "another tokenizer": (lambda w: spikesink.windows(w.other(100)), f"token 399 of the text 'house'{OTHERS}"),

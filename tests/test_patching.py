@@ -19,6 +19,7 @@ from spikesink.patching import value as value_
 from spikesink.patching import write as write_
 from spikesink.patching import z as z_
 from spikesink.patching.outcome import Start, find_start, student_interval
+from spikesink.serving.cache import Policy, forget
 from tests import planted
 from tests.test_families import FAMILIES, SIZES, tiny
 
@@ -508,7 +509,7 @@ def test_families_without_a_place_say_so(family, site, said, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_neox"])
-@pytest.mark.parametrize("site", ["stream", "write", "read", "key", "value", "z", "attention"])
+@pytest.mark.parametrize("site", ["stream", "write", "read", "key", "value", "z", "attention", "forget"])
 def test_a_cut_does_to_a_prompt_what_it_does_to_it_alone(family, site, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     torch.manual_seed(0)
@@ -516,9 +517,13 @@ def test_a_cut_does_to_a_prompt_what_it_does_to_it_alone(family, site, tmp_path)
         if weight.ndim > 1:  # what a cut changes is to change what comes next
             weight.copy_(0.3 * torch.randn_like(weight))
     heads = {"key": model.anatomy.n_kv_heads, "value": model.anatomy.n_kv_heads, "z": 4}
-    place = getattr(patching, site)(1 if site in (*heads, "attention") else mlp(1))
     ones = torch.ones(heads[site], 16) if site in heads else torch.ones(64)
-    cut = patching.mask_key([0, 1], 1) if site == "attention" else patching.set_to(place, 3 * ones, [0, 1])
+    if site == "forget":
+        [cut] = forget(model, Policy(2, (0,)))
+    elif site == "attention":
+        cut = patching.mask_key([0, 1], 1)
+    else:
+        cut = patching.set_to(getattr(patching, site)(1 if site in heads else mlp(1)), 3 * ones, [0, 1])
     prompts = ["a word and then another one, and more of them", "so short", "in between these two"]
 
     def generate(given):

@@ -31,6 +31,15 @@ class Text:
     name: str
     content: str
 
+    def __post_init__(self):
+        try:
+            self.content.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(
+                f"the text {self.name!r} has half a character at place {error.start} (a lone surrogate), which no "
+                "tokenizer takes; read it with errors='replace'."
+            ) from None
+
     @property
     def sha256(self) -> str:
         """Hash of the content in UTF-8, so that a ledger says which text it was measured on."""

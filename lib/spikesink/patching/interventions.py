@@ -85,8 +85,22 @@ class Apply:
         return new.to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Hide:
+    """Keys that are hidden: a function of attention [window, head, query, key] and the positions of queries and keys.
+
+    In generation these are not the places in the tensor: queries come one by one, and a sliding window lets go of keys.
+    """
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    what: str
+
+    def __str__(self) -> str:
+        return f"let {self.what} limit"
+
+
 # From selected activations [..., *part], the place they are of, and which of the positions are there, to changed ones.
-Change = Callable[[Tensor, int, Tensor | None], Tensor]
+Change = Callable[[Tensor, int, Tensor | None], Tensor] | Hide
 
 
 @dataclass(frozen=True, repr=False)
@@ -347,6 +361,10 @@ class _Run:
         one, length = self.interventions[number], x.shape[1]
         if one.site.kind == "attention":  # a cache with a sliding window has let go of the earliest keys
             first, length = first + x.shape[2] - x.shape[3], x.shape[3]
+            if isinstance(one.change, Hide):
+                self.reached.add(number)
+                keys = torch.arange(first, first + length, device=x.device)
+                return one.change.function(x, keys[-x.shape[2] :], keys)
         index, order = one.positions.index(rows, first, length)
         if index is None:
             return x

@@ -16,7 +16,8 @@ from transformers import DynamicCache
 
 from spikesink.common import NotApplicable, measure, progress
 from spikesink.model.anatomy import Anatomy, Model
-from spikesink.patching import Intervention, apply, hook, patched
+from spikesink.patching import Intervention, apply, attention, hook, patched
+from spikesink.patching.interventions import Hide
 from spikesink.serving.cells import UNCHANGED, Cuts, Technique
 
 CHUNK = 64  # tokens that run side by side; the cache lets go of keys between chunks
@@ -132,14 +133,14 @@ def forget(model: Model, policy: Policy) -> tuple[Intervention, ...]:
     if policy.window is None:
         return ()
 
-    def hidden(pattern: Float[Tensor, "window head query key"]) -> Float[Tensor, "window head query key"]:
+    def hidden(
+        pattern: Float[Tensor, "window head query key"], queries: Int[Tensor, " query"], keys: Int[Tensor, " key"]
+    ) -> Float[Tensor, "window head query key"]:
         if policy.heavy:
             return heavy_hitter_pattern(pattern, policy.window, policy.heavy, anatomy.n_kv_heads)
-        keys = torch.arange(pattern.shape[-1], device=pattern.device)
-        return renormalize(pattern, policy.sees(keys[-pattern.shape[-2] :], keys))
+        return renormalize(pattern, policy.sees(queries, keys))
 
-    hidden.__name__ = f"a cache of {policy}"
-    return (apply(hook(anatomy.pattern_hooks), hidden),)
+    return (Intervention(attention(range(anatomy.n_layers)), Hide(hidden, f"a cache of {policy}")),)
 
 
 def check_editable(anatomy: Anatomy) -> None:
