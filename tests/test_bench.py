@@ -42,6 +42,12 @@ def test_a_model_that_is_dequantized_is_loaded_cold_and_from_the_cache(tmp_path,
     assert os.environ["SPIKESINK_CACHE"] == str(tmp_path / "cache")
 
 
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    assert main(["bench", "--model", "./nowhere", "--figures", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "there is no file or directory ./nowhere; check the path.\n"
+    assert not (tmp_path / "bench.json").exists()
+
+
 def test_the_command_writes_a_table_and_its_rows(rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "bench", lambda spec: rows)
     readme = tmp_path / "README.md"

@@ -33,6 +33,7 @@ from spikesink.lab.train import (
     make_loss,
     rate,
     start,
+    step,
     train,
 )
 from spikesink.model import texts
@@ -269,6 +270,23 @@ def test_a_corpus_of_a_data_set_has_a_document_for_each_row_up_to_so_many_charac
     (tmp_path / "set" / "train.jsonl").write_text("\n".join(rows))
     assert len(data.corpus(f"datasets:{tmp_path / 'set'}", 300).ends) == 60
     assert len(data.corpus(f"datasets:{tmp_path / 'set'}", 300, 1000).ends) == 5
+
+
+def test_a_corpus_is_tokenized_once(small_corpus, tmp_path, monkeypatch):
+    _, text = small_corpus
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(text)
+    made = [data.corpus(str(tmp_path / "text.txt"), 300)]
+    monkeypatch.setattr(data, "_tokenize", None)  # what another process would call now
+    data.corpus.cache_clear()
+    made.append(data.corpus(str(tmp_path / "text.txt"), 300))
+    np.testing.assert_array_equal(*(corpus.tokens for corpus in made))
+
+
+def test_more_processes_than_windows_are_refused():
+    begun = start(replace(SMALL, batch=128, lengths=(64, 64)))
+    with pytest.raises(TrainingError, match="a batch of 2 windows is too few for 3 processes; start fewer"):
+        step(begun, Backcopy(), begun.model, replace(PLAIN, world=3))
 
 
 def test_the_schedule_warms_up_and_comes_down_or_stays():

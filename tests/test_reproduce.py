@@ -106,6 +106,11 @@ def test_an_interrupted_run_leaves_no_half_notebook_and_stops_the_models_after_i
     assert list(Path("build/figures/tiny").iterdir()) == []
 
 
+def test_a_folder_without_notebooks_is_one_sentence(project, capsys):
+    assert main(["figures", "--notebooks", "elsewhere"]) == 1
+    assert capsys.readouterr() == ("", "there are no notebooks in elsewhere; run this from the project's root.\n")
+
+
 def test_a_kernel_that_was_killed_is_one_sentence(project):
     change("import json", "import json, os; os.kill(os.getpid(), 9)")
     code, said = project()
