@@ -99,6 +99,30 @@ def test_it_is_right_or_says_why_not(kind, family, own, expected, tmp_path):
         assert re.search(words, row.reasons[part])
 
 
+ROPE = {"rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+BY_POSITION = {"llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("Llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+        ("Ministral3", {"rope_parameters": {**ROPE, **BY_POSITION, "rope_type": "yarn"}}),
+        ("Phi3", {"rope_parameters": {**ROPE, **LONG}, "original_max_position_embeddings": 32}),
+        ("Gemma3", {"sliding_window": 100}),
+        ("GPTNeo", {"window_size": 100}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2}),
+    ],
+)
+def test_it_is_right_beyond_the_few_tokens_that_the_proof_is_of(family, own, tmp_path):
+    """What begins later: other rotations, queries that grow with their position, windows."""
+    row = survey.survey(
+        f"{family}ForCausalLM", tmp_path / "model", with_claims=False, length=300, tolerance=1e-3, **own
+    )
+    assert (row.refused, row.wrong) == ("", [])
+
+
 @pytest.mark.parametrize("family", ["Bloom", "Mpt", "GPTBigCode", "Gemma4", "Lfm2"])
 def test_probe_and_scan_of_odd_families_are_a_result_or_a_sentence(family, tmp_path, capsys):
     planted.save(survey.build(f"{family}ForCausalLM"), tmp_path / "model")
