@@ -174,7 +174,8 @@ def compare(model, theirs, row: Row, length: int = 24) -> None:
             model(tokens)
     for name in model.anatomy.layer_hooks[1:-1] if plain.hidden_states else ():
         # Some families begin with the embedding, others after their first layer.
-        close("stream", seen[name], min(plain.hidden_states, key=lambda h: float((h - seen[name]).abs().max())), row)
+        streams = [h for h in plain.hidden_states if h.shape == seen[name].shape]
+        close("stream", seen[name], min(streams, key=lambda h: float((h - seen[name]).abs().max())), row)
     scores = sinks.score(model, tokens)
     attentions = [a for a in getattr(plain, "attentions", None) or () if a is not None]
     if isinstance(scores, NotApplicable) or len(attentions) != len(model.anatomy.attention_layers):
@@ -193,7 +194,9 @@ def compare_alone(model, theirs, row: Row) -> None:
     ours = static_path(weights_of(model), tokens, 2 * model.anatomy.n_layers - 2)
     plain = theirs(tokens[:, None], output_hidden_states=True, use_cache=False).hidden_states
     if not isinstance(ours, NotApplicable):
-        nearest = min((h[:, 0] for h in plain), key=lambda h: float((h - ours).abs().max()))
+        nearest = min(
+            (h[:, 0] for h in plain if h.shape[-1] == ours.shape[-1]), key=lambda h: float((h - ours).abs().max())
+        )
         close("static path", ours, nearest, row)
 
 
@@ -263,7 +266,8 @@ TEXT = """# Does it work on mine?
 Made by `make families` with {versions}: a tiny random model of each architecture that TransformerLens's
 bridge lists and transformers can build, {n} in all; {measured} of them are measured, {whole} in everything, and {wrong}
 differ from transformers or break. Each is held against transformers itself: logits, the stream between layers, the
-attention on position 0. What a model must prove is checked on your own model too, when it is first traced.
+attention on position 0, the static path of first tokens, the gaps of attention's logits. On your own model two things
+are checked: when it is first loaded, that the bridge does what transformers does; when it is first traced, the columns.
 
 What each column carries:
 

@@ -17,6 +17,8 @@ from transformers import PretrainedConfig
 
 from spikesink.common import NotApplicable
 
+TRIED = 4, 12  # windows and tokens of what a model is tried on before it is measured
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -160,6 +162,12 @@ def run_layers(model: Model, tokens: Int[Tensor, "window position"]) -> None:
     """Run a model for what its hooks see; of a bridge without the head, which can cost as much as all layers."""
     body = body_of(model)
     body(tokens.to(model.cfg.device), **({} if body is model else {"use_cache": False}))
+
+
+def spread_tokens(d_vocab: int, context: int | None = None) -> Int[Tensor, "window position"]:
+    """The few tokens that a model is tried on, spread over its vocabulary."""
+    n, length = TRIED
+    return (torch.arange(n * length).view(length, n).T * d_vocab // (n * length))[:, :context]
 
 
 def check_ids(tokens: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Load any causal language model as a TransformerBridge: the built-in one, a GGUF file, a directory or a hub id."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,12 +27,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 
-from spikesink.model.anatomy import anatomy, body_of
+from spikesink.model.anatomy import anatomy, body_of, spread_tokens
 from spikesink.model.errors import MISMATCHED, LoadError, explain_errors, quiet
 from spikesink.model.gguf import dequantize, hash_file, is_gguf
-from spikesink.model.names import BUILTINS, DEFAULT_MODEL, local, slug
+from spikesink.model.names import BUILTINS, DEFAULT_MODEL, cache_directory, local, slug
 from spikesink.model.placement import SPREAD, OffloadDirectory, choose_device, choose_dtype, main_device, read_budget
 
+ROUNDING, ROUNDING_IN_HALF = 1e-3, 0.1  # how far off the bridge's logits may be from transformers'
 MODELS = f"{', '.join(BUILTINS)}, a .gguf file, a directory or a hub id"
 
 
@@ -106,7 +109,9 @@ def load(
     offloaded = OffloadDirectory() if ready.device in SPREAD else None
     with explain_errors(ready.source.spec), quiet():
         hf_model = _read_weights(ready, budget, offloaded)
+    compared = kept_file("compared", ready.source, ready.dtype, ready.device, Path(__file__).read_text())
     with explain_errors(ready.source.spec, unreadable=True), quiet():
+        plain = None if compared.exists() else _run_a_little(hf_model, hf_model)
         bridge = TransformerBridge.boot_transformers(
             str(ready.source.directory), hf_model=hf_model, tokenizer=ready.tokenizer, dtype=ready.dtype
         )
@@ -125,7 +130,44 @@ def load(
     with explain_errors(ready.source.spec, unreadable=True):
         anatomy(bridge)
     body_of(bridge).register_forward_pre_hook(_refuse_nothing, with_kwargs=True)
+    if plain is not None and plain.isfinite().all():  # else whoever measures it says which weight is not finite
+        _compare(bridge, hf_model, plain)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs a second
+            compared.parent.mkdir(parents=True, exist_ok=True)
+            compared.touch()
     return bridge
+
+
+@torch.inference_mode()
+def _run_a_little(model: torch.nn.Module, hf_model: PreTrainedModel) -> torch.Tensor:
+    """The logits of a few tokens, spread over the vocabulary."""
+    config = hf_model.config.get_text_config()
+    tokens = spread_tokens(config.vocab_size, getattr(config, "max_position_embeddings", None))
+    logits = model(tokens.to(main_device(hf_model)))
+    return getattr(logits, "logits", logits).float().cpu()
+
+
+def _compare(bridge: TransformerBridge, hf_model: PreTrainedModel, plain: torch.Tensor) -> None:
+    """Raise LoadError unless the bridge, with hooks at work in it, does what transformers does with the same files."""
+    hooks = [(name, lambda x, hook: None) for name in bridge.anatomy.layer_hooks]
+    with explain_errors(bridge.source.spec, unreadable=True), bridge.hooks(fwd_hooks=hooks):
+        by_token = (_run_a_little(bridge, hf_model) - plain).abs().amax(-1) / plain.abs().max()
+    # In half precision a spike's own rounding can be all that is seen of a token.
+    whole = bridge.cfg.dtype == torch.float32
+    off = float(by_token.max() if whole else by_token.median())
+    if not off <= (ROUNDING if whole else ROUNDING_IN_HALF):
+        raise LoadError(
+            f"TransformerLens runs {bridge.source.spec} otherwise than transformers does (logits off by {off:.2g}), so "
+            "nothing would be measured of the model itself; try a model of another family."
+        )
+
+
+def kept_file(kind: str, source: Source, *more: object) -> Path:
+    """Where the cache keeps what was found out of the same files, by the same libraries and in the same way."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.directory.iterdir())]
+    libraries = [version(name) for name in ("torch", "transformers", "transformer-lens")]
+    key = json.dumps([files, libraries, *map(str, more)])
+    return cache_directory() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def _read_weights(ready: Prepared, budget: dict | None, offloaded: OffloadDirectory | None) -> PreTrainedModel:

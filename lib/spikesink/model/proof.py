@@ -10,8 +10,6 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,11 +20,10 @@ from spikesink.common import CommandError, NotApplicable, first_line, write_atom
 from spikesink.model import alone
 from spikesink.model import anatomy as shapes
 from spikesink.model import weights as matrices
-from spikesink.model.anatomy import Anatomy, Model, anatomy, normalise, run_layers
-from spikesink.model.names import cache_directory
+from spikesink.model.anatomy import Anatomy, Model, anatomy, normalise, run_layers, spread_tokens
+from spikesink.model.load import kept_file
 from spikesink.model.weights import Weights, weights_of
 
-WINDOWS, LENGTH = 4, 12  # what is run: tokens spread over the vocabulary, the same in every call
 HOOKS = {"q": "attn.q.hook_out", "k": "attn.k.hook_out", "v": "attn.v.hook_out"}
 ROTATED = {"rotated_q": "attn.hook_rot_q", "rotated_k": "attn.hook_rot_k"}  # where `Anatomy.sees_rotation`
 NORMALISED = "hook_normalized"  # of a norm: h~, before its learned scale
@@ -107,11 +104,8 @@ def _kept(model: Model) -> Path | None:
     """Where the proof of the same files, in the same precision, by the same code is kept."""
     if (source := getattr(model, "source", None)) is None:
         return None
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.directory.iterdir())]
     code = [Path(module.__file__).read_text() for module in (alone, shapes, matrices)] + [Path(__file__).read_text()]
-    libraries = [version(name) for name in ("torch", "transformers", "transformer-lens")]
-    key = json.dumps([files, str(model.cfg.dtype), str(model.cfg.device), libraries, code])
-    return cache_directory() / "proofs" / f"{sha256(key.encode()).hexdigest()[:32]}.json"
+    return kept_file("proofs", source, model.cfg.dtype, model.cfg.device, *code)
 
 
 def _prove(model: Model) -> Proof:
@@ -168,7 +162,6 @@ def _run(model: Model, silence_queries: bool = False) -> Passed:
     for layer in range(shape.n_layers):
         hooks = (*query_and_key(shape, layer), *(f"blocks.{layer}.{name}" for name in (*HOOKS.values(), SCORES)))
         names += [n for n in (*hooks, f"blocks.{layer}.{shape.attention_norm}.{NORMALISED}") if n in model.hook_dict]
-    tokens = torch.arange(WINDOWS * LENGTH).view(LENGTH, WINDOWS).T * shape.d_vocab // (WINDOWS * LENGTH)
 
     def keep(value: Tensor, hook) -> Tensor | None:
         passed[hook.name] = value.float().cpu()
@@ -176,7 +169,7 @@ def _run(model: Model, silence_queries: bool = False) -> Passed:
 
     try:
         with torch.inference_mode(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-            run_layers(model, tokens[:, : shape.context])
+            run_layers(model, spread_tokens(shape.d_vocab, shape.context))
     except ERRORS as error:
         family, why = shape.family, first_line(error)
         raise CommandError(f"this {family} model cannot be run ({why}); try a model of another family.") from None

@@ -70,6 +70,8 @@ def spike_means(
         raise NotApplicable("no layer reads the plateau of the spike, so there is nothing to cut between it and a sink")
     anatomy.require_attention()
     require(model, "writes", "patterns")
+    if not model.hook_dict.keys() >= set(readout().hooks(anatomy)):
+        raise NotApplicable(f"the unembedding of this {anatomy.family} model does not read the stream through a norm")
     where = find_spikes(model, tokens, life) if where is None else where
     if not where.any() or where.all():
         kind = "no" if not where.any() else "every"
