@@ -53,6 +53,16 @@ def test_a_part_that_is_broken_on_purpose_fails(part, random_directory):
         assert not proof._prove(model).holds(part)
 
 
+def test_what_a_broken_weight_proves_is_not_kept_for_the_whole_model(random_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path))
+    broken = spikesink.load(random_directory)
+    broken.original_model.model.layers[1].mlp.down_proj.weight[3] = torch.nan
+    proof.prove(broken)
+    assert not (tmp_path / "proofs").exists()
+    assert set(proof.prove(spikesink.load(random_directory)).errors) == set(proof.PARTS)
+    assert len(list((tmp_path / "proofs").iterdir())) == 1
+
+
 def test_where_writes_do_not_add_up_there_is_a_spike_and_no_step_up(tmp_path):
     config = transformers.FalconH1Config(**FOUR, **MAMBA, head_dim=16, mamba_d_ssm=128)
     torch.manual_seed(0)

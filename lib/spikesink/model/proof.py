@@ -8,6 +8,7 @@ says why.
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ def prove(model: Model) -> Proof:
         model.proof = Proof(**json.loads(file.read_text()))
         return model.proof
     model.proof = _prove(model)
+    off, reasons = model.proof.errors, model.proof.reasons
+    if not all(math.isfinite(off.get(part, 0.0 if part in reasons else math.nan)) for part in PARTS):
+        return model.proof  # a weight is not finite; perhaps somebody has just made it so
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a second
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(asdict(model.proof)))
