@@ -90,7 +90,7 @@ def test_anatomy_tells_families_apart_and_writes_add_up_to_the_stream(family, tm
     norm = (shape.norm, shape.norm_placement, shape.norm_scale_offset)
     assert (*norm, shape.gate_activation, shape.parallel, shape.qk_norm) == expected
     assert (shape.n_blocks, shape.d_model, shape.n_heads) == (6, 64, 4)
-    assert shape.n_kv_heads == (1 if family == "falcon" else 2 if "num_key_value_heads" in sizes else 4)
+    assert shape.n_kv_heads == (1 if family == "falcon" else sizes.get("num_key_value_heads", 4))
     assert (shape.d_mlp, shape.n_experts) == (WIDTHS.get(family, 96), n_experts(family))
     assert shape.residual_multiplier == (0.5 if family == "granite" else 1)
     assert shape.projects == (family != "deepseek_v3")
