@@ -114,6 +114,19 @@ def test_an_interruption_while_libraries_are_imported_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
+def test_paths_may_have_any_letters_and_be_links_and_a_terminal_may_lack_letters(planted_directory, tmp_path):
+    (tmp_path / "mödel").mkdir()
+    for file in planted_directory.iterdir():
+        (tmp_path / "mödel" / file.name).symlink_to(file)
+    (tmp_path / "länk").symlink_to(tmp_path / "mödel")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT / "lib")}
+    command = [sys.executable, "-m", "spikesink", "scan", "länk", "--entries", "40"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (tmp_path / "figures" / "m-del" / "scan.json").is_file()
+
+
+@pytest.mark.slow
 def test_help_and_the_package_do_not_wait_for_torch():
     assert "torch" not in modules("import spikesink.__main__")
     assert "torch" in modules("import spikesink; spikesink.load")

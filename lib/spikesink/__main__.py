@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from spikesink.cli import open_console, parser
     from spikesink.common import CommandError, was_interrupted
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack letters that names and tables have
+            stream.reconfigure(errors="replace")
     try:
         chosen = parser().parse_args(arguments)
         command = resolve_name(f"spikesink.{COMMANDS[chosen.command]}")

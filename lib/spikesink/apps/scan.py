@@ -136,7 +136,8 @@ def _weighing(widths: Sequence[int], d_model: int, entries: int) -> int:
     widest = max(widths, default=4 * d_model)
     hidden = 2 * min(entries, paths.BATCH) * widest * FLOAT
     form = (widest + 6 * d_model) * d_model * FLOAT
-    return max(hidden + 3 * amplifier.KERNEL * FLOAT, form) if widths else hidden
+    kernels = 3 * min(amplifier.KERNEL, widest**2 // 8) * FLOAT
+    return max(hidden + kernels, form) if widths else hidden
 
 
 def _widths(layer: torch.nn.Module) -> list[int]:

@@ -23,6 +23,7 @@ _ADVICE: dict[type[Exception] | str, str] = {
     RepositoryNotFoundError: (
         "the hub has no such model, or it is private; check the spelling, or log in with: hf auth login"
     ),
+    UnicodeEncodeError: "its path has letters that the locale cannot hold; set PYTHONUTF8=1, or move it",
     "architecture|model type": "its architecture is not supported ({line}); try a model of another family",
     "ignore_mismatched_sizes": MISMATCHED,
 }

@@ -109,7 +109,7 @@ def load(
     offloaded = OffloadDirectory() if ready.device in SPREAD else None
     with explain_errors(ready.source.spec), quiet():
         hf_model = _read_weights(ready, budget, offloaded)
-    compared = kept_file("compared", ready.source, ready.dtype, ready.device, Path(__file__).read_text())
+    compared = kept_file("compared", ready.source, ready.dtype, ready.device, Path(__file__))
     with explain_errors(ready.source.spec, unreadable=True), quiet():
         plain = None if compared.exists() else _run_a_little(hf_model, hf_model)
         bridge = TransformerBridge.boot_transformers(
@@ -163,10 +163,11 @@ def _compare(bridge: TransformerBridge, hf_model: PreTrainedModel, plain: torch.
 
 
 def kept_file(kind: str, source: Source, *more: object) -> Path:
-    """Where the cache keeps what was found out of the same files, by the same libraries and in the same way."""
+    """Where the cache keeps what was found out of the same files, by the same libraries and code (given as paths)."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.directory.iterdir())]
     libraries = [version(name) for name in ("torch", "transformers", "transformer-lens")]
-    key = json.dumps([files, libraries, *map(str, more)])
+    ways = [one.read_text(encoding="utf-8") if isinstance(one, Path) else str(one) for one in more]
+    key = json.dumps([files, libraries, ways])
     return cache_directory() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

@@ -108,7 +108,7 @@ def _kept(model: Model) -> Path | None:
     """Where the proof of the same files, in the same precision, by the same code is kept."""
     if (source := getattr(model, "source", None)) is None:
         return None
-    code = [Path(module.__file__).read_text() for module in (alone, shapes, matrices)] + [Path(__file__).read_text()]
+    code = map(Path, (__file__, alone.__file__, shapes.__file__, matrices.__file__))
     return kept_file("proofs", source, model.cfg.dtype, model.cfg.device, *code)
 
 
