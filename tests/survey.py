@@ -17,6 +17,7 @@ import transformers
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 
 import spikesink
+from spikesink import patching
 from spikesink.chain import keys, sinks
 from spikesink.chain.lifecycle import find_lifecycle, is_spike
 from spikesink.chain.trace import trace_windows
@@ -183,6 +184,8 @@ def compare(model, theirs, row: Row, length: int = 24) -> None:
     for layer, attention in zip(model.anatomy.attention_layers, attentions, strict=True):
         seen_by = (attention > 0).any(1).sum(1)[:, 0, None]  # how many queries have position 0 in sight
         close("attention", scores.at[:, layer], attention[..., 0].sum(-1) / seen_by, row)
+    at = patching.evaluate(model, tokens).score[:, list(model.anatomy.attention_layers)]
+    close("evaluate", at, scores.at[:, list(model.anatomy.attention_layers)], row)
     compare_alone(model, theirs, row)
     compare_gaps(model, tokens, attentions, row)
 

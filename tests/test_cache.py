@@ -206,6 +206,21 @@ def test_attention_that_cannot_be_made_again_is_not_applicable(served, field, va
     assert isinstance(eviction_techniques(model, 8, tokens > 0), NotApplicable)
 
 
+@pytest.mark.parametrize(
+    ("family", "policy", "said"),
+    [
+        ("Mamba", Policy(), "show no attention"),
+        ("Lfm2", Policy(), "show no attention"),
+        ("FalconH1", Policy(8), "keeps more than keys and values"),
+        ("Bloom", Policy(8, (0,)), "goes by places in the cache"),
+    ],
+)
+def test_what_a_cache_of_keys_and_values_cannot_hold_is_not_applicable(family, policy, said, tmp_path):
+    model = spikesink.load(planted.save(survey.build(f"{family}ForCausalLM"), tmp_path))
+    with pytest.raises(NotApplicable, match=said):
+        run_bounded(model, torch.arange(10, 40)[None], policy)
+
+
 def test_what_a_cache_cannot_do_names_what_can(served):
     model, tokens = served
     with pytest.raises(ValueError, match="use run_bounded"):

@@ -180,6 +180,12 @@ BROKEN = {
     "shards without their index": (remove("*.index.json"), "no weights in safetensors .*; put them beside"),
     "an index that is no JSON": (write("*.index.json", "{"), DAMAGED),
     "a config that is no JSON": (write("config.json", "{"), DAMAGED),
+    "a config that is a list": (write("config.json", "[]"), "no description of a model"),
+    "a config that is a number": (write("config.json", "3"), "no description of a model"),
+    "a weight map of numbers": (
+        write("*.index.json", '{"weight_map": {"a": 3}}'),
+        "lacks 1 of its files, the first is 3",
+    ),
     "no tokenizer": (remove("tokenizer*"), f"tokenizer is {DAMAGED}"),
     "a damaged tokenizer": (write("tokenizer.json", "{}"), f"tokenizer is {DAMAGED}"),
 }

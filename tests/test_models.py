@@ -17,7 +17,7 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM
 
@@ -268,6 +268,31 @@ def test_the_hash_is_of_the_files_that_are_read(shards, tmp_path, random_directo
     beside = load.prepare(tmp_path / "copy").source
     assert (beside.files, beside.sha256) == (alone.files, alone.sha256)
     assert len(alone.files) == (4 if shards else 1)
+
+
+def test_weights_in_eight_bits_without_a_word_are_refused(tmp_path, random_directory):
+    shutil.copytree(random_directory, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.ones(64, 64, dtype=torch.int8)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(spikesink.LoadError, match=r"q_proj.weight in eight bits .I8."):
+        spikesink.load(tmp_path / "copy")
+
+
+def test_what_lies_beside_a_model_and_what_a_family_does_not_know_change_nothing(tmp_path, random_directory):
+    shutil.copytree(random_directory, tmp_path / "copy")
+    (tmp_path / "copy" / ".#notes").symlink_to("nowhere")
+    config = json.loads((random_directory / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    model = spikesink.load(tmp_path / "copy")
+    assert set(model.anatomy.sight) == {None}
+
+
+def test_a_model_whose_logits_are_all_zero_is_no_other_model(tmp_path, random_directory):
+    made = AutoModelForCausalLM.from_pretrained(random_directory)
+    made.lm_head.weight.zero_()
+    assert not spikesink.load(planted.save(made, tmp_path))(torch.arange(4)[None]).any()
 
 
 def test_an_adapter_is_told_from_a_model(tmp_path):

@@ -20,7 +20,7 @@ from spikesink.patching import write as write_
 from spikesink.patching import z as z_
 from spikesink.patching.outcome import Start, find_start, student_interval
 from spikesink.serving.cache import Policy, forget
-from tests import planted
+from tests import planted, survey
 from tests.test_families import FAMILIES, SIZES, tiny
 
 VECTOR = torch.linspace(-3, 3, 64)
@@ -506,6 +506,37 @@ def test_families_without_a_place_say_so(family, site, said, tmp_path):
     model = spikesink.load(tiny(family, tmp_path))
     with pytest.raises(ValueError, match=said):
         patching.evaluate(model, spikesink.windows(model, "house", 1, 12), zero(site))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_a_cut_in_generation_is_the_same_with_a_cache(family, tmp_path):
+    """OPT's head calls what is inside the body, so that nothing is heard of the body itself."""
+    model = spikesink.load(tiny(family, tmp_path))
+    for weight in model.original_model.parameters():
+        if weight.ndim > 1:
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    tokens = torch.arange(10, 22)[None]
+    how = dict(max_new_tokens=8, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False)
+    with patching.patched(model, patching.set_to(write_(mlp(1)), 3 * torch.ones(64), [0, 1])):
+        assert torch.equal(model.generate(tokens, **how), model.generate(tokens, use_past_kv_cache=False, **how))
+    with (
+        pytest.raises(RuntimeError, match="no token stood at any of its positions"),
+        patching.patched(model, zero(write_(mlp(1)), 50)),
+    ):
+        model(tokens)
+
+
+@pytest.mark.parametrize(("family", "said"), [("Qwen3Next", "8 vectors a token, not one for each head")])
+def test_queries_that_come_with_something_else_are_not_cut_by_head(family, said, tmp_path):
+    model = spikesink.load(planted.save(survey.build(f"{family}ForCausalLM"), tmp_path))
+    with pytest.raises(ValueError, match=said):
+        patching.evaluate(model, torch.arange(10, 40)[None], zero(query(3), heads=[3]))
+
+
+def test_a_recurrent_cache_has_no_positions_for_cuts(tmp_path):
+    model = spikesink.load(planted.save(survey.build("MambaForCausalLM"), tmp_path))
+    with pytest.raises(ValueError, match="does not count tokens"), patching.patched(model, zero(stream(mlp(1)), 0)):
+        model.generate(torch.arange(10, 20)[None], max_new_tokens=3, verbose=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_neox"])

@@ -112,6 +112,30 @@ def test_a_window_by_another_name_is_seen_in_the_pattern(tmp_path):
     assert model.anatomy.sight == (None, 8, None, 8)
 
 
+@pytest.mark.parametrize("where", ["window", "chunk", "everywhere", "nobody attends to the first", "rounded to zero"])
+def test_what_is_in_sight_is_a_window_a_chunk_or_all(where):
+    queries, keys = torch.arange(64)[:, None], torch.arange(64)
+    sees = keys <= queries
+    if where in ("window", "rounded to zero"):
+        sees = sees & (queries - keys < 8)
+    if where == "chunk":
+        sees = sees & (queries // 16 == keys // 16)
+    pattern = (torch.rand(2, 64, 64) + 0.1) * sees
+    if where == "nobody attends to the first":
+        pattern[:, 1:, 0] = 0
+    if where == "rounded to zero":
+        pattern[:, [20, 40], [13, 33]] = 0
+    assert torch.equal(proof.visible(pattern), sees)
+
+
+def test_a_cut_in_force_is_no_part_of_the_proof(random_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKESINK_CACHE", str(tmp_path))
+    model = spikesink.load(random_directory)
+    with patching.patched(model, patching.scale(patching.stream(patching.mlp(1)), 0.5)):
+        assert proof.prove(model).holds(*proof.PARTS)
+        spikesink.trace_windows(model, spikesink.windows(model, "house", 1, 16))
+
+
 def test_a_measure_says_which_part_it_lacks(planted_life, planted_model, trigger_tokens, monkeypatch):
     for part, measured in {
         "patterns": lambda: sinks.score(planted_model, trigger_tokens),

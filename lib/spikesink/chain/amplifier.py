@@ -105,7 +105,7 @@ def _contract(w: Float[Tensor, "channel d_mlp"], a: Tensor, b: Tensor, c: Tensor
 
     An eighth of its rows or fewer are made at a time, from the diagonal on; what is beyond those rows counts twice.
     """
-    squares, size = torch.zeros(len(w), dtype=torch.float64), max(1, min(KERNEL, len(a) ** 2 // 8) // len(a))
+    squares, size = torch.zeros(len(w), dtype=torch.float64), max(1, min(KERNEL, len(a) ** 2 // 8) // max(1, len(a)))
     for start in range(0, len(a), size):
         rows, on = slice(start, start + size), slice(start, None)
         kernel = (a[rows] @ b[on].T).mul_(c[rows] @ d[on].T)

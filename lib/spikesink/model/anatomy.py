@@ -1,5 +1,6 @@
 """What models of any family are made of, and the checks that measures begin with: the one place that knows families."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
@@ -65,6 +66,7 @@ class Anatomy:
     projects: bool = True  # whether keys and values are linear maps of h~, by matrices of their own
     separate_ffn: bool = True  # whether the FFN is a module of its own; else it reads all windows' tokens in one row
     learned_sink: bool = False  # a learned logit takes part in each softmax, so that a token alone gets less than all
+    counts_places: bool = False  # attention goes by places in the cache (ALiBi), not by positions that keys carry
 
     @property
     def one_gated_ffn(self) -> bool:
@@ -147,15 +149,32 @@ def normalise(x: Float[Tensor, "*batch d_model"], anatomy: Anatomy) -> Float[Ten
     return x * size.square_().div_(x.shape[-1]).add_(anatomy.norm_eps).rsqrt_()
 
 
+class Chunk(int):
+    """A sight that is no window: so many tokens that see one another, from a multiple of it on."""
+
+
 def in_sight(length: int, sight: int | None) -> Bool[Tensor, "query key"]:
     """Which keys each query may attend to, so many tokens back (itself included), or all."""
-    back = torch.arange(length)[:, None] - torch.arange(length)
+    queries, keys = torch.arange(length)[:, None], torch.arange(length)
+    back = queries - keys
+    if isinstance(sight, Chunk):
+        return (back >= 0) & (queries // sight == keys // sight)
     return (back >= 0) & (back < (length if sight is None else sight))
 
 
 def body_of(model: Model) -> torch.nn.Module:
     """What runs all layers: the transformers model under its head; a model that is none of transformers', itself."""
     return getattr(getattr(model, "original_model", None), "base_model", model)
+
+
+def before_each_run(model: Model, hook: Callable) -> Callable[[], None]:
+    """Call a forward pre-hook before a model's layers run, with or without the head; returns what removes it.
+
+    Some heads call what is inside the body instead of the body itself.
+    """
+    modules = {id(one): one for one in (body_of(model), getattr(model, "original_model", None) or model)}.values()
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    return lambda: [handle.remove() for handle in handles]
 
 
 def run_layers(model: Model, tokens: Int[Tensor, "window position"]) -> None:
@@ -267,10 +286,15 @@ def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> d
     cfg, attention = model.cfg, next((block.attn for block in model.blocks if hasattr(block, "attn")), None)
     own = getattr(attention, "original_component", None)
     parts = dict(attention.named_children()) if attention is not None else {}
-    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None) or None
+    # What a configuration only carries along, its family does not know.
+    known = [name for name in ("sliding_window", "window_size") if hasattr(type(config), name)]
+    window = next((size for name in known if (size := getattr(config, name))), None)
     kinds = (
         getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["local"] * cfg.n_layers
     )
+    sights = {"sliding_attention": window, "local": window}
+    if chunk := getattr(config, "attention_chunk_size", None):
+        sights["chunked_attention"] = Chunk(chunk)
     # Where the family's own code has read the pattern before a hook sees it, a change of it goes nowhere.
     delegates = getattr(type(attention), "forward", None) is AttentionBridge.forward
     return {
@@ -278,8 +302,9 @@ def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> d
         "n_kv_heads": cfg.n_key_value_heads or cfg.n_heads,
         "d_head": cfg.d_head,
         "qk_norm": "q_norm" in parts,
+        "counts_places": cfg.positional_embedding_type == "alibi",
         "projects": {"k", "v"} <= parts.keys(),
-        "sight": tuple(window if kind in ("sliding_attention", "local") else None for kind in kinds),
+        "sight": tuple(sights.get(kind) for kind in kinds),
         "softcap": getattr(config, "attn_logit_softcapping", None),
         "query_scale": float(getattr(own, "scaling", None) or cfg.d_head**-0.5),
         "sees_rotation": isinstance(attention, PositionEmbeddingsAttentionBridge),

@@ -27,13 +27,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 
-from spikesink.model.anatomy import anatomy, body_of, spread_tokens
+from spikesink.model.anatomy import anatomy, before_each_run, spread_tokens
 from spikesink.model.errors import MISMATCHED, LoadError, explain_errors, quiet
 from spikesink.model.gguf import dequantize, hash_file, is_gguf
 from spikesink.model.names import BUILTINS, DEFAULT_MODEL, cache_directory, local, slug
 from spikesink.model.placement import SPREAD, OffloadDirectory, choose_device, choose_dtype, main_device, read_budget
 
 ROUNDING, ROUNDING_IN_HALF = 1e-3, 0.1  # how far off the bridge's logits may be from transformers'
+IN_EIGHT_BITS = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # as safetensors calls it
 MODELS = f"{', '.join(BUILTINS)}, a .gguf file, a directory or a hub id"
 
 
@@ -129,8 +130,10 @@ def load(
     bridge.offloaded = offloaded  # goes with the model
     with explain_errors(ready.source.spec, unreadable=True):
         anatomy(bridge)
-    body_of(bridge).register_forward_pre_hook(_refuse_nothing, with_kwargs=True)
-    if plain is not None and plain.isfinite().all():  # else whoever measures it says which weight is not finite
+    before_each_run(bridge, _refuse_nothing)
+    if (
+        plain is not None and plain.isfinite().all() and plain.any()
+    ):  # else whoever measures it says which weight is not finite
         _compare(bridge, hf_model, plain)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs a second
             compared.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +167,9 @@ def _compare(bridge: TransformerBridge, hf_model: PreTrainedModel, plain: torch.
 
 def kept_file(kind: str, source: Source, *more: object) -> Path:
     """Where the cache keeps what was found out of the same files, by the same libraries and code (given as paths)."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.directory.iterdir())]
+    there = sorted(file for file in source.directory.iterdir() if file.is_file())
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in there]
+    files += [hash_file(file) for file in there if file.suffix == ".json"]
     libraries = [version(name) for name in ("torch", "transformers", "transformer-lens")]
     ways = [one.read_text(encoding="utf-8") if isinstance(one, Path) else str(one) for one in more]
     key = json.dumps([files, libraries, ways])
@@ -240,8 +245,13 @@ def prepare(
     source = _locate(spec)
     config = _read_config(str(source.directory), spec)
     for file in _weight_files(spec, source.directory):
-        with explain_errors(spec, file.name), safe_open(file, "pt"):
-            pass
+        with explain_errors(spec, file.name), safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (it is no dict)
+                if name.endswith(".weight") and (kind := weights.get_slice(name).get_dtype()) in IN_EIGHT_BITS:
+                    raise LoadError(
+                        f"{spec} holds {name} in eight bits ({kind}), and its config.json does not say of what; give "
+                        "the model that it was made of."
+                    )
     with explain_errors(spec, "its tokenizer"), quiet():
         return Prepared(source, config, AutoTokenizer.from_pretrained(source.directory), device, dtype)
 
@@ -322,7 +332,7 @@ def _weight_files(spec: str, directory: Path) -> tuple[Path, ...]:
             f"{index.name}); put them beside it."
         )
     with explain_errors(spec, index.name):
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise LoadError(f"{spec} lacks {len(missing)} of its files, the first is {missing[0]}; put it there.")
     return tuple(directory / name for name in names)
@@ -334,6 +344,8 @@ def _check_plain(spec: str, config: Path) -> None:
         said = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
         return  # transformers says what is wrong with it
+    if not isinstance(said, dict) or not isinstance(said.get("model_type", ""), str):
+        raise LoadError(f"the config.json of {spec} is no description of a model; get it again.")
     for key in ("quantization_config", "quantization"):
         if isinstance(how := said.get(key), dict):
             kind = how.get("quant_method") or ("MLX" if key == "quantization" else "some kind")

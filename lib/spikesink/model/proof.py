@@ -9,7 +9,7 @@ says why.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,6 +54,7 @@ CARRIES = {
 }
 # What code of a family that is not known here may raise.
 ERRORS = (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
+SEEN = 0.9  # of queries, that make a window
 STATIC_PATH = ("writes", "attention", "FFN")  # what following a token that stands alone needs
 
 
@@ -89,12 +90,14 @@ def prove(model: Model) -> Proof:
     """Check all of PARTS on a model; the result stays with it, and in the cache for the next process that loads it."""
     anatomy(model)
     if (file := _kept(model)) is None:
-        model.proof = _prove(model)
+        with _without_hooks(model):
+            model.proof = _prove(model)
         return model.proof
     with contextlib.suppress(OSError, ValueError, TypeError):
         model.proof = Proof(**json.loads(file.read_text()))
         return model.proof
-    model.proof = _prove(model)
+    with _without_hooks(model):
+        model.proof = _prove(model)
     off, reasons = model.proof.errors, model.proof.reasons
     if not all(math.isfinite(off.get(part, 0.0 if part in reasons else math.nan)) for part in PARTS):
         return model.proof  # a weight is not finite; perhaps somebody has just made it so
@@ -102,6 +105,20 @@ def prove(model: Model) -> Proof:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(asdict(model.proof)))
     return model.proof
+
+
+@contextlib.contextmanager
+def _without_hooks(model: Model) -> Iterator[None]:
+    """The model as it is, whatever cuts are in force when it is first measured."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    kept = [(point, point._forward_hooks) for point in points if point._forward_hooks]
+    for point, hooks in kept:
+        point._forward_hooks = type(hooks)()
+    try:
+        yield
+    finally:
+        for point, hooks in kept:
+            point._forward_hooks = hooks
 
 
 def _kept(model: Model) -> Path | None:
@@ -276,16 +293,19 @@ def by_head(x: Tensor, d_head: int) -> Float[Tensor, "head position d_head"]:
 
 
 def visible(pattern: Float[Tensor, "head query key"]) -> Bool[Tensor, "query key"]:
-    """Which keys each query has in sight, by the pattern itself: from the first that it or a later query attends to.
+    """Which keys each query has in sight, by the pattern itself: all before it, a sliding window, or its chunk.
 
-    So a window or a chunk is seen whatever it is called. Attention that is rounded to zero hides a key only where all
-    heads of all later queries have none on it or on any before.
+    So a window is seen whatever it is called. Where attention is rounded to zero on some keys, as on a first token that
+    all heads avoid, what is left is neither a window nor a chunk for nine queries in ten, so all keys are in sight.
     """
+    queries = torch.arange(pattern.shape[-2], device=pattern.device)
     first = (pattern.amax(0) > 0).int().argmax(-1)
-    first = first.flip(0).cummin(0).values.flip(0)
-    keys = torch.arange(pattern.shape[-1], device=pattern.device)
-    queries = torch.arange(pattern.shape[-2], device=pattern.device)[:, None]
-    return (first[:, None] <= keys) & (keys <= queries)
+    wide = int((queries - first).max()) + 1  # the most that any query sees
+    begins = torch.zeros_like(queries)
+    for window in ((queries - wide + 1).clamp(min=0), queries - queries % wide):
+        if (window == first).float().mean() >= SEEN:
+            begins = window
+    return (begins[:, None] <= queries) & (queries <= queries[:, None])
 
 
 def _check_attention(model: Model, passed: Passed, layer: int) -> Tensor:

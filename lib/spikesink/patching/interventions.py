@@ -6,7 +6,7 @@ channels or heads; printed, it is a sentence. `patched` carries out any number o
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spikesink.model.anatomy import Anatomy, Model, anatomy, body_of, check_ids, check_length, check_tokens
+from spikesink.model.anatomy import Anatomy, Model, anatomy, before_each_run, check_ids, check_length, check_tokens
 from spikesink.patching.sites import (
     EVERYWHERE,
     MOST_LISTED,
@@ -287,7 +287,9 @@ def patched(model: Model, *interventions: Intervention, rows: range | None = Non
         RuntimeError: on leaving, if one never took effect though the model ran.
     """
     family = anatomy(model).family
-    run, edits, between = _Run(interventions, rows), [], []
+    shape = model.anatomy
+    heads = {"query": shape.n_heads, "z": shape.n_heads, "key": shape.n_kv_heads, "value": shape.n_kv_heads}
+    run, edits, between = _Run(interventions, heads, rows), [], []
     for number, intervention in enumerate(interventions):
         _check(model, intervention)
         for place, name in enumerate(intervention.site.hooks(model.anatomy)):
@@ -296,13 +298,13 @@ def patched(model: Model, *interventions: Intervention, rows: range | None = Non
             if intervention.site.kind == "stream" and after.is_attention:
                 edit = _between(model.anatomy.layer_hooks[after.layer], edit, between)
             edits.append((name, lambda x, hook, edit=edit: edit(x)))
-    handle = body_of(model).register_forward_pre_hook(run.before, with_kwargs=True)
+    remove = before_each_run(model, run.before)
     try:
         with warnings.catch_warnings(), model.hooks(fwd_hooks=[*edits, *between]):
             warnings.filterwarnings("ignore", message="A forward hook edited")  # that is what it is for
             yield
     finally:
-        handle.remove()
+        remove()
     for number, intervention in enumerate(interventions):
         if run.n_runs and number not in run.fired:
             raise RuntimeError(f"a hook of this {family} model never fired, so nothing came of: {intervention}.")
@@ -315,6 +317,7 @@ class _Run:
     """Interventions while a model runs: which windows it gets, how many tokens a cache holds, what took effect."""
 
     interventions: Sequence[Intervention]
+    heads: Mapping[str, int]  # of each kind of site that has some
     rows: range | None = None
     offset: int = 0
     padding: list[int] | None = None  # how many tokens stand before each prompt's own, where the model is told so
@@ -324,6 +327,10 @@ class _Run:
 
     def before(self, module, args, kwargs) -> None:
         """Look at the cache, before the model runs."""
+        if kwargs.get("cache_params") is not None:
+            raise ValueError(
+                "a recurrent model's cache does not count tokens, so cuts cannot be placed; run whole windows."
+            )
         cache = kwargs.get("past_key_values")
         self.offset = 0 if cache is None else int(cache.get_seq_length())
         mask = kwargs.get("attention_mask")
@@ -370,6 +377,8 @@ class _Run:
             return x
         self.reached.add(number)
         index = tuple(i.to(x.device) if isinstance(i, Tensor) else i for i in index)
+        if x.ndim == 4 and x.shape[2] != self.heads.get(one.site.kind, x.shape[2]):
+            raise ValueError(f"what passes there is {x.shape[2]} vectors a token, not one for each head: {one}.")
         if one.site.kind == "attention":
             return _edit_pattern(x, one, place, index, order)
         try:

@@ -197,8 +197,14 @@ class BoundedCache:
     def __init__(self, model: Model, policy: Policy, cuts: Sequence[Intervention] = ()):
         if policy.heavy:
             raise ValueError("heavy hitters differ from head to head, and no cache here does; use forget.")
+        model.anatomy.require_attention()
         if policy.window is not None:
             check_editable(model.anatomy)
+        if policy.kept and not policy.shifted and model.anatomy.counts_places:
+            raise NotApplicable(
+                f"the attention of this {model.anatomy.family} model goes by places in the cache, so tokens that are "
+                "kept while others go would move"
+            )
         self.model, self.policy, self.cuts = model, policy, tuple(cuts)
         self.cache = DynamicCache()
         self.held = torch.zeros(0, dtype=torch.long)  # positions of what the cache holds
@@ -218,7 +224,12 @@ class BoundedCache:
             self._move_up()
         positions = torch.arange(self.n_run, self.n_run + new)
         keys = torch.cat([self.held, positions])
-        logits = self._run(tokens, positions, keys, self.cuts if first else (), self.cache)
+        try:
+            logits = self._run(tokens, positions, keys, self.cuts if first else (), self.cache)
+        except (AttributeError, IndexError):
+            raise NotApplicable(f"a {self.model.anatomy.family} model keeps more than keys and values") from None
+        if self.cache.get_seq_length() == 0:
+            raise NotApplicable(f"a {self.model.anatomy.family} model does not take a cache of keys and values")
         self.n_run += new
         stays = self.policy.sees(torch.tensor([self.n_run]), keys)[0]
         self.held = keys[stays]
