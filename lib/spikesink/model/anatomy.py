@@ -287,7 +287,8 @@ def _describe_attention(model: TransformerBridge, config: PretrainedConfig) -> d
     own = getattr(attention, "original_component", None)
     parts = dict(attention.named_children()) if attention is not None else {}
     # What a configuration only carries along, its family does not know.
-    known = [name for name in ("sliding_window", "window_size") if hasattr(type(config), name)]
+    usual = type(config)()
+    known = [name for name in ("sliding_window", "window_size") if hasattr(usual, name)]
     window = next((size for name in known if (size := getattr(config, name))), None)
     kinds = (
         getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["local"] * cfg.n_layers

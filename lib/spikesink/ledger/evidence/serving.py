@@ -67,6 +67,8 @@ def sv2_needs_the_sink(run: LongRun, crossed: Crossed, budget: int) -> Evidence:
     """
     if run.lengths.lengths[-1] < LONG:
         raise NotApplicable(SHORT)
+    if cache.WITH_FIRST not in run.streams:
+        raise NotApplicable("first tokens cannot be kept in this model's cache while others go")
     _, *window = run.times(cache.WINDOW)
     _, *with_first = run.times(cache.WITH_FIRST)
     over_shifted = perplexity_interval(run.streams[cache.WITH_FIRST] - run.streams[cache.SHIFTED], LONG_BLOCK)
