@@ -289,7 +289,7 @@ def patched(model: Model, *interventions: Intervention, rows: range | None = Non
     family = anatomy(model).family
     shape = model.anatomy
     heads = {"query": shape.n_heads, "z": shape.n_heads, "key": shape.n_kv_heads, "value": shape.n_kv_heads}
-    run, edits, between = _Run(interventions, heads, rows), [], []
+    run, edits, between = _Run(interventions, rows, heads), [], []
     for number, intervention in enumerate(interventions):
         _check(model, intervention)
         for place, name in enumerate(intervention.site.hooks(model.anatomy)):
@@ -317,8 +317,8 @@ class _Run:
     """Interventions while a model runs: which windows it gets, how many tokens a cache holds, what took effect."""
 
     interventions: Sequence[Intervention]
-    heads: Mapping[str, int]  # of each kind of site that has some
     rows: range | None = None
+    heads: Mapping[str, int] = field(default_factory=dict)  # of each kind of site that has some
     offset: int = 0
     padding: list[int] | None = None  # how many tokens stand before each prompt's own, where the model is told so
     n_runs: int = 0
